@@ -1,0 +1,127 @@
+"""What one quantization does (`TensorSpec`) and what one site does (`SiteSpec`), as values with a text form.
+
+A *site* is one place in the graph that multiplies: a linear, matmul, convolution, embedding or attention call. *annotate*
+writes a SiteSpec on it; *insert_qdq* passes the text form to the operators, so that a printed graph says everything:
+
+    quantize(x, 'e4m3fn/current/tensor/nearest_even/saturate')
+
+Roles, in the words of the recipe:  Y = X W^T        output      reads input, weight     may round output
+                                    dX = dY W        grad_input  reads grad_output, weight  may round grad_input
+                                    dW = dY^T X      grad_weight reads grad_output, input   may round grad_weight
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+from dataclasses import dataclass
+
+ROLES = ("input", "weight", "output", "grad_output", "grad_input", "grad_weight")
+GEMMS = ("output", "grad_input", "grad_weight")
+SCALINGS = ("none", "current", "delayed")
+ROUNDINGS = ("nearest_even", "nearest_away", "toward_zero", "up", "down", "stochastic")
+OVERFLOWS = ("saturate", "nonfinite")
+
+Granularity = str | tuple[int, int]  # "tensor", "row", or (rows, columns) of a block
+
+
+@dataclass(frozen=True, kw_only=True)
+class TensorSpec:
+    """How one tensor becomes codes and scale: `x ~ q * scale`.
+
+    format: canonical name in `fp8fx.formats`. scaling: none (scale is 1), current (from this tensor's amax), delayed.
+    granularity: one scale per tensor, per row (slice along the contraction) or per block (rows, columns).
+    """
+
+    format: str
+    scaling: str = "current"
+    granularity: Granularity = "tensor"
+    rounding: str = "nearest_even"
+    overflow: str = "saturate"
+    power_of_two: bool = False
+    eps: float = 1e-12
+
+    @property
+    def text(self) -> str:
+        """The canonical text, e.g. `e4m3fn/current/128x128/nearest_even/saturate/power_of_two`."""
+        block = self.granularity
+        parts = [self.format, self.scaling, block if isinstance(block, str) else f"{block[0]}x{block[1]}", self.rounding, self.overflow]
+        if self.power_of_two:
+            parts.append("power_of_two")
+        if self.eps != 1e-12:
+            parts.append(f"eps={self.eps!r}")
+        return "/".join(parts)
+
+    @property
+    def stochastic(self) -> bool:
+        return self.rounding == "stochastic"
+
+    @property
+    def idempotent(self) -> bool:
+        """True if quantizing a dequantized value gives the same codes back: unscaled and deterministic."""
+        return self.scaling == "none" and not self.stochastic
+
+    @staticmethod
+    @functools.lru_cache(maxsize=4096)
+    def parse(text: str) -> TensorSpec:
+        """Read `text` back. `TensorSpec.parse(s.text) == s` for every spec."""
+        format_, scaling, block, rounding, overflow, *rest = text.split("/")
+        granularity: Granularity = block
+        if block not in ("tensor", "row"):
+            rows, columns = block.split("x")
+            granularity = (int(rows), int(columns))
+        eps = next((float(part[4:]) for part in rest if part.startswith("eps=")), 1e-12)
+        return TensorSpec(
+            format=format_,
+            scaling=scaling,
+            granularity=granularity,
+            rounding=rounding,
+            overflow=overflow,
+            power_of_two="power_of_two" in rest,
+            eps=eps,
+        )
+
+
+@dataclass(frozen=True, kw_only=True)
+class SiteSpec:
+    """What one site does: a TensorSpec or None (high precision) per role, and which of its GEMMs run in FP8.
+
+    `gemms` holds the GEMMs that read quantized operands; the others read the high-precision tensors.
+    `accumulate` names, per GEMM, Hopper's `fast` accumulator or the `precise` one; the CPU reference always has fp32.
+    """
+
+    input: TensorSpec | None = None
+    weight: TensorSpec | None = None
+    output: TensorSpec | None = None
+    grad_output: TensorSpec | None = None
+    grad_input: TensorSpec | None = None
+    grad_weight: TensorSpec | None = None
+    gemms: tuple[str, ...] = GEMMS
+    accumulate: tuple[str, str, str] = ("fast", "precise", "precise")
+    save_for_backward: str = "fp8"
+    weight_transpose: str = "recompute"
+    save_activation_inputs: str = "model"
+    weight_cache: str = "none"
+
+    def replace(self, **changes: object) -> SiteSpec:
+        return dataclasses.replace(self, **changes)  # type: ignore[arg-type]
+
+    @property
+    def backward_text(self) -> str:
+        """What the backward formula of the site's operator needs, as the text the operator takes.
+
+        `;`-separated `key=value`; a role that stays in high precision is left out.
+        """
+        parts = [f"{role}={spec.text}" for role in ROLES[3:] if (spec := getattr(self, role)) is not None]
+        parts.append("gemms=" + ",".join(self.gemms))
+        return ";".join(parts)
+
+    @staticmethod
+    @functools.lru_cache(maxsize=4096)
+    def parse_backward(text: str) -> SiteSpec:
+        """Read `backward_text` back: the gradient roles and the GEMMs; the forward roles are None."""
+        fields: dict[str, object] = {}
+        for part in text.split(";"):
+            key, value = part.split("=", 1)
+            fields[key] = tuple(filter(None, value.split(","))) if key == "gemms" else TensorSpec.parse(value)
+        return SiteSpec(**fields)  # type: ignore[arg-type]
