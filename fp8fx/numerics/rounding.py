@@ -1,0 +1,132 @@
+"""Rounding to a format: any float tensor to float32 values on the format's grid. Traceable by Dynamo and Inductor.
+
+The grid of a format with mantissa bits M has the step 2^(max(floor(log2|x|), emin) - M) around x. Two forms:
+
+*magic*, nearest-even only: adding 1.5 * 2^(e + p - M) pushes every bit below the step out of the significand of p bits, the
+processor's own rounding does the rest, and subtracting gives the value back. Exact for every input (numerics docs).
+*steps*, every mode: |x| = (k + r) * step with k = floor; the mode says from k and r whether k becomes k + 1. Each operation
+is a scaling by a power of two or exact by size, so nothing is rounded twice.
+
+float64 inputs go through the same forms in float64 (p = 52), never through float32 first, which would round twice. float16,
+bfloat16 and the float8 types convert to float32 exactly. Formats are Python constants here: with symbolic exponent and
+mantissa widths Inductor flushed subnormals.
+"""
+
+from __future__ import annotations
+
+import math
+
+import torch
+from torch import Tensor
+
+from fp8fx import formats
+from fp8fx.errors import FormatError, ModelError, allowed, nearest
+from fp8fx.formats import Format
+from fp8fx.spec import OVERFLOWS, ROUNDINGS
+
+# float dtype -> (integer dtype of its bits, mantissa bits, exponent bias)
+_LAYOUT = {torch.float32: (torch.int32, 23, 127), torch.float64: (torch.int64, 52, 1023)}
+
+
+def round_to_format(
+    x: Tensor,
+    format: str | torch.dtype | Format,
+    rounding: str = "nearest_even",
+    overflow: str = "saturate",
+    random_bits: Tensor | None = None,
+) -> Tensor:
+    """Values of `format` nearest to `x` in the sense of `rounding`; float32, same shape.
+
+    x: any float dtype and shape. random_bits: int32 or int64 of x's shape holding 32 random bits each, for `stochastic` only.
+    overflow `saturate`: inf and what rounds beyond max become +-max. `nonfinite`: what rounds beyond max becomes inf, or NaN
+    where the format has no inf; `toward_zero` keeps max, `up` keeps -max and `down` keeps +max for finite x.
+    NaN gives NaN; -0 stays -0, or becomes +0 in a format without it.
+    Raises ModelError for integer x, FormatError for an unknown mode or one that the format cannot do.
+    """
+    format = formats.get(format)
+    check(x, format, rounding, overflow, random_bits)
+    if x.dtype != torch.float64:
+        x = x.float()
+    # With no mantissa bit a tie goes to the even *code*, which the processor's rounding cannot see.
+    if rounding == "nearest_even" and format.mantissa_bits > 0:
+        y = _magic(x, format, overflow)
+    else:
+        y = _steps(x, format, rounding, overflow, random_bits)
+    return y.float()
+
+
+def check(x: Tensor, format: Format, rounding: str, overflow: str, random_bits: Tensor | None) -> None:
+    """Raise what `round_to_format` says it raises."""
+    if not x.is_floating_point():
+        raise ModelError(f"cannot round a {x.dtype} tensor to {format.name}: expected a floating point tensor; convert it with .float()")
+    if rounding not in ROUNDINGS:
+        raise FormatError(f"unknown rounding {rounding!r}; allowed: {allowed(ROUNDINGS)}.{nearest(rounding, ROUNDINGS)}")
+    if overflow not in OVERFLOWS:
+        raise FormatError(f"unknown overflow policy {overflow!r}; allowed: {allowed(OVERFLOWS)}.{nearest(overflow, OVERFLOWS)}")
+    if rounding == "stochastic" and random_bits is None:
+        raise FormatError("rounding 'stochastic' needs random_bits (see philox_bits)")
+    if overflow == "nonfinite" and format.nan == "none":
+        raise FormatError(f"format {format.name} has neither inf nor NaN: overflow must be 'saturate'")
+
+
+def _limit(format: Format) -> float:
+    """The grid value after max, were there one more exponent: what overflows rounds to at least this."""
+    exponent = max(math.frexp(format.max)[1] - 1, format.emin)
+    return format.max + math.ldexp(1.0, exponent - format.mantissa_bits)
+
+
+def _magic(x: Tensor, format: Format, overflow: str) -> Tensor:
+    integer, p, bias = _LAYOUT[x.dtype]
+    bound = format.max if overflow == "saturate" else _limit(format)
+    y = x.clamp(-bound, bound)  # NaN passes
+    exponent = (y.view(integer) & ((2 * bias + 1) << p)).clamp(min=(format.emin + bias) << p)
+    magic = (exponent + (((p - format.mantissa_bits) << p) | (1 << (p - 1)))).view(x.dtype)
+    q = (y + magic) - magic  # zero comes out as +0, which is what a format without -0 wants
+    if format.signed_zero:
+        q = torch.copysign(q, x)
+    if overflow == "nonfinite":
+        q = torch.where(q.abs() > format.max, torch.copysign(torch.full_like(q, math.inf if format.has_inf else math.nan), q), q)
+    return q
+
+
+def _steps(x: Tensor, format: Format, rounding: str, overflow: str, random_bits: Tensor | None) -> Tensor:
+    integer, p, bias = _LAYOUT[x.dtype]
+    m = format.mantissa_bits
+    a = x.abs().clamp(max=4.0 * format.max)  # far above max, so that 2^(m - e) below stays normal
+    e = (a.view(integer) >> p).clamp(format.emin + bias, 2 * bias)  # biased exponent of the step's binade; NaN has 2 * bias + 1
+    t = a * ((2 * bias + m - e) << p).view(x.dtype)
+    k = t.floor()
+    up = _rounds_up(x, k, t - k, rounding, e - (format.emin + bias) if m == 0 else None, random_bits)
+    y = torch.where(up, k + 1.0, k) * ((e - m) << p).view(x.dtype)
+    y = torch.where(y > format.max, _overflowed(x, format, rounding, overflow), y)
+    return torch.copysign(y, x) if format.signed_zero else torch.where(y == 0.0, torch.zeros_like(y), torch.copysign(y, x))
+
+
+def _rounds_up(x: Tensor, k: Tensor, r: Tensor, rounding: str, parity: Tensor | None, random_bits: Tensor | None) -> Tensor:
+    """Whether the magnitude (k + r) steps becomes k + 1 steps; bool, x's shape. `parity` adds to k's for `nearest_even`."""
+    if rounding == "nearest_even":
+        odd = ((k.to(torch.int32) + (0 if parity is None else parity)) & 1).bool() & (k > 0.0)
+        return (r > 0.5) | ((r == 0.5) & odd)
+    if rounding == "nearest_away":
+        return r >= 0.5
+    if rounding == "up":
+        return (r > 0.0) & (x > 0.0)
+    if rounding == "down":
+        return (r > 0.0) & (x < 0.0)
+    if rounding == "toward_zero":
+        return torch.zeros_like(r, dtype=torch.bool)
+    assert random_bits is not None  # `check` refused it
+    # Probability r: the 32 bits below the last kept bit plus 32 random bits carry out with probability floor(r 2^32) / 2^32.
+    return (r * 4294967296.0).to(torch.int64) + (random_bits.to(torch.int64) & 0xFFFFFFFF) >= 4294967296
+
+
+def _overflowed(x: Tensor, format: Format, rounding: str, overflow: str) -> Tensor:
+    """The magnitude of what rounds beyond max, x's shape."""
+    largest = torch.full_like(x, format.max)
+    if overflow == "saturate":
+        return largest
+    beyond = torch.full_like(x, math.inf if format.has_inf else math.nan)
+    if rounding in ("nearest_even", "nearest_away", "stochastic"):
+        return beyond
+    toward = {"toward_zero": x.abs() < math.inf, "up": (x < 0.0) & (x > -math.inf), "down": (x > 0.0) & (x < math.inf)}
+    return torch.where(toward[rounding], largest, beyond)
