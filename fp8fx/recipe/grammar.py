@@ -1,0 +1,251 @@
+"""The grammar of a recipe as typed models: what may be written, key by key.
+
+    Document    one recipe
+    ├── Layer       `defaults`: what every layer gets
+    │   └── Role        input, weight, output, grad_output, grad_input, grad_weight
+    ├── Boundary    the first and the last layer
+    ├── Rule        a Layer with a `match`: only the keys it writes count
+    │   └── Match       name, type, op, min_numel, max_numel
+    └── Delayed, Scale, LossScaling
+
+A model remembers which keys were written (`model_fields_set`); `merge` uses nothing else of a rule. `presets` fills in what a
+mode implies, `checks` refuses combinations. Models are frozen values: they compare, hash, copy and pickle.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Annotated, Any
+
+from pydantic import BaseModel, BeforeValidator, ConfigDict, WithJsonSchema, field_validator
+
+from fp8fx.recipe.source import shorten
+from fp8fx.recipe.values import (
+    LISTED,
+    Accumulator,
+    ActivationInputs,
+    Attention,
+    Count,
+    CountFrom1,
+    Format,
+    Fraction,
+    Granularity,
+    Growth,
+    HistoryAlgorithm,
+    LossScalingMode,
+    Mode,
+    OpKind,
+    Overflow,
+    Pattern,
+    Positive,
+    Precision,
+    Rounding,
+    ScaleOrder,
+    Scaling,
+    Seed,
+    Switch,
+    Text,
+    WeightCache,
+    WeightTranspose,
+    WhenNotFaster,
+    field,
+)
+
+
+class Model(BaseModel):
+    """A frozen mapping that refuses keys it does not know."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+
+class Role(Model):
+    """How one tensor of a layer is quantized."""
+
+    format: Format = field("number format: a name of fp8fx.formats, any eXmY, or a torch dtype", default="e4m3fn")
+    scaling: Scaling = field("none: scale 1; current: from this tensor's amax; delayed: from earlier steps", default="current")
+    granularity: Granularity = field("one scale per tensor, per row of the contraction, or per [rows, columns] block", default="tensor")
+    rounding: Rounding = field("how a value between two codes is rounded", default="nearest_even")
+    overflow: Overflow = field("what becomes of values beyond the largest: the largest, or inf and NaN", default="saturate")
+
+
+def _role(value: object) -> object:
+    """`none`, null, and YAML's `off` leave the tensor in high precision."""
+    if value is None or value is False or value == "none":
+        return None
+    if value is True:
+        raise ValueError("got True (YAML reads on, yes and true as booleans); allowed: none or a mapping such as {format: e4m3fn}")
+    if not isinstance(value, Mapping | Role):
+        raise ValueError(f"got {shorten(value)}; allowed: none or a mapping such as {{format: e4m3fn}}")
+    return value
+
+
+OptionalRole = Annotated[Role | None, BeforeValidator(_role)]
+
+
+class Gemms(Model):
+    """Which of a layer's three multiplications read quantized operands."""
+
+    output: Precision = field("Y = X W^T", default="fp8")
+    grad_input: Precision = field("dX = dY W", default="fp8")
+    grad_weight: Precision = field("dW = dY^T X", default="fp8")
+
+
+class Accumulate(Model):
+    """The accumulator of each multiplication on a GPU; the CPU reference always has fp32."""
+
+    output: Accumulator = field("Hopper's fast accumulator, or fp32 promotion", default="fast")
+    grad_input: Accumulator = field("likewise", default="precise")
+    grad_weight: Accumulator = field("likewise", default="precise")
+
+
+class Layer(Model):
+    """What a layer gets. In `defaults` for all, in a rule for those that match."""
+
+    mode: Mode = field("preset: resets all roles of the layer, then the other keys beside it apply", default="hybrid")
+    input: OptionalRole = field("the layer's input X", default=None)
+    weight: OptionalRole = field("its weight W", default=None)
+    output: OptionalRole = field("its output Y, after the bias", default=None)
+    grad_output: OptionalRole = field("dY where it enters the gradient multiplications", default=None)
+    grad_input: OptionalRole = field("dX where it leaves the layer", default=None)
+    grad_weight: OptionalRole = field("dW before it is added to .grad", default=None)
+    gemms: Gemms = field("which multiplications run in FP8", default=Gemms())
+    accumulate: Accumulate = field("GPU only: the accumulator of each", default=Accumulate())
+    rounding: Rounding | None = field("written to every quantized role of the layer", default=None)
+    overflow: Overflow | None = field("written to input, weight and output; gradients say theirs per role", default=None)
+    when_not_faster: WhenNotFaster = field("GPU only: what to do where FP8 is not faster; auto: emulate off CUDA", default="auto")
+    attention: Attention = field("the fused attention op; emulate quantizes q, k and v", default="high_precision")
+    weight_cache: WeightCache = field("step: keep the quantized weight between optimizer steps", default="none")
+    save_for_backward: Precision = field("what the layer keeps for its backward", default="fp8")
+    weight_transpose: WeightTranspose = field("GPU only: where the transposed FP8 weight of the backward comes from", default="recompute")
+    save_activation_inputs: ActivationInputs = field("what SwiGLU and GELU themselves keep for backward", default="model")
+
+    @field_validator("rounding", "overflow", mode="before")
+    @classmethod
+    def _written(cls, value: object) -> object:
+        if value is None:
+            raise ValueError("got None; leave the key out, or write one of the words")
+        return value
+
+
+class Match(Model):
+    """What a rule applies to: all keys that are written must hold; within a list any entry."""
+
+    name: Annotated[tuple[Pattern, ...], LISTED] = field("module or site names: globs, or re: and a full match", default=())
+    type: Annotated[tuple[Pattern, ...], LISTED] = field("class names, of any class in the MRO", default=())
+    op: Annotated[tuple[OpKind, ...], LISTED] = field("kinds of operation", default=())
+    min_numel: Count | None = field("the weight has this many elements or more", default=None)
+    max_numel: Count | None = field("the weight has this many elements or fewer", default=None)
+
+
+def _match(value: object) -> object:
+    if isinstance(value, str):
+        return {"name": [value]}
+    if not isinstance(value, Mapping | Match):
+        hint = " (YAML reads on, off, yes and no as booleans: quote it)" if isinstance(value, bool) else ""
+        raise ValueError(f"got {shorten(value)}; allowed: a pattern such as '*.fc' or a mapping such as {{type: Embedding}}{hint}")
+    return value
+
+
+_PATTERN_OR_MAPPING = {"anyOf": [{"type": "string", "minLength": 1}, Match.model_json_schema()]}
+OneMatch = Annotated[Match, BeforeValidator(_match), WithJsonSchema(_PATTERN_OR_MAPPING)]
+Matches = Annotated[tuple[OneMatch, ...], LISTED]
+
+
+class Rule(Layer):
+    """Overrides for the layers that match. Keys that are not written leave the layer as it is."""
+
+    model_config = ConfigDict(json_schema_extra=lambda schema: _drop_defaults(schema))
+
+    match: Matches = field("a pattern, a mapping of name, type, op, min_numel, max_numel, or a list of them")
+    optional: Switch = field("true: matching nothing is no error", default=False)
+    reason: Text = field("shown in the plan", default="")
+    output_fused: Switch = field("true: the output stays in high precision, because the next operation reads it so", default=False)
+
+
+def _drop_defaults(schema: dict[str, Any]) -> None:
+    """In a rule a key that is left out changes nothing, so the schema must not show a default for it."""
+    for name, entry in schema["properties"].items():
+        if name not in ("optional", "reason"):
+            entry.pop("default", None)
+
+
+class Boundary(Model):
+    """Modes for the first and the last layer with a weight, in execution order; applied before the rules."""
+
+    first: Mode | None = field("mode of the first layer; none: as any other", default=None)
+    last: Mode | None = field("mode of the last layer; none: as any other", default=None)
+
+    @field_validator("first", "last", mode="before")
+    @classmethod
+    def _none(cls, value: object) -> object:
+        return None if value is False or value == "none" else value
+
+
+class Delayed(Model):
+    """How delayed scales follow from earlier amax values."""
+
+    history: CountFrom1 = field("steps remembered", default=16)
+    algorithm: HistoryAlgorithm = field("which of them counts", default="max")
+    margin: Count = field("powers of two left as headroom", default=0)
+    order: ScaleOrder = field("whether the scale is updated before or after quantizing", default="after")
+
+
+class Scale(Model):
+    """How an amax becomes a scale."""
+
+    power_of_two: Switch = field("round scales down to a power of two", default=False)
+    eps: Positive = field("the smallest amax", default=1e-12)
+
+
+class LossScaling(Model):
+    """Loss scaling, in the words of torch.amp.GradScaler."""
+
+    mode: LossScalingMode = field("default: dynamic if defaults.mode is direct, else none", default="none")
+    init: Positive = field("the first scale", default=65536.0)
+    growth_interval: CountFrom1 = field("steps without inf or NaN before the scale grows", default=2000)
+    growth_factor: Growth = field("what it grows by", default=2.0)
+    backoff_factor: Fraction = field("what it shrinks by after an inf or NaN", default=0.5)
+    minimum: dict[Count, Positive] = field("{step: least scale from there on}; an extending recipe replaces it whole", default={})
+
+    @field_validator("minimum", mode="before")
+    @classmethod
+    def _steps(cls, value: object) -> object:
+        """Two keys such as 0 and "0" would be one step."""
+        if not isinstance(value, Mapping):
+            raise ValueError(f"got {shorten(value)}; allowed: a mapping such as {{0: 1, 40000: 8192}}")
+        if len({str(step) for step in value}) < len(value):
+            raise ValueError(f"got {shorten(value)}; a step is written twice")
+        return value
+
+    def __hash__(self) -> int:
+        return hash(self.model_dump_json())
+
+
+class Document(Model):
+    """A whole recipe."""
+
+    version: Count = field("of this grammar: 1", default=1)
+    extends: Text | None = field("a shipped recipe or a file to start from", default=None)
+    defaults: Layer = field("what every layer gets", default=Layer())
+    boundary: Boundary = field("the first and the last layer", default=Boundary())
+    rules: Annotated[tuple[Rule, ...], LISTED] = field("ordered; every matching rule merges, the last writer wins", default=())
+    exempt: Matches = field("patterns of layers that stay in high precision: trailing rules", default=())
+    output_fused: Matches = field("patterns of layers whose output stays in high precision: trailing rules", default=())
+    delayed: Delayed = field("for scaling: delayed", default=Delayed())
+    scale: Scale = field("how an amax becomes a scale", default=Scale())
+    loss_scaling: LossScaling = field("what fp8fx.GradScaler does", default=LossScaling())
+    seed: Seed = field("of stochastic rounding", default=0)
+    strict: Switch = field("false: warn about mistakes that would do no harm, instead of refusing them", default=True)
+
+    @field_validator("defaults", "boundary", "delayed", "scale", "loss_scaling", mode="before")
+    @classmethod
+    def _section(cls, value: object) -> object:
+        """A section whose keys are all commented out reads as null."""
+        return {} if value is None else value
+
+    @field_validator("version")
+    @classmethod
+    def _version(cls, value: int) -> int:
+        if value != 1:
+            raise ValueError(f"got {value}; allowed: 1, the only version so far")
+        return value
