@@ -114,6 +114,8 @@ class SiteSpec:
         """
         parts = [f"{role}={spec.text}" for role in ROLES[3:] if (spec := getattr(self, role)) is not None]
         parts.append("gemms=" + ",".join(self.gemms))
+        if self.save_for_backward != "fp8":
+            parts.append("save_for_backward=" + self.save_for_backward)
         return ";".join(parts)
 
     @staticmethod
@@ -123,5 +125,8 @@ class SiteSpec:
         fields: dict[str, object] = {}
         for part in text.split(";"):
             key, value = part.split("=", 1)
-            fields[key] = tuple(filter(None, value.split(","))) if key == "gemms" else TensorSpec.parse(value)
+            if key == "gemms":
+                fields[key] = tuple(filter(None, value.split(",")))
+            else:
+                fields[key] = value if key == "save_for_backward" else TensorSpec.parse(value)
         return SiteSpec(**fields)  # type: ignore[arg-type]

@@ -1,0 +1,152 @@
+"""conv: 1-d, 2-d and 3-d convolutions and their transposed forms, as `torch.convolution` takes them.
+
+    conv(x, w, b, input, weight, meter, rng, stride, padding, dilation, transposed, output_padding, groups,
+         site, input_spec, weight_spec, backward, dtype) -> y
+
+The products are those of the codes, in fp32, times the two scales; a scale per tensor is the only granularity that factors
+out of all three sums, so it is the only one a convolution takes.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from fp8fx.ops.library import define
+from fp8fx.ops.linear import Saved
+from fp8fx.ops.operands import Backward, Operand, backward_operand, forward_operand
+from fp8fx.ops.scaled_mm import apply_scales, operand
+from fp8fx.spec import SiteSpec
+
+Geometry = tuple[list[int], list[int], list[int], bool, list[int], int]  # stride .. groups, in the order of the schema
+
+
+def conv_reference(
+    x: Tensor,
+    w: Tensor,
+    b: Tensor | None,
+    input: list[Tensor],
+    weight: list[Tensor],
+    meter: Tensor | None,
+    rng: Tensor | None,
+    stride: list[int],
+    padding: list[int],
+    dilation: list[int],
+    transposed: bool,
+    output_padding: list[int],
+    groups: int,
+    site: str,
+    input_spec: str,
+    weight_spec: str,
+    backward: str,
+    dtype: torch.dtype,
+) -> Tensor:
+    geometry: Geometry = (stride, padding, dilation, transposed, output_padding, groups)
+    if "output" not in SiteSpec.parse_backward(backward).gemms:
+        return torch.convolution(x.to(dtype), w.to(dtype), None if b is None else b.to(dtype), *geometry).contiguous()
+    left, right = forward_operand(x, input, input_spec), forward_operand(w, weight, weight_spec)
+    result = torch.convolution(operand(left.values, left.format), operand(right.values, right.format), None, *geometry)
+    result = apply_scales(result, left.scale, right.scale)
+    if b is not None:
+        result = result + b.float().reshape(-1, *([1] * (w.dim() - 2)))
+    return result.to(dtype).contiguous()
+
+
+def conv_fake(x: Tensor, w: Tensor, b: Tensor | None, input: list[Tensor], weight: list[Tensor], *rest: Any) -> Tensor:
+    geometry = rest[2:8]
+    return torch.convolution(x.to(w.dtype), w, None, *geometry).to(rest[-1]).contiguous()
+
+
+def conv_gradient_reference(
+    grad: Tensor,
+    scale_grad: Tensor | None,
+    format_grad: str,
+    other: Tensor,
+    scale_other: Tensor | None,
+    format_other: str,
+    size: list[int],
+    of_input: bool,
+    stride: list[int],
+    padding: list[int],
+    dilation: list[int],
+    transposed: bool,
+    output_padding: list[int],
+    groups: int,
+    dtype: torch.dtype,
+) -> Tensor:
+    """dX (`of_input`, `other` is W) or dW (`other` is X), of shape `size`, from dY: one of the two gradient GEMMs."""
+    dy, known = operand(grad, format_grad), operand(other, format_other)
+    wanted = dy.new_empty(1).expand(size)
+    x, w = (wanted, known) if of_input else (known, wanted)
+    geometry = (stride, padding, dilation, transposed, output_padding, groups)
+    results = torch.ops.aten.convolution_backward(dy, x, w, None, *geometry, [of_input, not of_input, False])
+    return apply_scales(results[0 if of_input else 1], scale_grad, scale_other).to(dtype).contiguous()
+
+
+conv_gradient = define(
+    "conv_gradient(Tensor grad, Tensor? scale_grad, str format_grad, Tensor other, Tensor? scale_other, str format_other,"
+    " SymInt[] size, bool of_input, SymInt[] stride, SymInt[] padding, SymInt[] dilation, bool transposed, SymInt[] output_padding,"
+    " SymInt groups, ScalarType dtype) -> Tensor",
+    conv_gradient_reference,
+    lambda grad, sg, fg, other, so, fo, size, *rest: grad.new_empty(size, dtype=rest[-1]),
+)
+
+
+def _setup(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
+    x, w, b, input, weight, _, rng, *geometry, ctx.site, ctx.input_spec, ctx.weight_spec, backward, _ = inputs
+    ctx.geometry = tuple(geometry)
+    ctx.spec = SiteSpec.parse_backward(backward)
+    ctx.shapes, ctx.dtypes = (x.shape, w.shape), (x.dtype, w.dtype)
+    ctx.bias_dtype = None if b is None else b.dtype
+    ctx.save_for_backward(*Saved.of(x, w, input, weight, ctx.spec.replace(save_for_backward="fp8")).tensors(), rng)
+
+
+def _backward(ctx: Any, grad: Tensor) -> tuple[Any, ...]:
+    *tensors, rng = ctx.saved_tensors
+    saved, needs = Saved.restore(tuple(tensors)), ctx.needs_input_grad
+    state = Backward(ctx.site, ctx.spec, rng)
+    grad = grad.contiguous()
+    quantized, amax = state.quantize(grad, [1])
+    dx = _gradient(ctx, state, grad, quantized, (saved.weight, saved.w, ctx.weight_spec), of_input=True) if needs[0] else None
+    dw = _gradient(ctx, state, grad, quantized, (saved.input, saved.x, ctx.input_spec), of_input=False) if needs[1] else None
+    db = None
+    if ctx.bias_dtype is not None and needs[2]:
+        db = grad.sum([0, *range(2, grad.dim())], dtype=torch.promote_types(grad.dtype, torch.float32)).to(ctx.bias_dtype)
+    row = state.statistics(grad, quantized, amax) if needs[5] else None
+    return dx, dw, db, None, None, row, *([None] * 12)
+
+
+def _gradient(
+    ctx: Any, state: Backward, grad: Tensor, quantized: Operand, other: tuple[list[Tensor], Tensor | None, str], of_input: bool
+) -> Tensor:
+    role = "grad_input" if of_input else "grad_weight"
+    pair, kept, spec = other
+    index = 0 if of_input else 1
+    known = backward_operand(pair, spec) if kept is None else Operand(kept)
+    dy = quantized if state.fp8(role) else Operand(grad)
+    result = conv_gradient(
+        dy.values,
+        dy.scale,
+        dy.format,
+        known.values,
+        known.scale,
+        known.format,
+        list(ctx.shapes[index]),
+        of_input,
+        *ctx.geometry,
+        torch.float32 if getattr(ctx.spec, role) is not None else ctx.dtypes[index],
+    )
+    return state.round(result, role, ctx.dtypes[index])
+
+
+conv = define(
+    "conv(Tensor x, Tensor w, Tensor? b, Tensor[] input, Tensor[] weight, Tensor? meter, Tensor? rng, SymInt[] stride,"
+    " SymInt[] padding, SymInt[] dilation, bool transposed, SymInt[] output_padding, SymInt groups,"
+    " str site, str input_spec, str weight_spec, str backward, ScalarType dtype) -> Tensor",
+    conv_reference,
+    conv_fake,
+    setup_context=_setup,
+    backward=_backward,
+)

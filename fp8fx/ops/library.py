@@ -1,0 +1,85 @@
+"""How an fp8fx operator is registered: schema, reference, shapes and autograd formula in one call, one page per operator.
+
+Operators live in `torch.library`, so Dynamo, AOTAutograd, Inductor and `opcheck` all know them, and a device adds a faster
+implementation of the same schema without a graph changing. The reference is what the operator *means*; it runs on every
+device that has no implementation of its own.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import functools
+from collections.abc import Callable
+from typing import Any
+
+import torch
+
+LIBRARY = torch.library.Library("fp8fx", "DEF")
+
+# Operator name -> reference function. Tests read it to look inside an operator (which operands does it really multiply?).
+REFERENCES: dict[str, Callable[..., Any]] = {}
+
+
+def define(
+    schema: str,
+    reference: Callable[..., Any],
+    fake: Callable[..., Any],
+    *,
+    setup_context: Callable[..., None] | None = None,
+    backward: Callable[..., Any] | None = None,
+) -> Any:
+    """Register `fp8fx::<schema>` and return the callable operator.
+
+    Without `backward` the operator is outside autograd: its outputs never require a gradient, whatever its inputs do.
+    """
+    name = schema.split("(", 1)[0]
+    LIBRARY.define(schema, tags=(torch.Tag.pt2_compliant_tag,))
+    LIBRARY.impl(name, _without_autocast(reference), "CompositeExplicitAutograd")
+    torch.library.register_fake(f"fp8fx::{name}", fake, lib=LIBRARY)
+    setup_context, backward = _with_lists(setup_context or _nothing_differentiable, backward or _no_gradient)
+    torch.library.register_autograd(f"fp8fx::{name}", backward, setup_context=setup_context, lib=LIBRARY)
+    REFERENCES[name] = reference
+    return getattr(torch.ops.fp8fx, name).default
+
+
+def _nothing_differentiable(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:
+    ctx.set_materialize_grads(False)
+    ctx.mark_non_differentiable(*(output if isinstance(output, tuple) else (output,)))
+    ctx.arity = len(inputs)
+
+
+def _no_gradient(ctx: Any, *grads: Any) -> tuple[None, ...]:
+    return (None,) * ctx.arity
+
+
+def _with_lists(setup_context: Callable[..., None], backward: Callable[..., Any]) -> tuple[Callable[..., None], Callable[..., Any]]:
+    """torch wants a list of None as the gradient of a Tensor[] argument; no list of ours carries a gradient."""
+
+    def setup(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:
+        ctx.lengths = [len(a) if isinstance(a, list) and all(isinstance(t, torch.Tensor) for t in a) else None for a in inputs]
+        setup_context(ctx, inputs, output)
+
+    def run(ctx: Any, *grads: Any) -> tuple[Any, ...]:
+        results = backward(ctx, *grads)
+        return tuple(r if n is None else [None] * n for r, n in zip(results, ctx.lengths, strict=True))
+
+    return setup, run
+
+
+def _without_autocast(reference: Callable[..., Any]) -> Callable[..., Any]:
+    """The reference's own fp32 arithmetic must not be cast down by an autocast region around the model."""
+
+    @functools.wraps(reference)
+    def run(*args: Any, **kwargs: Any) -> Any:
+        with autocast_off(args):
+            return reference(*args, **kwargs)
+
+    return run
+
+
+def autocast_off(args: tuple[Any, ...]) -> contextlib.AbstractContextManager[Any]:
+    """Autocast off for the device of the first tensor in `args`, where it is on; otherwise nothing."""
+    device = next((a.device.type for a in args if isinstance(a, torch.Tensor)), "cpu")
+    if device in ("cpu", "cuda") and torch.is_autocast_enabled(device):
+        return torch.autocast(device, enabled=False)
+    return contextlib.nullcontext()

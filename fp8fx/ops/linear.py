@@ -1,0 +1,153 @@
+"""linear: Y = X W^T + b, with the three GEMMs of its forward and backward each in FP8 or in high precision.
+
+    linear(x, w, b, input, weight, meter, rng, site, input_spec, weight_spec, backward, dtype) -> y
+
+`x` [..., K] and `w` [N, K] are the anchors: they carry the gradient and are not read where `input` and `weight` hold codes.
+Saved for backward are codes and scales only, unless a GEMM runs in high precision.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+from fp8fx.ops.library import define
+from fp8fx.ops.operands import Backward, Operand, backward_operand, forward_operand, turned
+from fp8fx.ops.quantize import quantize
+from fp8fx.ops.scaled_mm import scaled_mm_reference
+from fp8fx.spec import SiteSpec, TensorSpec
+
+
+def linear_reference(
+    x: Tensor,
+    w: Tensor,
+    b: Tensor | None,
+    input: list[Tensor],
+    weight: list[Tensor],
+    meter: Tensor | None,
+    rng: Tensor | None,
+    site: str,
+    input_spec: str,
+    weight_spec: str,
+    backward: str,
+    dtype: torch.dtype,
+) -> Tensor:
+    if "output" not in SiteSpec.parse_backward(backward).gemms:
+        return F.linear(x.to(dtype), w.to(dtype), None if b is None else b.to(dtype))
+    left, right = forward_operand(x, input, input_spec), forward_operand(w, weight, weight_spec).mT
+    return scaled_mm_reference(*left.arguments(), *right.arguments(), b, dtype)
+
+
+def linear_fake(x: Tensor, w: Tensor, b: Tensor | None, input: list[Tensor], weight: list[Tensor], *rest: Any) -> Tensor:
+    return x.new_empty((*x.shape[:-1], w.shape[0]), dtype=rest[-1])
+
+
+@dataclass(frozen=True)
+class Saved:
+    """What a site's backward reads: a pair of codes and scale, or the high-precision tensor where a GEMM wants that."""
+
+    input: list[Tensor]
+    weight: list[Tensor]
+    x: Tensor | None
+    w: Tensor | None
+
+    @classmethod
+    def of(cls, x: Tensor, w: Tensor, input: list[Tensor], weight: list[Tensor], spec: SiteSpec) -> Saved:
+        keep_x = not input or "grad_weight" not in spec.gemms or spec.save_for_backward == "high_precision"
+        keep_w = not weight or "grad_input" not in spec.gemms
+        return cls([] if keep_x else input[-2:], [] if keep_w else weight[-2:], x if keep_x else None, w if keep_w else None)
+
+    def tensors(self) -> list[Tensor | None]:
+        return [*(self.input or [None, None]), *(self.weight or [None, None]), self.x, self.w]
+
+    @classmethod
+    def restore(cls, tensors: tuple[Tensor | None, ...]) -> Saved:
+        pairs = [[t for t in tensors[i : i + 2] if t is not None] for i in (0, 2)]
+        return cls(pairs[0], pairs[1], tensors[4], tensors[5])
+
+
+@dataclass(frozen=True)
+class LinearBackward:
+    """The backward formula of one linear, also used inside the compound operators."""
+
+    state: Backward
+    saved: Saved
+    input_spec: str
+    weight_spec: str
+    dtypes: tuple[torch.dtype, torch.dtype]  # of X and of W
+
+    def __call__(self, grad: Tensor, needs_x: bool, needs_w: bool, needs_meter: bool) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
+        """(dX [..., K], dW [N, K], meter row) from dY [..., N]."""
+        flat = grad.reshape(-1, grad.shape[-1]).contiguous()  # [M, N]
+        quantized, amax = self.state.quantize(flat, [-1])
+        dx = self._grad_input(flat, quantized).reshape(*grad.shape[:-1], -1) if needs_x else None
+        dw = self._grad_weight(flat, quantized) if needs_w else None
+        return dx, dw, self.state.statistics(flat, quantized, amax) if needs_meter else None
+
+    def _grad_input(self, flat: Tensor, quantized: Operand) -> Tensor:
+        """dX [M, K] = dY [M, N] W [N, K]."""
+        if not self.state.fp8("grad_input"):
+            return self.state.round(flat @ _present(self.saved.w).to(flat.dtype), "grad_input", self.dtypes[0])
+        weight = backward_operand(self.saved.weight, self.weight_spec) if self.saved.weight else Operand(_present(self.saved.w))
+        return self.state.product(quantized, weight, "grad_input", self.dtypes[0])
+
+    def _grad_weight(self, flat: Tensor, quantized: Operand) -> Tensor:
+        """dW [N, K] = dY^T [N, M] X [M, K]."""
+        if not self.state.fp8("grad_weight"):
+            x = _present(self.saved.x)
+            return self.state.round(flat.mT @ x.reshape(-1, x.shape[-1]).to(flat.dtype), "grad_weight", self.dtypes[1])
+        if quantized.scale is not None and quantized.scale.dim() > 0:  # rows or blocks: this GEMM contracts the tokens
+            quantized, _ = self.state.quantize(flat, [0], other_axis=True)
+        return self.state.product(quantized.mT, self._input().flat(), "grad_weight", self.dtypes[1])
+
+    def _input(self) -> Operand:
+        if self.saved.input:
+            return backward_operand(self.saved.input, self.input_spec)
+        x = _present(self.saved.x)
+        if not self.input_spec:
+            return Operand(x)
+        # save_for_backward: high_precision keeps X itself: the codes of forward are made once more, bit for bit.
+        spec = turned(TensorSpec.parse(self.input_spec))
+        q, scale, _ = quantize(x.reshape(-1, x.shape[-1]), spec.text, [0], self.state.rng, self.state.site, "input")
+        return backward_operand([q, scale], self.input_spec)
+
+
+def _present(x: Tensor | None) -> Tensor:
+    assert x is not None, "Saved.of keeps a tensor for every GEMM that is not in FP8"
+    return x
+
+
+def bias_gradient(grad: Tensor, dtype: torch.dtype) -> Tensor:
+    """Sum over all rows of the unquantized gradient, accumulated in fp32."""
+    return grad.reshape(-1, grad.shape[-1]).sum(0, dtype=torch.promote_types(grad.dtype, torch.float32)).to(dtype)
+
+
+def linear_setup(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
+    x, w, b, input, weight, _, rng, ctx.site, ctx.input_spec, ctx.weight_spec, backward, _ = inputs
+    ctx.spec = SiteSpec.parse_backward(backward)
+    ctx.dtypes = (x.dtype, w.dtype)
+    ctx.bias_dtype = None if b is None else b.dtype
+    ctx.save_for_backward(*Saved.of(x, w, input, weight, ctx.spec).tensors(), rng)
+
+
+def linear_backward(ctx: Any, grad: Tensor) -> tuple[Any, ...]:
+    *saved, rng = ctx.saved_tensors
+    needs = ctx.needs_input_grad
+    formula = LinearBackward(Backward(ctx.site, ctx.spec, rng), Saved.restore(tuple(saved)), ctx.input_spec, ctx.weight_spec, ctx.dtypes)
+    dx, dw, row = formula(grad, needs[0], needs[1], needs[5])
+    db = bias_gradient(grad, ctx.bias_dtype) if ctx.bias_dtype is not None and needs[2] else None
+    return dx, dw, db, None, None, row, None, None, None, None, None, None
+
+
+linear = define(
+    "linear(Tensor x, Tensor w, Tensor? b, Tensor[] input, Tensor[] weight, Tensor? meter, Tensor? rng,"
+    " str site, str input_spec, str weight_spec, str backward, ScalarType dtype) -> Tensor",
+    linear_reference,
+    linear_fake,
+    setup_context=linear_setup,
+    backward=linear_backward,
+)

@@ -1,0 +1,113 @@
+"""What the site operators share: their list arguments as GEMM operands, and the gradient side of a backward formula.
+
+A site operator takes each quantized operand as a list, so that one schema serves every recipe:
+
+    []                  the operand stays in high precision: the anchor itself is multiplied
+    [q, scale]          one quantization serves both GEMMs that read the operand
+    [q, scale, qt, st]  scales per row or block differ with the axis that is contracted: a second quantization for backward
+
+AOTAutograd traces these functions inside the operators' backward formulas: they only call torch and fp8fx operators.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from fp8fx.ops.quantize import STATISTICS, quantize, round_values, underflow
+from fp8fx.ops.scaled_mm import scaled_mm
+from fp8fx.spec import SiteSpec, TensorSpec
+
+
+@dataclass(frozen=True)
+class Operand:
+    """One operand of a GEMM: codes with scale, or a high-precision tensor with an empty format."""
+
+    values: Tensor
+    scale: Tensor | None = None
+    format: str = ""
+    block: tuple[int, ...] = ()
+
+    @property
+    def mT(self) -> Operand:  # the name torch.Tensor gives the same thing
+        """The operand with its last two dimensions swapped, scales included."""
+        scale = self.scale if self.scale is None or self.scale.dim() == 0 else self.scale.mT
+        return Operand(self.values.mT, scale, self.format, self.block[::-1])
+
+    def flat(self) -> Operand:
+        """[..., M, K] as [prod(...) M, K]; only for operands with one scale, or quantized flat already."""
+        return dataclasses.replace(self, values=self.values.reshape(-1, self.values.shape[-1]))
+
+    def arguments(self) -> tuple[Tensor, Tensor | None, str, list[int]]:
+        return self.values, self.scale, self.format, list(self.block)
+
+
+def quantized_operand(pair: list[Tensor], spec: TensorSpec) -> Operand:
+    return Operand(pair[0], pair[1], spec.format, () if isinstance(spec.granularity, str) else spec.granularity)
+
+
+def turned(spec: TensorSpec) -> TensorSpec:
+    """`spec` for the same tensor contracted over its other axis: a block of r x c becomes c x r."""
+    if isinstance(spec.granularity, str):
+        return spec
+    return dataclasses.replace(spec, granularity=spec.granularity[::-1])
+
+
+def needs_two(spec: TensorSpec) -> bool:
+    """True if the two GEMMs that read a tensor need two quantizations of it."""
+    return spec.granularity == "row" or turned(spec) != spec
+
+
+def forward_operand(anchor: Tensor, quantized: list[Tensor], spec: str) -> Operand:
+    """The operand of the output GEMM."""
+    return quantized_operand(quantized[:2], TensorSpec.parse(spec)) if quantized else Operand(anchor)
+
+
+def backward_operand(pair: list[Tensor], spec: str) -> Operand:
+    """The operand of the gradient GEMM, which contracts the other axis."""
+    return quantized_operand(pair, turned(TensorSpec.parse(spec)))
+
+
+def gemm(a: Operand, b: Operand, dtype: torch.dtype) -> Tensor:
+    return scaled_mm(*a.arguments(), *b.arguments(), None, dtype)
+
+
+@dataclass(frozen=True)
+class Backward:
+    """The gradient side of one site: its name, its roles, and the rng of the forward call it belongs to."""
+
+    site: str
+    spec: SiteSpec
+    rng: Tensor | None
+
+    def fp8(self, which: str) -> bool:
+        return which in self.spec.gemms
+
+    def quantize(self, grad: Tensor, dims: list[int], other_axis: bool = False) -> tuple[Operand, Tensor | None]:
+        """`grad` as an operand contracted over `dims`, and its amax; in high precision if the role is none."""
+        spec = self.spec.grad_output
+        if spec is None:
+            return Operand(grad), None
+        spec = turned(spec) if other_axis else spec
+        q, scale, amax = quantize(grad, spec.text, dims, self.rng, self.site, "grad_output")
+        return quantized_operand([q, scale], spec), amax
+
+    def product(self, a: Operand, b: Operand, role: str, dtype: torch.dtype) -> Tensor:
+        """The gradient GEMM of `role`, rounded once from the fp32 accumulator if the role says so, in `dtype`."""
+        rounds = getattr(self.spec, role) is not None
+        return self.round(gemm(a, b, torch.float32 if rounds else dtype), role, dtype)
+
+    def round(self, grad: Tensor, role: str, dtype: torch.dtype) -> Tensor:
+        spec: TensorSpec | None = getattr(self.spec, role)
+        if spec is None:
+            return grad.to(dtype)
+        return round_values(grad, spec.text, self.rng, self.site, role).to(dtype)
+
+    def statistics(self, grad: Tensor, quantized: Operand, amax: Tensor | None) -> Tensor:
+        """The meter's row. It is returned as the meter's "gradient": so no operator mutates state (docs/decisions)."""
+        if amax is None or self.spec.grad_output is None:
+            return grad.new_zeros((STATISTICS,), dtype=torch.float32)
+        return underflow(grad, quantized.values, amax, self.spec.grad_output.text)

@@ -1,0 +1,140 @@
+"""quantize, dequantize and their relatives: the operators that change a tensor's precision.
+
+    quantize(x, spec)               -> q, scale, amax      x ~ decode(q) * scale; outside autograd
+    dequantize(anchor, q, scale)    -> decode(q) * scale   gradient: identity to `anchor`, the tensor that was quantized
+    round_values(x, spec)           -> decode(q) * scale   in one step and outside autograd: gradients that a role rounds
+    round_gradient(x, spec)         -> x                   rounds the gradient that passes through it
+    underflow(x, q)                 -> statistics [4]      amax, non-zero elements, those that became zero, 0
+
+Quantize is not differentiable: an FP8 tensor as an autograd edge would have its gradient cast to FP8. What carries the
+gradient is the high-precision *anchor*.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from fp8fx import formats, numerics
+from fp8fx.ops.library import define
+from fp8fx.spec import TensorSpec
+
+STATISTICS = 4  # columns of a meter row: amax, non-zero gradient elements, those that quantized to zero, reserved
+
+
+def quantize_reference(
+    x: Tensor, spec: str, dims: list[int], rng: Tensor | None = None, site: str = "", role: str = ""
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Codes, float32 scale (the dequantization multiplier) and float32 amax of `x`.
+
+    `dims`: the dimensions that a GEMM will contract, over which a `row` scale is shared. `rng`: int64 [seed, step, call],
+    read by stochastic rounding with the key hash(site, role).
+    """
+    parsed = TensorSpec.parse(spec)
+    return numerics.quantize_tensor(x, parsed, tuple(dims), random_bits=_random_bits(x, parsed, rng, site, role))
+
+
+def _random_bits(x: Tensor, spec: TensorSpec, rng: Tensor | None, site: str, role: str) -> Tensor | None:
+    if not spec.stochastic:
+        return None
+    if rng is None:
+        raise ValueError(f"stochastic rounding at {site or 'a quantize node'} ({role}) needs the rng input [seed, step, call]")
+    return numerics.philox_bits(x.shape, rng[0], numerics.producer_key(site, role), rng[1], rng[2], x.device)
+
+
+def quantize_fake(
+    x: Tensor, spec: str, dims: list[int], rng: Tensor | None = None, site: str = "", role: str = ""
+) -> tuple[Tensor, Tensor, Tensor]:
+    parsed = TensorSpec.parse(spec)
+    dtype = formats.get(parsed.format).torch_dtype or torch.uint8
+    q = x.new_empty(x.shape, dtype=dtype)
+    return q, *(x.new_empty(_scale_shape(x, parsed, dims, of_amax=amax), dtype=torch.float32) for amax in (False, True))
+
+
+def _scale_shape(x: Tensor, spec: TensorSpec, dims: list[int], of_amax: bool) -> list[Any]:
+    if spec.granularity == "tensor" or (spec.scaling == "none" and not of_amax):
+        return []
+    if spec.granularity == "row":
+        contracted = {d % x.dim() for d in dims}
+        return [1 if i in contracted else size for i, size in enumerate(x.shape)]
+    rows, columns = spec.granularity
+    return [*x.shape[:-2], (x.shape[-2] + rows - 1) // rows, (x.shape[-1] + columns - 1) // columns]  # type: ignore[operator]
+
+
+quantize = define(
+    "quantize(Tensor x, str spec, int[] dims, Tensor? rng=None, str site='', str role='') -> (Tensor q, Tensor scale, Tensor amax)",
+    quantize_reference,
+    quantize_fake,
+)
+
+
+def dequantize_reference(anchor: Tensor, q: Tensor, scale: Tensor, spec: str, dtype: torch.dtype) -> Tensor:
+    parsed = TensorSpec.parse(spec)
+    return numerics.dequantize_tensor(q, scale, parsed.format, parsed.granularity, dtype)
+
+
+def _dequantize_setup(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
+    ctx.dtype = inputs[0].dtype
+
+
+def _dequantize_backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None, None, None, None]:
+    return grad.to(ctx.dtype), None, None, None, None
+
+
+dequantize = define(
+    "dequantize(Tensor anchor, Tensor q, Tensor scale, str spec, ScalarType dtype) -> Tensor",
+    dequantize_reference,
+    lambda anchor, q, scale, spec, dtype: q.new_empty(q.shape, dtype=dtype),
+    setup_context=_dequantize_setup,
+    backward=_dequantize_backward,
+)
+
+
+def round_reference(x: Tensor, spec: str, rng: Tensor | None, site: str, role: str) -> Tensor:
+    parsed = TensorSpec.parse(spec)
+    q, scale, _ = quantize_reference(x, spec, [-1], rng, site, role)
+    return numerics.dequantize_tensor(q, scale, parsed.format, parsed.granularity, x.dtype)
+
+
+round_values = define(
+    "round_values(Tensor x, str spec, Tensor? rng, str site, str role) -> Tensor",
+    round_reference,
+    lambda x, spec, rng, site, role: torch.empty_like(x, memory_format=torch.contiguous_format),
+)
+
+
+def underflow_reference(x: Tensor, q: Tensor, amax: Tensor, spec: str) -> Tensor:
+    """float32 [STATISTICS] of one quantized gradient `x` with codes `q`."""
+    fast = q.dtype in (torch.float8_e5m2, torch.float8_e4m3fn)  # both have zero codes 0x00 and 0x80 only
+    zero = (q.view(torch.uint8) & 0x7F) == 0 if fast else numerics.decode(q, TensorSpec.parse(spec).format) == 0
+    nonzero = x != 0
+    counts = torch.stack([torch.count_nonzero(nonzero), torch.count_nonzero(nonzero & zero)]).float()
+    return torch.cat([amax.max().reshape(1) if amax.numel() else counts.new_zeros(1), counts, counts.new_zeros(1)])
+
+
+underflow = define(
+    "underflow(Tensor x, Tensor q, Tensor amax, str spec) -> Tensor",
+    underflow_reference,
+    lambda x, q, amax, spec: x.new_empty((STATISTICS,), dtype=torch.float32),
+)
+
+
+def _round_gradient_setup(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
+    _, ctx.spec, rng, ctx.site, ctx.role = inputs
+    ctx.save_for_backward(rng)
+
+
+def _round_gradient_backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None, None, None, None]:
+    (rng,) = ctx.saved_tensors
+    return round_values(grad.contiguous(), ctx.spec, rng, ctx.site, ctx.role), None, None, None, None
+
+
+round_gradient = define(
+    "round_gradient(Tensor x, str spec, Tensor? rng, str site, str role) -> Tensor",
+    lambda x, spec, rng, site, role: x.clone(),
+    lambda x, spec, rng, site, role: torch.empty_like(x),
+    setup_context=_round_gradient_setup,
+    backward=_round_gradient_backward,
+)

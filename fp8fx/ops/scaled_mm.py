@@ -1,0 +1,104 @@
+"""scaled_mm: the one GEMM all others are made of, forward and backward.
+
+    scaled_mm(a [..., M, K], b [..., K, N]) = (decode(a) @ decode(b)) * scale_a * scale_b (+ bias)     accumulated in fp32
+
+An operand with format "" is not quantized: it enters as it is, in fp32, and has no scale. Scales of a tensor or of rows
+(constant along the contraction) multiply the result; scales of blocks multiply the partial sum of each block of K, as the
+hardware does. One rounding to `dtype` ends it.
+"""
+
+from __future__ import annotations
+
+import math
+
+import torch
+from torch import Tensor
+
+from fp8fx import numerics
+from fp8fx.ops.library import define
+
+
+def scaled_mm_reference(
+    a: Tensor,
+    scale_a: Tensor | None,
+    format_a: str,
+    block_a: list[int],
+    b: Tensor,
+    scale_b: Tensor | None,
+    format_b: str,
+    block_b: list[int],
+    bias: Tensor | None,
+    dtype: torch.dtype,
+) -> Tensor:
+    """`block_a` is [] or the (rows, columns) of A's blocks over [M, K]; `block_b` likewise over [K, N]."""
+    left, right = operand(a, format_a), operand(b, format_b)
+    if block_a or block_b:
+        result = _blocked(left, scale_a, block_a, right, scale_b, block_b)
+    else:
+        result = apply_scales(left @ right, scale_a, scale_b)
+    if bias is not None:
+        result = result + bias.float()
+    return result.to(dtype)
+
+
+def operand(x: Tensor, format: str) -> Tensor:
+    """float32 values of codes, or of a tensor that stays in high precision (format "")."""
+    return numerics.decode(x, format) if format else x.float()
+
+
+def apply_scales(result: Tensor, scale_a: Tensor | None, scale_b: Tensor | None) -> Tensor:
+    """Multiply a fresh fp32 `result` in place; two per-tensor scales are multiplied first, one pass instead of two."""
+    if scale_a is not None and scale_b is not None and scale_a.dim() == 0 and scale_b.dim() == 0:
+        return result.mul_(scale_a * scale_b)
+    for scale in (scale_a, scale_b):
+        if scale is not None:
+            result = result.mul_(scale)
+    return result
+
+
+def _blocked(left: Tensor, scale_a: Tensor | None, block_a: list[int], right: Tensor, scale_b: Tensor | None, block_b: list[int]) -> Tensor:
+    """Sum over blocks of K, each partial product scaled before it is added. The step divides both operands' blocks."""
+    depth = left.shape[-1]
+    step = math.gcd(block_a[1] if block_a else 0, block_b[0] if block_b else 0)
+    result = left.new_zeros(1)
+    for start in range(0, max(depth, 1), step):
+        part = left[..., start : start + step] @ right[..., start : start + step, :]
+        part = part * _slice_scale(scale_a, block_a, start, part.shape[-2], contraction=-1)
+        result = result + part * _slice_scale(scale_b, block_b, start, part.shape[-1], contraction=-2)
+    return result
+
+
+def _slice_scale(scale: Tensor | None, block: list[int], start: int, size: int, contraction: int) -> Tensor | float:
+    """The scales of the block of K that holds `start`, one per row of A ([..., M, 1]) or column of B ([..., 1, N])."""
+    if scale is None:
+        return 1.0
+    if not block:
+        return scale
+    other = -3 - contraction  # the dimension that is not contracted: -2 for A, -1 for B
+    along = block[contraction % 2]
+    picked = scale.narrow(contraction, start // along, 1)
+    return picked.repeat_interleave(block[other % 2], dim=other).narrow(other, 0, size)
+
+
+def scaled_mm_fake(
+    a: Tensor,
+    scale_a: Tensor | None,
+    format_a: str,
+    block_a: list[int],
+    b: Tensor,
+    scale_b: Tensor | None,
+    format_b: str,
+    block_b: list[int],
+    bias: Tensor | None,
+    dtype: torch.dtype,
+) -> Tensor:
+    batch = torch.broadcast_shapes(a.shape[:-2], b.shape[:-2])
+    return a.new_empty((*batch, a.shape[-2], b.shape[-1]), dtype=dtype)
+
+
+scaled_mm = define(
+    "scaled_mm(Tensor a, Tensor? scale_a, str format_a, int[] block_a, Tensor b, Tensor? scale_b, str format_b, int[] block_b,"
+    " Tensor? bias, ScalarType dtype) -> Tensor",
+    scaled_mm_reference,
+    scaled_mm_fake,
+)
