@@ -1,0 +1,65 @@
+# make demo        train the demo's models under FP8 (an environment of its own in .venv, then `fp8fx demo`)
+# make test        the whole suite, in .venv
+# make test-core   numerics and the gate only, with the Python that is there (PYTHON=...): nothing is installed
+# make lint        ruff and mypy, in .venv
+# make wheel       build the wheel and try it in a fresh environment, outside the checkout
+# make clean       remove everything that these make
+
+PYTHON ?= python3
+VENV ?= .venv
+DEMO_ARGS ?=
+TEST_ARGS ?=
+
+# Always with the constraints: without them pip replaces a CPU build of torch by a CUDA build of gigabytes.
+# The build runs in the environment itself (setuptools is installed first), since an isolated one would not see them.
+export PIP_DISABLE_PIP_VERSION_CHECK := 1
+CONSTRAINTS := $(CURDIR)/constraints.txt
+INSTALL := -m pip install --quiet --no-input -c $(CONSTRAINTS)
+BIN := $(VENV)/bin
+ON_CHANGE := pyproject.toml constraints.txt
+TYPES := build/types
+WHEEL_ENV := build/wheel-env
+
+.PHONY: demo test test-core lint wheel clean
+
+demo: $(VENV)/demo.stamp
+	$(BIN)/fp8fx demo $(DEMO_ARGS)
+
+test: $(VENV)/dev.stamp
+	$(BIN)/python -m pytest --durations=15 $(TEST_ARGS)
+
+test-core:
+	PYTHONPATH= $(PYTHON) -m pytest -m core $(TEST_ARGS)
+
+$(VENV)/python.stamp:
+	@echo "making an environment in $(VENV) (a few minutes, once)"
+	$(PYTHON) -m venv $(VENV)
+	$(BIN)/python $(INSTALL) setuptools
+	touch $@
+
+$(VENV)/demo.stamp: $(VENV)/python.stamp $(ON_CHANGE)
+	$(BIN)/python $(INSTALL) --no-build-isolation -e '.[demo,triton]'
+	touch $@
+
+$(VENV)/dev.stamp: $(VENV)/python.stamp $(ON_CHANGE)
+	$(BIN)/python $(INSTALL) --no-build-isolation -e '.[dev]'
+	touch $@
+
+# mypy cannot follow the package-dir mapping (kernels/ is fp8fx.kernels): it checks a tree of links laid out as installed.
+lint: $(VENV)/dev.stamp
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	rm -rf $(TYPES) && mkdir -p $(TYPES)/fp8fx
+	ln -s $(CURDIR)/fp8fx/* $(CURDIR)/kernels $(CURDIR)/recipes $(TYPES)/fp8fx/
+	cd $(TYPES) && $(abspath $(BIN))/mypy --config-file $(CURDIR)/pyproject.toml --cache-dir $(CURDIR)/.mypy_cache -p fp8fx
+
+# build/lib keeps files that were deleted since, and setuptools would pack them again.
+wheel: $(VENV)/dev.stamp
+	rm -rf build/lib build/bdist.* dist $(WHEEL_ENV)
+	$(BIN)/python -m pip wheel --quiet --no-deps --no-build-isolation -c $(CONSTRAINTS) -w dist .
+	$(PYTHON) -m venv $(WHEEL_ENV)
+	$(WHEEL_ENV)/bin/python $(INSTALL) --no-compile dist/fp8fx-*.whl
+	cd $(WHEEL_ENV) && bin/python -I $(CURDIR)/.ci/smoke.py && bin/fp8fx recipe list
+
+clean:
+	rm -rf $(VENV) build dist demo-out *.egg-info .mypy_cache .pytest_cache .ruff_cache .hypothesis

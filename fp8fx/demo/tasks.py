@@ -1,0 +1,78 @@
+"""What the demo trains: a model, its real input and its settings, as one row each."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass
+
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from fp8fx.demo import data
+from fp8fx.demo.models import GPT, DigitsResNet
+
+Batches = Iterable[tuple[Tensor, Tensor]]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Task:
+    """One training job. The numbers are tuned for two CPU cores; `lr` decays to a tenth over the run (cosine).
+
+    metric: what is compared between recipes, `loss` (held-out cross entropy in nats) or `accuracy` (held-out share right).
+    bars: per recipe, how much worse than `none` it may be: relative for a loss, in points of a hundred for an accuracy.
+    """
+
+    name: str
+    metric: str
+    build: Callable[[], nn.Module]
+    batches: Callable[[int, int], Batches]  # (steps, seed) -> training batches
+    held_out: Callable[[], Batches]
+    steps: int
+    lr: float
+    weight_decay: float
+    bars: dict[str, float]
+    warmup: int = 20
+
+    def loss(self, logits: Tensor, labels: Tensor) -> Tensor:
+        """Mean cross entropy over every position."""
+        return F.cross_entropy(logits.flatten(0, -2), labels.flatten())
+
+    def with_steps(self, steps: int | None) -> Task:
+        """The same task for `steps` steps; None changes nothing."""
+        return self if steps is None else dataclasses.replace(self, steps=steps, warmup=min(self.warmup, max(steps // 4, 1)))
+
+
+def gpt(context: int = 64, batch: int = 8, held_out_batches: int = 128) -> Task:
+    """A byte-level GPT on Python's own standard library."""
+    text = data.python_source()
+    return Task(
+        name="gpt",
+        metric="loss",
+        build=lambda: GPT(width=128, layers=2, heads=4, context=context),
+        batches=lambda steps, seed: data.text_batches(text.train, batch, context, steps, seed),
+        held_out=lambda: data.text_windows(text.held_out, batch, context, held_out_batches),
+        steps=700,
+        lr=3e-3,
+        weight_decay=0.1,
+        bars={"hybrid": 0.01, "direct": 0.03},
+    )
+
+
+def digits(batch: int = 64) -> Task:
+    """A small ResNet on scikit-learn's handwritten digits."""
+    pictures = data.digits()
+    return Task(
+        name="digits",
+        metric="accuracy",
+        build=lambda: DigitsResNet(width=32),
+        batches=lambda steps, seed: data.picture_batches(pictures, batch, steps, seed),
+        held_out=lambda: data.picture_windows(pictures, 100),
+        steps=200,
+        lr=3e-3,
+        weight_decay=0.05,
+        bars={"hybrid": 1.0, "direct": 1.0},
+    )
+
+
+TASKS: dict[str, Callable[[], Task]] = {"gpt": gpt, "digits": digits}

@@ -1,0 +1,46 @@
+"""Shared by all tests: torchvision beside a CPU build of torch, GPU tests only where there is a GPU, threads."""
+
+from __future__ import annotations
+
+import importlib
+import os
+import sys
+
+import pytest
+import torch
+
+_keep_alive: list[torch.library.Library] = []  # a Library takes its operators away again when it dies
+
+
+def _import_torchvision() -> None:
+    """torchvision's PyPI build fails at import beside a CPU build of torch (`operator torchvision::nms does not exist`).
+
+    timm and transformers import it, so the two operators it looks up are declared first. No test calls them.
+    """
+    try:
+        importlib.import_module("torchvision")
+    except ModuleNotFoundError:
+        return  # it is not installed, and nothing that is needs it
+    except RuntimeError:
+        for name in [name for name in sys.modules if name.partition(".")[0] == "torchvision"]:
+            del sys.modules[name]
+        library = torch.library.Library("torchvision", "FRAGMENT")
+        for operator in ("nms", "qnms"):
+            library.define(f"{operator}(Tensor dets, Tensor scores, float iou_threshold) -> Tensor")
+        _keep_alive.append(library)
+        importlib.import_module("torchvision")
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    # One thread per core that this process may use, but not more than the small tensors of the tests can feed.
+    torch.set_num_threads(min(len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1, 4))
+    _import_torchvision()
+
+
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    if torch.cuda.is_available():
+        return
+    gpu = [item for item in items if item.get_closest_marker("gpu")]
+    if gpu:
+        config.hook.pytest_deselected(items=gpu)
+        items[:] = [item for item in items if item not in gpu]

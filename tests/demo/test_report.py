@@ -1,0 +1,119 @@
+from __future__ import annotations
+
+import io
+import json
+import math
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+from rich.console import Console
+
+from fp8fx.demo import artifacts, report
+from fp8fx.demo.progress import progress
+from fp8fx.demo.report import Result
+from fp8fx.demo.tasks import TASKS, Task
+
+
+@pytest.fixture(scope="module")
+def tasks() -> dict[str, Task]:
+    return {name: build() for name, build in TASKS.items()}
+
+
+def result(task: str, recipe: str, loss: float = 2.0, accuracy: float = 0.98, **changes: Any) -> Result:
+    values: dict[str, Any] = {
+        "task": task,
+        "metric": "loss" if task == "gpt" else "accuracy",
+        "recipe": recipe,
+        "seed": 0,
+        "steps": 3,
+        "held_out_loss": loss,
+        "accuracy": accuracy,
+        "seconds": 1.0,
+        "diverged": "",
+        "fp8_share": 0.0 if recipe == "none" else 1.0,
+        "exempt_share": 0.05,
+        "worst_layer": "" if recipe == "none" else "blocks.0.up",
+        "worst_sqnr": math.nan if recipe == "none" else 25.0,
+        "losses": [3.0, 2.5, 2.0],
+        "sqnr": {},
+    }
+    return Result(**(values | changes))
+
+
+GOOD = [
+    result("gpt", "none"),
+    result("gpt", "hybrid", loss=2.01),
+    result("digits", "none"),
+    result("digits", "direct", accuracy=0.975),
+]
+
+
+def test_bars_pass_and_fail(tasks: dict[str, Task]) -> None:
+    assert all(v.passed for v in report.verdicts(GOOD, tasks, judge_quality=True))
+    bad = [GOOD[0], result("gpt", "hybrid", loss=2.03, fp8_share=0.9), GOOD[2], result("digits", "hybrid", accuracy=0.96)]
+    failed = [v.text for v in report.verdicts(bad, tasks, judge_quality=True) if not v.passed]
+    assert len(failed) == 3
+    assert "gpt hybrid: held-out loss +1.50%, asked within 1% of none" in failed[0]
+    assert "90.0% of non-exempt FLOPs" in failed[1]
+    assert "digits hybrid: accuracy -2.00 points" in failed[2]
+
+
+def test_better_than_none_passes(tasks: dict[str, Task]) -> None:
+    better = [GOOD[0], result("gpt", "direct", loss=1.5), GOOD[2], result("digits", "hybrid", accuracy=1.0)]
+    assert all(v.passed for v in report.verdicts(better, tasks, judge_quality=True))
+
+
+def test_a_shortened_run_is_judged_on_coverage_and_divergence_only(tasks: dict[str, Task]) -> None:
+    bad = [GOOD[0], result("gpt", "hybrid", loss=9.0), result("gpt", "direct", diverged="diverged at step 1: the loss is nan")]
+    texts = {v.text: v.passed for v in report.verdicts(bad, tasks, judge_quality=False)}
+    assert [text for text, passed in texts.items() if not passed] == ["gpt direct: diverged at step 1: the loss is nan"]
+
+
+def test_without_a_baseline_the_bar_fails_and_says_so(tasks: dict[str, Task]) -> None:
+    (verdict, _) = report.verdicts([GOOD[1]], tasks, judge_quality=True)
+    assert not verdict.passed
+    assert "the none run is missing" in verdict.text
+
+
+def test_table_shows_every_run() -> None:
+    console = Console(record=True, width=150, file=io.StringIO())
+    console.print(report.table([*GOOD, result("digits", "hybrid", diverged="x")]))
+    text = console.export_text()
+    for cell in ("loss 2.0100", "+0.50%", "accuracy 97.50%", "-0.50 points", "25.0 dB  blocks.0.up", "diverged"):
+        assert cell in text
+
+
+def test_results_json_has_no_nan(tmp_path: Path, tasks: dict[str, Task]) -> None:
+    report.write_results(tmp_path / "results.json", GOOD, report.verdicts(GOOD, tasks, judge_quality=True), "cpu")
+    found = json.loads((tmp_path / "results.json").read_text(), parse_constant=lambda name: pytest.fail(f"{name} in JSON"))
+    assert [row["recipe"] for row in found["results"]] == ["none", "hybrid", "none", "direct"]
+    assert found["results"][0]["worst_sqnr"] is None
+    assert found["results"][1]["gap_to_none"] == pytest.approx(0.005)
+    assert all(bar["passed"] for bar in found["bars"])
+
+
+def test_curves_are_a_picture(tmp_path: Path) -> None:
+    artifacts.draw_curves(tmp_path / "curves.png", GOOD)
+    assert (tmp_path / "curves.png").read_bytes().startswith(b"\x89PNG")
+    assert artifacts.smoothed([1.0, 3.0, 5.0], window=2) == [1.0, 2.0, 4.0]
+
+
+def test_plan_and_graphs_are_written(tmp_path: Path) -> None:
+    plan = SimpleNamespace(to_json=lambda: "{}")
+    model = SimpleNamespace(plan=lambda: plan, graph=lambda stage: SimpleNamespace(graph=f"graph after {stage}"))
+    artifacts.write_plan(tmp_path, "gpt-hybrid", model)
+    artifacts.write_graphs(tmp_path / "graphs", "gpt-hybrid", model)
+    assert (tmp_path / "gpt-hybrid-plan.json").read_text() == "{}\n"
+    assert (tmp_path / "graphs/gpt-hybrid-2-insert_qdq.txt").read_text() == "graph after insert_qdq\n"
+    assert len(list((tmp_path / "graphs").iterdir())) == len(artifacts.STAGES)
+
+
+def test_progress_without_a_terminal_is_a_few_lines(tmp_path: Path) -> None:
+    with (tmp_path / "log").open("w") as file, progress(Console(file=file), "gpt / none", 100) as on_step:
+        for step in range(100):
+            on_step(step, 1.0)
+    lines = (tmp_path / "log").read_text().splitlines()
+    assert len(lines) == 4
+    assert lines[-1].endswith("step  100/100  loss 1.0000")
