@@ -17,13 +17,16 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Annotated, Any
 
-from pydantic import BaseModel, BeforeValidator, ConfigDict, WithJsonSchema, field_validator
+from pydantic import BaseModel, BeforeValidator, ConfigDict, field_validator
 
 from fp8fx.recipe.source import shorten
 from fp8fx.recipe.values import (
     LISTED,
+    OR_NONE,
+    OR_ONE,
     Accumulator,
     ActivationInputs,
+    Also,
     Attention,
     Count,
     CountFrom1,
@@ -45,10 +48,12 @@ from fp8fx.recipe.values import (
     Seed,
     Switch,
     Text,
+    Version,
     WeightCache,
     WeightTranspose,
     WhenNotFaster,
     field,
+    refusal,
 )
 
 
@@ -59,7 +64,9 @@ class Model(BaseModel):
 
 
 class Role(Model):
-    """How one tensor of a layer is quantized."""
+    """How one tensor of a layer is quantized. A key left out keeps what the role has: at first, what the mode says."""
+
+    model_config = ConfigDict(json_schema_extra=lambda schema: _drop_defaults(schema))
 
     format: Format = field("number format: a name of fp8fx.formats, any eXmY, or a torch dtype", default="e4m3fn")
     scaling: Scaling = field("none: scale 1; current: from this tensor's amax; delayed: from earlier steps", default="current")
@@ -72,14 +79,12 @@ def _role(value: object) -> object:
     """`none`, null, and YAML's `off` leave the tensor in high precision."""
     if value is None or value is False or value == "none":
         return None
-    if value is True:
-        raise ValueError("got True (YAML reads on, yes and true as booleans); allowed: none or a mapping such as {format: e4m3fn}")
     if not isinstance(value, Mapping | Role):
-        raise ValueError(f"got {shorten(value)}; allowed: none or a mapping such as {{format: e4m3fn}}")
+        raise ValueError(refusal(value, "none or a mapping such as {format: e4m3fn}"))
     return value
 
 
-OptionalRole = Annotated[Role | None, BeforeValidator(_role)]
+OptionalRole = Annotated[Role | None, BeforeValidator(_role), OR_NONE]
 
 
 class Gemms(Model):
@@ -93,9 +98,9 @@ class Gemms(Model):
 class Accumulate(Model):
     """The accumulator of each multiplication on a GPU; the CPU reference always has fp32."""
 
-    output: Accumulator = field("Hopper's fast accumulator, or fp32 promotion", default="fast")
-    grad_input: Accumulator = field("likewise", default="precise")
-    grad_weight: Accumulator = field("likewise", default="precise")
+    output: Accumulator = field("of Y: the fast accumulator of Hopper, or promotion to fp32", default="fast")
+    grad_input: Accumulator = field("of dX", default="precise")
+    grad_weight: Accumulator = field("of dW", default="precise")
 
 
 class Layer(Model):
@@ -130,9 +135,9 @@ class Layer(Model):
 class Match(Model):
     """What a rule applies to: all keys that are written must hold; within a list any entry."""
 
-    name: Annotated[tuple[Pattern, ...], LISTED] = field("module or site names: globs, or re: and a full match", default=())
-    type: Annotated[tuple[Pattern, ...], LISTED] = field("class names, of any class in the MRO", default=())
-    op: Annotated[tuple[OpKind, ...], LISTED] = field("kinds of operation", default=())
+    name: Annotated[tuple[Pattern, ...], LISTED, OR_ONE] = field("module or site names: globs, or re: and a full match", default=())
+    type: Annotated[tuple[Pattern, ...], LISTED, OR_ONE] = field("class names, of any class in the MRO", default=())
+    op: Annotated[tuple[OpKind, ...], LISTED, OR_ONE] = field("kinds of operation", default=())
     min_numel: Count | None = field("the weight has this many elements or more", default=None)
     max_numel: Count | None = field("the weight has this many elements or fewer", default=None)
 
@@ -141,14 +146,12 @@ def _match(value: object) -> object:
     if isinstance(value, str):
         return {"name": [value]}
     if not isinstance(value, Mapping | Match):
-        hint = " (YAML reads on, off, yes and no as booleans: quote it)" if isinstance(value, bool) else ""
-        raise ValueError(f"got {shorten(value)}; allowed: a pattern such as '*.fc' or a mapping such as {{type: Embedding}}{hint}")
+        raise ValueError(refusal(value, "a pattern such as '*.fc', in quotes, or a mapping such as {type: Embedding}"))
     return value
 
 
-_PATTERN_OR_MAPPING = {"anyOf": [{"type": "string", "minLength": 1}, Match.model_json_schema()]}
-OneMatch = Annotated[Match, BeforeValidator(_match), WithJsonSchema(_PATTERN_OR_MAPPING)]
-Matches = Annotated[tuple[OneMatch, ...], LISTED]
+OneMatch = Annotated[Match, BeforeValidator(_match), Also({"type": "string", "minLength": 1})]
+Matches = Annotated[tuple[OneMatch, ...], LISTED, OR_ONE]
 
 
 class Rule(Layer):
@@ -163,7 +166,7 @@ class Rule(Layer):
 
 
 def _drop_defaults(schema: dict[str, Any]) -> None:
-    """In a rule a key that is left out changes nothing, so the schema must not show a default for it."""
+    """Where a key that is left out changes nothing, the schema must not show a default for it."""
     for name, entry in schema["properties"].items():
         if name not in ("optional", "reason"):
             entry.pop("default", None)
@@ -172,8 +175,8 @@ def _drop_defaults(schema: dict[str, Any]) -> None:
 class Boundary(Model):
     """Modes for the first and the last layer with a weight, in execution order; applied before the rules."""
 
-    first: Mode | None = field("mode of the first layer; none: as any other", default=None)
-    last: Mode | None = field("mode of the last layer; none: as any other", default=None)
+    first: Annotated[Mode | None, OR_NONE] = field("mode of the first layer; none: as any other", default=None)
+    last: Annotated[Mode | None, OR_NONE] = field("mode of the last layer; none: as any other", default=None)
 
     @field_validator("first", "last", mode="before")
     @classmethod
@@ -193,14 +196,16 @@ class Delayed(Model):
 class Scale(Model):
     """How an amax becomes a scale."""
 
-    power_of_two: Switch = field("round scales down to a power of two", default=False)
+    power_of_two: Switch = field("only powers of two as scales", default=False)
     eps: Positive = field("the smallest amax", default=1e-12)
 
 
 class LossScaling(Model):
     """Loss scaling, in the words of torch.amp.GradScaler."""
 
-    mode: LossScalingMode = field("default: dynamic if defaults.mode is direct, else none", default="none")
+    mode: LossScalingMode = field(
+        "dynamic: shrinks at inf or NaN, else grows; by default dynamic if defaults.mode is direct, else none", default="none"
+    )
     init: Positive = field("the first scale", default=65536.0)
     growth_interval: CountFrom1 = field("steps without inf or NaN before the scale grows", default=2000)
     growth_factor: Growth = field("what it grows by", default=2.0)
@@ -212,7 +217,7 @@ class LossScaling(Model):
     def _steps(cls, value: object) -> object:
         """Two keys such as 0 and "0" would be one step."""
         if not isinstance(value, Mapping):
-            raise ValueError(f"got {shorten(value)}; allowed: a mapping such as {{0: 1, 40000: 8192}}")
+            raise ValueError(refusal(value, "a mapping such as {0: 1, 40000: 8192}"))
         if len({str(step) for step in value}) < len(value):
             raise ValueError(f"got {shorten(value)}; a step is written twice")
         return value
@@ -224,18 +229,18 @@ class LossScaling(Model):
 class Document(Model):
     """A whole recipe."""
 
-    version: Count = field("of this grammar: 1", default=1)
+    version: Version = field("of this grammar: 1", default=1)
     extends: Text | None = field("a shipped recipe or a file to start from", default=None)
     defaults: Layer = field("what every layer gets", default=Layer())
     boundary: Boundary = field("the first and the last layer", default=Boundary())
-    rules: Annotated[tuple[Rule, ...], LISTED] = field("ordered; every matching rule merges, the last writer wins", default=())
+    rules: Annotated[tuple[Rule, ...], LISTED, OR_ONE] = field("ordered; every matching rule merges, the last writer wins", default=())
     exempt: Matches = field("patterns of layers that stay in high precision: trailing rules", default=())
     output_fused: Matches = field("patterns of layers whose output stays in high precision: trailing rules", default=())
     delayed: Delayed = field("for scaling: delayed", default=Delayed())
     scale: Scale = field("how an amax becomes a scale", default=Scale())
     loss_scaling: LossScaling = field("what fp8fx.GradScaler does", default=LossScaling())
     seed: Seed = field("of stochastic rounding", default=0)
-    strict: Switch = field("false: warn about mistakes that would do no harm, instead of refusing them", default=True)
+    strict: Switch = field("false: warn about what is unmatched, unknown, empty or impossible, instead of refusing it", default=True)
 
     @field_validator("defaults", "boundary", "delayed", "scale", "loss_scaling", mode="before")
     @classmethod

@@ -21,7 +21,7 @@ from pydantic import BaseModel, ValidationError
 from fp8fx.errors import FP8Warning, RecipeError, nearest
 from fp8fx.recipe import source as sources
 from fp8fx.recipe.checks import document_problems, merged_problems
-from fp8fx.recipe.grammar import Boundary, Document, LossScaling, Match, Rule
+from fp8fx.recipe.grammar import Boundary, Document, Layer, LossScaling, Match, Rule
 from fp8fx.recipe.merge import merge, preset
 from fp8fx.recipe.source import KeyPath, Source
 
@@ -55,7 +55,7 @@ def find(name: object, folder: Path) -> Source:
     if not isinstance(name, str):
         raise RecipeError(f"a recipe is a shipped name, a path, a dict or a Recipe; got {sources.shorten(name)}")
     if is_path(name):
-        return sources.from_file(folder / Path(name).expanduser())
+        return sources.from_file(folder / os.path.expanduser(name))
     if name not in shipped():
         close = nearest(name, shipped())
         raise RecipeError(f"no shipped recipe is called {name!r}; allowed: {', '.join(shipped())}, or a path that ends in .yaml.{close}")
@@ -65,15 +65,16 @@ def find(name: object, folder: Path) -> Source:
 
 def load(name: object) -> list[Loaded]:
     """The chain of documents, the one that extends nothing first."""
-    return _follow(find(name, Path()), ())
+    return follow(find(name, Path()))
 
 
-def _follow(source: Source, chain: tuple[str, ...]) -> list[Loaded]:
+def follow(source: Source, chain: tuple[str, ...] = ()) -> list[Loaded]:
+    """The chain that ends in `source`; `chain` names the documents that led here."""
     chain = (*chain, _identity(source))
     base: list[Loaded] = []
     name = source.data.get("extends")
     if name is not None:
-        base = _follow(_extended(source, name, chain), chain)
+        base = follow(_extended(source, name, chain), chain)
     inherited = base[-1].document.strict if base else True
     document = _validate(source, strict=inherited)
     return [*base, Loaded(document, source)]
@@ -139,18 +140,21 @@ def _problem(source: Source, entry: dict[str, Any]) -> str:
     """One pydantic error in our words."""
     loc: KeyPath = entry["loc"]
     if entry["type"] == "extra_forbidden":
-        known = sorted(_keys_at(loc[:-1]))
-        return f"unknown key; allowed: {', '.join(known)}.{nearest(loc[-1], known)}".removesuffix(".")
+        known = list(_keys_at(loc[:-1]))
+        hint = nearest(loc[-1], known)
+        if len(loc) == 1 and loc[0] in Layer.model_fields:
+            hint = f" Did you mean 'defaults.{loc[0]}'?"
+        return f"unknown key; allowed: {', '.join(known)}{'.' if hint else ''}{hint}"
     if entry["type"] == "missing":
-        return f"has no {loc[-1]!r}"
+        return "is missing; every rule says what it matches"
+    if entry["type"] == "model_type":
+        return f"got {sources.shorten(source.value(loc))}; allowed: a mapping with the keys {', '.join(_keys_at(loc))}"
     if entry["type"] == "value_error":
         return str(entry["ctx"]["error"])
     return f"got {sources.shorten(source.value(loc))}; allowed: {_EXPECTED.get(entry['type'], entry['msg'])}"
 
 
 _EXPECTED = {
-    "model_type": "a mapping of keys",
-    "model_attributes_type": "a mapping of keys",
     "dict_type": "a mapping of keys",
     "tuple_type": "a list",
     "list_type": "a list",
@@ -174,6 +178,9 @@ def _models_in(annotation: Any) -> Iterator[type[BaseModel]]:
         yield from _models_in(argument)
 
 
+Written = tuple[Source, KeyPath]  # an entry as it stands in its own document
+
+
 @dataclass(frozen=True)
 class Merged:
     """A chain of documents as one: `document` extends nothing and its defaults are complete.
@@ -188,15 +195,15 @@ class Merged:
 def merge_chain(chain: list[Loaded]) -> Merged:
     """Merge, base first. Where a document is extended, its exempt and output_fused lists become rules before those that follow."""
     defaults = preset("hybrid")
-    rules: list[tuple[Rule, str]] = []
-    sugar: dict[str, list[tuple[Match, str]]] = {"exempt": [], "output_fused": []}
+    rules: list[tuple[Rule, Written]] = []
+    sugar: dict[str, list[tuple[Match, Written]]] = {"exempt": [], "output_fused": []}
     for loaded in chain:
         document, source = loaded.document, loaded.source
         for key, entries in sugar.items():
             rules += [(sugar_rule(key, match), place) for match, place in entries]
         defaults = merge(defaults, document.defaults)
-        rules += [(rule, source.place(("rules", n))) for n, rule in enumerate(document.rules)]
-        sugar = {key: [(match, source.place((key, n))) for n, match in enumerate(getattr(document, key))] for key in sugar}
+        rules += [(rule, (source, ("rules", n))) for n, rule in enumerate(document.rules)]
+        sugar = {key: [(match, (source, (key, n))) for n, match in enumerate(getattr(document, key))] for key in sugar}
     top = chain[-1].document
     merged = Document.model_construct(
         version=1,
@@ -212,12 +219,17 @@ def merge_chain(chain: list[Loaded]) -> Merged:
         seed=next((one.document.seed for one in reversed(chain) if "seed" in one.document.model_fields_set), 0),
         strict=top.strict,
     )
-    places: dict[KeyPath, str] = {("rules", n): place for n, (_, place) in enumerate(rules)}
-    places |= {(key, n): place for key, entries in sugar.items() for n, (_, place) in enumerate(entries)}
+    written: dict[KeyPath, Written] = {("rules", n): place for n, (_, place) in enumerate(rules)}
+    written |= {(key, n): place for key, entries in sugar.items() for n, (_, place) in enumerate(entries)}
     for path, problem in merged_problems(defaults, merged.rules, merged.loss_scaling.mode):
-        where = places[path[:2]] + sources.key_text(("", *path[2:])) if path[0] == "rules" else chain[-1].source.place(path)
-        complain(where, problem, top.strict)
-    return Merged(merged, places)
+        source, start = written.get(path[:2], (_writer(chain, path), path[:2]))
+        complain(source.place((*start, *path[2:])), problem, top.strict)
+    return Merged(merged, {path: source.place(start) for path, (source, start) in written.items()})
+
+
+def _writer(chain: list[Loaded], path: KeyPath) -> Source:
+    """The last document that writes the key, or most of its path."""
+    return max((one.source for one in reversed(chain)), key=lambda source: len(source.written(path)))
 
 
 def sugar_rule(key: str, match: Match) -> Rule:
@@ -239,6 +251,6 @@ def _loss_scaling(chain: list[Loaded], mode: str) -> LossScaling:
     if any("mode" in one.document.loss_scaling.model_fields_set for one in chain):
         return section
     if mode != "direct" and (keys := sorted(chain[-1].document.loss_scaling.model_fields_set)):
-        problem = f"{keys[0]!r} has no effect: loss scaling is off, the default with defaults.mode {mode}; write mode: dynamic beside it"
+        problem = f"has no effect: loss scaling is off, the default with defaults.mode {mode}; write mode: dynamic beside it"
         complain(chain[-1].source.place(("loss_scaling", keys[0])), problem, chain[-1].document.strict)
     return section.model_copy(update={"mode": "dynamic" if mode == "direct" else "none"})

@@ -14,7 +14,7 @@ import yaml
 from fp8fx.errors import RecipeError
 from fp8fx.recipe import resolve as resolving
 from fp8fx.recipe.grammar import Delayed, Document, Layer, LossScaling, Match, Model, Rule, Scale
-from fp8fx.recipe.load import Loaded, Merged, is_path, load, merge_chain, shipped
+from fp8fx.recipe.load import Loaded, Merged, follow, is_path, load, merge_chain, shipped
 from fp8fx.recipe.match import Modules, Site
 from fp8fx.recipe.resolve import Resolution
 from fp8fx.recipe.source import from_dict
@@ -151,8 +151,7 @@ def _listed(patterns: Patterns) -> list[Any]:
 
 
 def _checked(extra: dict[str, list[Any]]) -> Loaded:
-    chain = load(from_dict({key: entries for key, entries in extra.items() if entries}, label="overrides").data)
-    return chain[-1]
+    return follow(from_dict({key: entries for key, entries in extra.items() if entries}, label="given beside the recipe"))[-1]
 
 
 def _layer(layer: Layer, keys: Iterable[str], *, complete: bool = False) -> dict[str, Any]:

@@ -216,7 +216,7 @@ def tensor_spec(role: Role, scale: Scale) -> TensorSpec:
 def _unused(step: Step, n: int, used: set[tuple[int, int]], modules: Modules | None, strict: bool, partial: bool) -> Iterator[str]:
     """Notes on the alternatives of a step that matched no site; an error if they match nothing at all."""
     for m, match in enumerate(step.rule.match):
-        if (n, m) in used:
+        if (n, m) in used or (step.rule.optional and modules is None):
             continue
         text = f"{step.label.split(' ')[0]} {matching.describe(match)}"
         if _matches_modules(match, modules):

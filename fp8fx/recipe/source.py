@@ -33,7 +33,8 @@ class Source:
 
     def place(self, path: KeyPath) -> str:
         """`mine.yaml:7: rules[2].input.format`, with the line of the nearest key around `path` that has one."""
-        path = self._written(path)
+        written = self.written(path)
+        path = written + _unwritten(path, written)
         text = key_text(path)
         line = next((self.lines[path[:n]] for n in range(len(path), -1, -1) if path[:n] in self.lines), None)
         where = self.label if line is None else f"{self.label}:{line}"
@@ -45,11 +46,11 @@ class Source:
     def value(self, path: KeyPath) -> object:
         """What is written at `path`."""
         value: object = self.data
-        for part in self._written(path):
+        for part in self.written(path):
             value = value[part]  # type: ignore[index]
         return value
 
-    def _written(self, path: KeyPath) -> KeyPath:
+    def written(self, path: KeyPath) -> KeyPath:
         """`path` without the indices of lists that the grammar made of a single value, and cut where nothing is written."""
         value: object = self.data
         kept: list[str | int] = []
@@ -66,6 +67,15 @@ class Source:
                 break
             kept.append(part)
         return tuple(kept)
+
+
+def _unwritten(path: KeyPath, written: KeyPath) -> KeyPath:
+    """What is left of `path` after its written part."""
+    rest = iter(path)
+    for part in written:
+        while next(rest) != part:
+            pass
+    return tuple(part for part in rest if isinstance(part, str))
 
 
 def key_text(path: KeyPath) -> str:
@@ -145,6 +155,8 @@ class _Reader:
             loader = yaml.SafeLoader(text)
             node = loader.get_single_node()
             return None if node is None else self._build(loader, node, ())
+        except RecipeError:  # is a ValueError too
+            raise
         except yaml.MarkedYAMLError as error:
             raise self._not_yaml(error, text) from None
         except (yaml.YAMLError, ValueError, OverflowError, AttributeError) as error:  # the last three: scalars such as 2026-99-99

@@ -9,7 +9,7 @@ from __future__ import annotations
 import contextlib
 import math
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from typing import Annotated, Any
 
@@ -23,7 +23,14 @@ from fp8fx.recipe.source import shorten
 from fp8fx.spec import OVERFLOWS, ROUNDINGS, SCALINGS
 from fp8fx.spec import Granularity as Block
 
-YAML_WORDS = {True: "on, yes and true", False: "off, no and false"}
+
+def refusal(value: object, what: str, words: Iterable[str] = ()) -> str:
+    """`got ...; allowed: ...`, with the nearest of `words`, or a word on YAML's booleans."""
+    if isinstance(value, bool):
+        written = "on, yes and true" if value else "off, no and false"
+        return f"got {value} (YAML reads {written} as booleans); allowed: {what}"
+    hint = nearest(value, words) if isinstance(value, str) else ""
+    return f"got {shorten(value)}; allowed: {what}{'.' if hint else ''}{hint}"
 
 
 @dataclass(frozen=True)
@@ -43,8 +50,7 @@ class Choice:
             return value
         if (value is None or value is False) and "none" in self.words:
             return "none"
-        hint = f" (YAML reads {YAML_WORDS[value]} as booleans)" if isinstance(value, bool) else nearest(value, self.words)
-        raise ValueError(f"got {shorten(value)}; allowed: {allowed(self.words)}.{hint}".removesuffix("."))
+        raise ValueError(refusal(value, allowed(self.words), self.words))
 
 
 MODES = ("direct", "hybrid", "exempt")
@@ -85,14 +91,14 @@ def _number(value: object) -> object:
         with contextlib.suppress(ValueError):
             value = float(value) if re.search(r"[.eE]", value) else int(value)
     if isinstance(value, bool) or not isinstance(value, int | float) or not math.isfinite(value):
-        raise ValueError(f"got {shorten(value)}; allowed: a number")
+        raise ValueError(refusal(value, "a number"))
     return value
 
 
 def _whole(value: object) -> object:
     value = _number(value)
     if value != int(value):  # type: ignore[call-overload]
-        raise ValueError(f"got {shorten(value)}; allowed: a whole number")
+        raise ValueError(refusal(value, "a whole number"))
     return int(value)  # type: ignore[call-overload]
 
 
@@ -102,13 +108,14 @@ def _at_least(least: float, *, above: bool = False, below: float = math.inf) -> 
 
     def check(value: float) -> float:
         if value < least or (above and value == least) or value >= below:
-            raise ValueError(f"got {value!r}; allowed: a number {what}")
+            raise ValueError(f"got {value:.12g}; allowed: a number {what}")
         return value
 
     return check
 
 
 Seed = Annotated[int, BeforeValidator(_whole), AfterValidator(_at_least(0, below=2**63)), WithJsonSchema({"type": "integer", "minimum": 0})]
+Version = Annotated[int, BeforeValidator(_whole), WithJsonSchema({"type": "integer", "enum": [1]})]
 Count = Annotated[int, BeforeValidator(_whole), AfterValidator(_at_least(0)), WithJsonSchema({"type": "integer", "minimum": 0})]
 CountFrom1 = Annotated[int, BeforeValidator(_whole), AfterValidator(_at_least(1)), WithJsonSchema({"type": "integer", "minimum": 1})]
 _POSITIVE = {"type": "number", "exclusiveMinimum": 0}
@@ -122,7 +129,7 @@ def _switch(value: object) -> object:
     words = {"on": True, "yes": True, "true": True, "off": False, "no": False, "false": False}
     value = words.get(value.lower(), value) if isinstance(value, str) else value
     if not isinstance(value, bool):
-        raise ValueError(f"got {shorten(value)}; allowed: true or false")
+        raise ValueError(refusal(value, "true or false", ("true", "false")))
     return value
 
 
@@ -131,8 +138,7 @@ Switch = Annotated[bool, BeforeValidator(_switch), WithJsonSchema({"type": "bool
 
 def _text(value: object) -> object:
     if not isinstance(value, str):
-        hint = f" (YAML reads {YAML_WORDS[value]} as booleans: quote it)" if isinstance(value, bool) else ""
-        raise ValueError(f"got {shorten(value)}; allowed: text{hint}")
+        raise ValueError(refusal(value, "text, in quotes"))
     return value
 
 
@@ -142,11 +148,11 @@ Text = Annotated[str, BeforeValidator(_text)]
 def _format(value: object) -> str:
     """The canonical name. Dicts may hold torch dtypes."""
     if not isinstance(value, str | torch.dtype | formats.Format):
-        raise ValueError(f"got {shorten(value)}; allowed: a format such as {allowed(formats.TABLE)}")
+        raise ValueError(refusal(value, f"a format such as {allowed(formats.TABLE)}"))
     try:
         return formats.get(value).name
     except FormatError as error:
-        raise ValueError(f"got {shorten(value)}; {error}") from None
+        raise ValueError(str(error)) from None
 
 
 Format = Annotated[str, BeforeValidator(_format), WithJsonSchema({"type": "string", "examples": ["e4m3fn", "e5m2"]})]
@@ -157,9 +163,8 @@ def _granularity(value: object) -> Block:
         return "tensor" if value == "tensor" else "row"
     if isinstance(value, list | tuple) and len(value) == 2 and all(type(side) is int and side > 0 for side in value):
         return (value[0], value[1])
-    hint = nearest(value, ("tensor", "row", "token", "channel")) if isinstance(value, str) else ""
     words = "tensor, row (also token, channel) or a block [rows, columns] of whole numbers from 1 on"
-    raise ValueError(f"got {shorten(value)}; allowed: {words}.{hint}".removesuffix("."))
+    raise ValueError(refusal(value, words, ("tensor", "row", "token", "channel")))
 
 
 _BLOCK = {"type": "array", "items": {"type": "integer", "minimum": 1}, "minItems": 2, "maxItems": 2}
@@ -169,7 +174,7 @@ Granularity = Annotated[Block, BeforeValidator(_granularity), WithJsonSchema(_GR
 
 def _pattern(value: object) -> str:
     if not isinstance(value, str) or not value or value == "re:":
-        raise ValueError(f"got {shorten(value)}; allowed: a name, a glob such as '*.fc', or 're:' and a regular expression")
+        raise ValueError(refusal(value, "a name, a glob such as '*.fc', or 're:' and a regular expression, in quotes"))
     if value.startswith("re:"):
         try:
             re.compile(value[3:])
@@ -189,6 +194,21 @@ def as_list(value: object) -> object:
 
 
 LISTED = BeforeValidator(as_list)
+
+
+@dataclass(frozen=True)
+class Also:
+    """In the JSON schema: what a validator accepts beyond the type, or a single entry where the type says a list."""
+
+    schema: dict[str, Any] | None = None
+
+    def __get_pydantic_json_schema__(self, core: CoreSchema, handler: GetJsonSchemaHandler) -> dict[str, Any]:
+        found = handler(core)
+        return {"anyOf": [found, found["items"] if self.schema is None else self.schema]}
+
+
+OR_ONE = Also()
+OR_NONE = Also({"enum": ["none", None]})
 
 
 def field(meaning: str, **keywords: Any) -> Any:

@@ -1,0 +1,169 @@
+"""The public class: round trips, values, the shipped files, the schema and the documentation."""
+
+from __future__ import annotations
+
+import copy
+import json
+import pickle
+import re
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+
+from fp8fx.errors import RecipeError
+from fp8fx.recipe import Recipe, Site
+from fp8fx.recipe.reference import SECTIONS, table
+
+ROOT = Path(__file__).parents[2]
+EXAMPLES = sorted((ROOT / "examples" / "recipes").glob("*.yaml"))
+PAGE = (ROOT / "docs" / "recipes.md").read_text(encoding="utf-8")
+
+EVERYTHING: dict[str, Any] = {
+    "extends": "hybrid",
+    "defaults": {"mode": "direct", "input": {"granularity": "tensor"}, "output": None, "rounding": "up", "gemms": {"output": "fp8"}},
+    "boundary": {"first": "exempt"},
+    "rules": [
+        {"match": {"type": ["A", "B"], "min_numel": 3}, "mode": "hybrid", "input": {"granularity": [1, 128]}, "optional": True},
+        {"match": ["a", {"op": "linear"}], "output_fused": True, "weight": None, "reason": "why"},
+    ],
+    "exempt": ["fc", {"type": "Embedding"}],
+    "output_fused": "conv*",
+    "scale": {"power_of_two": True, "eps": "1e-10"},
+    "loss_scaling": {"mode": "dynamic", "minimum": {"0": 1, 40000: 8192}},
+    "seed": 7,
+    "strict": "yes",
+}
+
+SOURCES: list[Any] = [*Recipe.shipped(), *EXAMPLES, {}, EVERYTHING]
+SITES = [Site(name=name, op="linear", types=("Linear",), numel=128, has_weight=True) for name in ("a", "b", "fc", "lm_head")]
+
+
+@pytest.mark.parametrize("source", SOURCES, ids=lambda source: str(getattr(source, "name", source))[:30])
+def test_round_trips(source: Any, tmp_path: Path) -> None:
+    recipe = Recipe.load(source)
+    recipe.dump(tmp_path / "mine.yaml")
+    back = Recipe.load(tmp_path / "mine.yaml")
+    assert back == recipe
+    assert hash(back) == hash(recipe)
+    assert back.to_dict() == recipe.to_dict()
+    assert back.resolve(SITES, partial=True) == recipe.resolve(SITES, partial=True)
+    for other in (copy.deepcopy(recipe), pickle.loads(pickle.dumps(recipe)), Recipe.load(json.loads(json.dumps(recipe.to_dict())))):
+        assert other == recipe
+
+
+def test_dump_is_readable(tmp_path: Path) -> None:
+    Recipe.load("emulation-hybrid").dump(tmp_path / "mine.yaml")
+    text = (tmp_path / "mine.yaml").read_text()
+    assert "  grad_input: {format: e5m2, scaling: none, granularity: tensor, rounding: stochastic, overflow: nonfinite}\n" in text
+    assert "- {match: '*lm_head', mode: exempt, optional: true, reason: vocabulary projection}\n" in text
+    with pytest.raises(RecipeError, match="cannot be written"):
+        Recipe.load("none").dump(tmp_path / "no" / "such" / "folder.yaml")
+
+
+def test_equality_is_by_content() -> None:
+    assert Recipe.load({"extends": "hybrid"}) == Recipe.load("hybrid")
+    assert Recipe.load("direct") != Recipe.load("hybrid")
+    assert Recipe.load("hybrid") != "hybrid"
+    assert len({Recipe.load("hybrid"), Recipe.load({"extends": "hybrid"}), Recipe.load("none")}) == 2
+
+
+def test_name_origin_and_repr(tmp_path: Path) -> None:
+    path = tmp_path / "mine.yaml"
+    path.write_text("extends: direct\nexempt: [a, b]\n")
+    recipe = Recipe.load(path)
+    assert (recipe.name, recipe.origin) == ("mine", str(path))
+    assert repr(recipe) == "<Recipe mine: direct, 1 rules, 2 exempt>"
+    assert Recipe.load("hybrid").name == "hybrid"
+    assert Recipe.load({}).name == "<dict>"
+    assert Recipe.load(recipe) is recipe
+
+
+def test_sections() -> None:
+    recipe = Recipe.load(EVERYTHING)
+    assert recipe.loss_scaling.minimum == {0: 1.0, 40000: 8192.0}
+    assert (recipe.scale.power_of_two, recipe.scale.eps) == (True, 1e-10)
+    assert (recipe.delayed.history, recipe.delayed.algorithm, recipe.delayed.margin, recipe.delayed.order) == (16, "max", 0, "after")
+    assert (recipe.seed, recipe.strict) == (7, True)
+
+
+def test_overrides_add() -> None:
+    recipe = Recipe.load({"exempt": "a"})
+    assert recipe.with_overrides() is recipe
+    both = recipe.with_overrides(exempt="b", output_fused=[{"type": "Linear"}])
+    assert both.to_dict()["exempt"] == ["a", "b"]
+    assert both.to_dict()["output_fused"] == [{"type": "Linear"}]
+    assert recipe.to_dict()["exempt"] == ["a"]
+    with pytest.raises(RecipeError, match=r"^exempt\[0\] given beside the recipe: no module matches 'zz'"):
+        Recipe.load("hybrid").with_overrides(exempt=["zz"]).check_names({"": ("Module",), "a": ("Linear",)})
+
+
+def test_shipped_recipes_exempt_only_the_vocabulary_projection() -> None:
+    assert Recipe.shipped() == ["direct", "emulation-direct", "emulation-hybrid", "hybrid", "none"]
+    for name in Recipe.shipped():
+        data = Recipe.load(name).to_dict()
+        assert data["rules"] == [{"match": "*lm_head", "mode": "exempt", "optional": True, "reason": "vocabulary projection"}]
+        assert not {"exempt", "boundary", "output_fused"} & set(data)
+
+
+def test_the_exported_schema_is_current() -> None:
+    """After a change of the grammar: `python -m fp8fx.recipe.reference schema > recipes/schema.json`."""
+    assert json.loads((ROOT / "recipes" / "schema.json").read_text()) == Recipe.schema()
+
+
+def accepts(schema: dict[str, Any], value: Any, root: dict[str, Any]) -> bool:
+    """As much of JSON schema as ours uses; it checks that the schema takes what the loader takes."""
+    if "$ref" in schema:
+        return accepts(root["$defs"][schema["$ref"].rsplit("/", 1)[-1]], value, root)
+    if "anyOf" in schema:
+        return any(accepts(one, value, root) for one in schema["anyOf"])
+    if "enum" in schema:
+        return value in schema["enum"]
+    kind = schema.get("type")
+    if kind == "object":
+        keys = schema.get("properties", {})
+        extra = schema.get("additionalProperties", True)
+        return isinstance(value, dict) and all(
+            accepts(keys[key], entry, root) if key in keys else extra and accepts(extra, entry, root) for key, entry in value.items()
+        )
+    if kind == "array":
+        return isinstance(value, list) and all(accepts(schema["items"], entry, root) for entry in value)
+    kinds: dict[str, Any] = {"string": str, "integer": int, "number": (int, float), "boolean": bool, "null": type(None)}
+    return isinstance(value, kinds[str(kind)])
+
+
+@pytest.mark.parametrize("path", [*sorted((ROOT / "recipes").glob("*.yaml")), *EXAMPLES], ids=lambda path: path.stem)
+def test_the_schema_accepts_what_loads(path: Path) -> None:
+    schema = Recipe.schema()
+    assert accepts(schema, yaml.safe_load(path.read_text()), schema)
+    assert accepts(schema, Recipe.load(path).to_dict(), schema)
+    assert not accepts(schema, {"defaults": {"mode": "hybird"}}, schema)
+    assert not accepts(schema, {"default": {}}, schema)
+
+
+@pytest.mark.parametrize("section", SECTIONS)
+def test_the_page_has_every_key(section: str) -> None:
+    assert table(section) in PAGE, f"docs/recipes.md lacks the table of {section}: python -m fp8fx.recipe.reference"
+
+
+def blocks(language: str) -> list[str]:
+    return re.findall(rf"```{language}\n(.*?)```", PAGE, flags=re.DOTALL)
+
+
+def test_the_pages_recipes_load() -> None:
+    assert len(blocks("yaml")) >= 5
+    for text in blocks("yaml"):
+        Recipe.load(yaml.safe_load(text))
+
+
+def test_the_pages_errors_are_real(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A block of wrong YAML is followed by a block with its message."""
+    monkeypatch.chdir(tmp_path)
+    pairs = re.findall(r"```text title=mine.yaml\n(.*?)```\n+```console\n(.*?)\n```", PAGE, flags=re.DOTALL)
+    assert len(pairs) > 3
+    for text, expected in pairs:
+        Path("mine.yaml").write_text(text)
+        with pytest.raises(RecipeError) as error:
+            Recipe.load("mine.yaml").check_names({"": ("ResNet", "Module"), "conv1": ("Conv2d",), "fc": ("Linear",)})
+        assert str(error.value) == expected
