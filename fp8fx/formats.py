@@ -66,7 +66,7 @@ class Format:
 
     @property
     def nan_code(self) -> int | None:
-        """The code that `encode` gives for a positive NaN, all ones but the sign (as torch casts); -0's for `fnuz`; None where the format has no NaN."""
+        """The code of positive NaN: all ones below the sign, as torch casts; that of -0 for `fnuz`; None where there is no NaN."""
         top = 1 << (self.bits - 1)
         return {"ieee": top - 1, "fn": top - 1, "fnuz": top, "none": None}[self.nan]
 
@@ -128,7 +128,7 @@ _PATTERN = re.compile(r"e([0-9])m([0-9])(ieee|fn|fnuz)?")
 
 # A plain dict, not functools.lru_cache: Dynamo reads a dict, while it traces *through* a cached function and warns.
 _KNOWN: dict[str | torch.dtype, Format] = {
-    **TABLE,
+    **dict(TABLE.items()),
     **{format_.torch_dtype: format_ for format_ in TABLE.values() if format_.torch_dtype is not None},
 }
 

@@ -78,7 +78,9 @@ def fake_quantize(
     format = formats.get(format)
     bits = _random_bits(x, rounding, seed, step)
     _check(x, format, rounding, overflow, bits)
-    out: Tensor = _FakeQuantize.apply(x, _as_scale(scale, x), bits, format, rounding, overflow, granularity)
+    out: Tensor = _FakeQuantize.apply(  # type: ignore[no-untyped-call]
+        x, _as_scale(scale, x), bits, format, rounding, overflow, granularity
+    )
     return out
 
 

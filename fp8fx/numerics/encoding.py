@@ -85,11 +85,10 @@ def _decode_bits(codes: Tensor, format: Format) -> Tensor:
     magnitude = code & ((1 << (format.bits - 1)) - 1)
     normal = ((magnitude << (23 - m)) + ((127 - format.bias) << 23)).view(torch.float32)
     value = torch.where(magnitude >> m > 0, normal, magnitude.float() * format.min_subnormal)
-    if format.nan == "ieee":
-        top = torch.full_like(value, math.inf)
-        value = torch.where(magnitude == format.inf_code, top, torch.where(magnitude > format.inf_code, math.nan, value))
+    if format.inf_code is not None:
+        value = value.masked_fill(magnitude == format.inf_code, math.inf).masked_fill(magnitude > format.inf_code, math.nan)
     elif format.nan == "fn":
-        value = torch.where(magnitude == format.nan_code, math.nan, value)
+        value = value.masked_fill(magnitude == (1 << (format.bits - 1)) - 1, math.nan)
     sign = (code & (1 << (format.bits - 1))) != 0
     if format.nan == "fnuz":
         return torch.where(sign & (magnitude == 0), math.nan, torch.where(sign, -value, value))

@@ -67,7 +67,7 @@ def philox_bits(
         lanes = _lanes_cpu(blocks, tuple(map(int, keys)), tuple(map(int, tail)))
     else:
         index = torch.arange(blocks, dtype=torch.int64, device=device)
-        lanes = torch.stack(torch.broadcast_tensors(*philox_block((index & _MASK, index >> 32, *tail), keys)), dim=-1)
+        lanes = torch.stack([torch.zeros_like(index) + word for word in philox_block((index & _MASK, index >> 32, *tail), keys)], dim=-1)
     return lanes.reshape(-1)[:count].reshape(shape)
 
 

@@ -62,8 +62,10 @@ def quantize_scaled(
     scaled = multiply(x.detach(), scale, granularity)
     nearest = rounding == "nearest_even" and overflow == "saturate"
     if nearest and format.torch_dtype in _CAST and plain_cpu(x) and scaled.dtype != torch.float64:
-        bounded = scaled.clamp(-format.max, format.max) if scale is None else scaled.clamp_(-format.max, format.max)
-        return bounded.to(format.torch_dtype)
+        # float32 first: clamping a 16-bit NaN loses its sign. In place, unless that would write into x.
+        single = scaled.float()
+        clamp = torch.clamp if scale is None and x.dtype == torch.float32 else torch.clamp_
+        return clamp(single, -format.max, format.max).to(format.torch_dtype)
     return encode(round_to_format(scaled, format, rounding, overflow, random_bits), format)
 
 

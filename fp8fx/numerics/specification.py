@@ -1,0 +1,71 @@
+"""The definition of every rounding, written to be read: a search in the list of grid values with exact fractions. Slow.
+
+    x lies between two neighbours lo <= |x| < hi of the list; the mode says which; ties to even look at the code of lo.
+
+The list of the non-negative finite values, in order, is also the list by code, so that the position of a value is its code. The
+tests hold the fast forms of `rounding` to this, and both to gfloat and ml_dtypes. Nothing else uses this module.
+"""
+
+from __future__ import annotations
+
+import bisect
+import functools
+import math
+from collections.abc import Iterable
+from fractions import Fraction
+
+from fp8fx import formats
+from fp8fx.formats import Format
+
+
+@functools.cache
+def grid(format: Format) -> list[float]:
+    """The non-negative finite values in ascending order, and after max the value that would follow it on the last step's grid."""
+    values = [value for value in format.finite_values() if value >= 0.0]
+    binade = max(math.floor(math.log2(format.max)), format.emin)
+    return [*values, format.max + 2.0 ** (binade - format.mantissa_bits)]
+
+
+def round_value(x: float, format: str | Format, rounding: str = "nearest_even", overflow: str = "saturate", random_bits: int = 0) -> float:
+    """`x` (a float64) in `format`, as a float. random_bits: an integer in [0, 2^32), read by `stochastic` only."""
+    format = formats.get(format)
+    if math.isnan(x):
+        return math.nan
+    magnitude = _round_magnitude(abs(x), x < 0.0, format, rounding, random_bits)
+    if magnitude > format.max:
+        magnitude = _overflow(x, format, rounding, overflow)
+    if magnitude == 0.0 and not format.signed_zero:
+        return 0.0
+    return math.copysign(magnitude, x)
+
+
+def _round_magnitude(a: float, negative: bool, format: Format, rounding: str, random_bits: int) -> float:
+    """|x| rounded with no upper end; inf stands for everything from the end of the list on."""
+    values = grid(format)
+    if a >= values[-1]:
+        return math.inf
+    code = bisect.bisect_right(values, a) - 1
+    lo, hi = values[code], values[code + 1]
+    fraction = (Fraction(a) - Fraction(lo)) / (Fraction(hi) - Fraction(lo))
+    away = {
+        "nearest_even": fraction > Fraction(1, 2) or (fraction == Fraction(1, 2) and code % 2 == 1),
+        "nearest_away": fraction >= Fraction(1, 2),
+        "toward_zero": False,
+        "up": fraction > 0 and not negative,
+        "down": fraction > 0 and negative,
+        "stochastic": math.floor(fraction * 2**32) + random_bits >= 2**32,
+    }[rounding]
+    return hi if away else lo
+
+
+def _overflow(x: float, format: Format, rounding: str, overflow: str) -> float:
+    """The magnitude of what came out above max."""
+    keeps_max = rounding == "toward_zero" or (rounding == "up" and x < 0.0) or (rounding == "down" and x > 0.0)
+    if overflow == "saturate" or (keeps_max and math.isfinite(x)):
+        return format.max
+    return math.inf if format.has_inf else math.nan
+
+
+def round_values(values: Iterable[float], format: str | Format, rounding: str = "nearest_even", overflow: str = "saturate") -> list[float]:
+    """`round_value` of each."""
+    return [round_value(value, format, rounding, overflow) for value in values]
