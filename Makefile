@@ -17,10 +17,10 @@ CONSTRAINTS := $(CURDIR)/constraints.txt
 INSTALL := -m pip install --quiet --no-input -c $(CONSTRAINTS)
 BIN := $(VENV)/bin
 ON_CHANGE := pyproject.toml constraints.txt
-TYPES := build/types
+LINKS := build/types
 WHEEL_ENV := build/wheel-env
 
-.PHONY: demo test test-core lint wheel clean
+.PHONY: demo test test-core lint wheel clean $(LINKS)
 
 demo: $(VENV)/demo.stamp
 	$(BIN)/fp8fx demo $(DEMO_ARGS)
@@ -28,8 +28,14 @@ demo: $(VENV)/demo.stamp
 test: $(VENV)/dev.stamp
 	$(BIN)/python -m pytest --durations=15 $(TEST_ARGS)
 
-test-core:
-	PYTHONPATH= $(PYTHON) -m pytest -m core $(TEST_ARGS)
+# -P keeps the checkout's root, where fp8fx has no fp8fx.kernels, off sys.path: the linked tree is imported.
+test-core: $(LINKS)
+	PYTHONPATH=$(CURDIR)/$(LINKS) $(PYTHON) -P -m pytest -m core $(TEST_ARGS)
+
+# fp8fx laid out as when installed (kernels/ is fp8fx.kernels), for what cannot follow setuptools' package-dir mapping.
+$(LINKS):
+	rm -rf $@ && mkdir -p $@/fp8fx
+	ln -s $(CURDIR)/fp8fx/* $(CURDIR)/kernels $(CURDIR)/recipes $@/fp8fx/
 
 $(VENV)/python.stamp:
 	@echo "making an environment in $(VENV) (a few minutes, once)"
@@ -45,13 +51,10 @@ $(VENV)/dev.stamp: $(VENV)/python.stamp $(ON_CHANGE)
 	$(BIN)/python $(INSTALL) --no-build-isolation -e '.[dev]'
 	touch $@
 
-# mypy cannot follow the package-dir mapping (kernels/ is fp8fx.kernels): it checks a tree of links laid out as installed.
-lint: $(VENV)/dev.stamp
+lint: $(VENV)/dev.stamp $(LINKS)
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
-	rm -rf $(TYPES) && mkdir -p $(TYPES)/fp8fx
-	ln -s $(CURDIR)/fp8fx/* $(CURDIR)/kernels $(CURDIR)/recipes $(TYPES)/fp8fx/
-	cd $(TYPES) && $(abspath $(BIN))/mypy --config-file $(CURDIR)/pyproject.toml --cache-dir $(CURDIR)/.mypy_cache -p fp8fx
+	cd $(LINKS) && $(abspath $(BIN))/mypy --config-file $(CURDIR)/pyproject.toml --cache-dir $(CURDIR)/.mypy_cache -p fp8fx
 
 # build/lib keeps files that were deleted since, and setuptools would pack them again.
 wheel: $(VENV)/dev.stamp
@@ -59,7 +62,8 @@ wheel: $(VENV)/dev.stamp
 	$(BIN)/python -m pip wheel --quiet --no-deps --no-build-isolation -c $(CONSTRAINTS) -w dist .
 	$(PYTHON) -m venv $(WHEEL_ENV)
 	$(WHEEL_ENV)/bin/python $(INSTALL) --no-compile dist/fp8fx-*.whl
-	cd $(WHEEL_ENV) && bin/python -I $(CURDIR)/.ci/smoke.py && bin/fp8fx recipe list
+	cd "$${TMPDIR:-/tmp}" && $(CURDIR)/$(WHEEL_ENV)/bin/python -I $(CURDIR)/.ci/smoke.py
+	cd "$${TMPDIR:-/tmp}" && $(CURDIR)/$(WHEEL_ENV)/bin/fp8fx recipe list
 
 clean:
 	rm -rf $(VENV) build dist demo-out *.egg-info .mypy_cache .pytest_cache .ruff_cache .hypothesis

@@ -31,9 +31,17 @@ def _import_torchvision() -> None:
         importlib.import_module("torchvision")
 
 
+def pytest_addoption(parser: pytest.Parser, pluginmanager: pytest.PytestPluginManager) -> None:
+    # `make test-core` runs with what is there, which may lack pytest-timeout: its setting would then be an unknown one, an error.
+    if not pluginmanager.hasplugin("timeout"):
+        parser.addini("timeout", "read by pytest-timeout where it is installed")
+
+
 def pytest_configure(config: pytest.Config) -> None:
     # One thread per core that this process may use, but not more than the small tensors of the tests can feed.
     torch.set_num_threads(min(len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1, 4))
+    if not config.pluginmanager.hasplugin("timeout"):
+        config.addinivalue_line("markers", "timeout: read by pytest-timeout where it is installed")
     _import_torchvision()
 
 

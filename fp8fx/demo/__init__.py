@@ -1,87 +1,8 @@
 """`fp8fx demo`: trains two models on real input under several recipes and shows what FP8 costs them.
 
-tasks (models, data) -> train -> sqnr -> report (table, PASS or FAIL, results.json), artifacts (curves, plans, graphs)
+tasks (models, data) -> train -> measure (sqnr) -> report (table, PASS or FAIL, results.json), artifacts (curves, plans, graphs)
 """
 
-from __future__ import annotations
-
-import time
-from collections.abc import Sequence
-from pathlib import Path
-
-from rich.console import Console
-
-from fp8fx.demo import artifacts, report
-from fp8fx.demo.measure import measure
-from fp8fx.demo.progress import progress
-from fp8fx.demo.report import BASELINE, Result, Verdict
-from fp8fx.demo.tasks import TASKS, Task
-from fp8fx.demo.train import default_device, train
-from fp8fx.errors import FP8Error, allowed, nearest
-
-RECIPES = (BASELINE, "direct", "hybrid")
-QUICK_STEPS = 12
+from fp8fx.demo.runner import QUICK_STEPS, RECIPES, run
 
 __all__ = ["QUICK_STEPS", "RECIPES", "run"]
-
-
-def run(
-    out: Path = Path("demo-out"),
-    quick: bool = False,
-    recipes: Sequence[str] = RECIPES,
-    models: Sequence[str] = tuple(TASKS),
-    steps: int | None = None,
-    seed: int = 0,
-    console: Console | None = None,
-) -> int:
-    """Train every model under every recipe, write the report into `out`, and return 0 if all bars pass, else 1.
-
-    quick: a few steps, to see that everything runs; `steps`: that many steps. Either way only divergence and coverage are judged,
-    since a short run says nothing about quality. Raises FP8Error for an unknown model or a missing extra.
-    """
-    console, start = console or Console(), time.perf_counter()
-    chosen = _tasks(models, steps if steps is not None else QUICK_STEPS if quick else None)
-    out.mkdir(parents=True, exist_ok=True)
-    console.print(f"fp8fx demo: {', '.join(chosen)} under {', '.join(recipes)} on {default_device()}, seed {seed}", highlight=False)
-    results = [_one(task, recipe, seed, out, console) for task in chosen.values() for recipe in recipes]
-    judged = steps is None and not quick
-    checks = report.verdicts(results, chosen, judge_quality=judged)
-    artifacts.draw_curves(out / "curves.png", results)
-    report.write_results(out / "results.json", results, checks, str(default_device()))
-    _show(console, results, checks, judged)
-    spent = time.perf_counter() - start
-    console.print(f"{spent:.0f} s in all; curves, plans, graphs and results.json are in {out}", highlight=False, soft_wrap=True)
-    return 0 if all(check.passed for check in checks) else 1
-
-
-def _tasks(models: Sequence[str], steps: int | None) -> dict[str, Task]:
-    for name in models:
-        if name not in TASKS:
-            raise FP8Error(f"unknown demo model {name!r}: it can be {allowed(TASKS)}.{nearest(name, TASKS)}")
-    return {name: TASKS[name]().with_steps(steps) for name in models}
-
-
-def _one(task: Task, recipe: str, seed: int, out: Path, console: Console) -> Result:
-    """Train, measure and write down one model under one recipe."""
-    with progress(console, f"{task.name} / {recipe}", task.steps) as on_step:
-        trained = train(task, recipe, seed, on_step=on_step)
-    if trained.diverged:
-        console.print(f"{task.name} / {recipe} {trained.diverged}", style="red", highlight=False)
-    result = measure(trained, task)
-    artifacts.write_plan(out, f"{task.name}-{recipe}", trained.model)
-    artifacts.write_graphs(out / "graphs", f"{task.name}-{recipe}", trained.model)
-    return result
-
-
-def _show(console: Console, results: list[Result], checks: list[Verdict], judged: bool) -> None:
-    """The table, then one PASS or FAIL line per bar."""
-    if console.is_terminal:
-        console.print(report.table(results))
-    else:  # a pipe has no width: do not fold the columns at 80 characters
-        Console(file=console.file, width=max(console.width, 130)).print(report.table(results))
-    console.print("SQNR: each layer's output with its operands rounded against without, alone, on one held-out batch", highlight=False)
-    if not judged:
-        console.print("a shortened run: quality is not judged", highlight=False)
-    for check in checks:
-        mark = "[green]PASS[/]" if check.passed else "[red]FAIL[/]"
-        console.print(f"{mark}  {check.text}", highlight=False, soft_wrap=True)
