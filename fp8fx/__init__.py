@@ -1,0 +1,43 @@
+"""fp8fx: a torch.fx compiler pass that runs PyTorch models in FP8, as a declarative recipe says.
+
+    model --capture--> fx graph --annotate--> decisions --insert_qdq--> quantize and dequantize nodes
+          --cancel--> one quantize per tensor --fuse--> fused producers, compound operators --lower--> kernels or reference
+
+    fast = fp8fx.compile(model, recipe="hybrid")    the same model, same tensors, in FP8
+    print(fp8fx.plan(model, "hybrid", example_inputs=x))
+
+Read `fp8fx/pipeline.py` for the order of the passes and `docs/pipeline.md` for what each does to a graph.
+"""
+
+from fp8fx.compile import compile, invalidate, plan, state_dict, strip, unwrap
+from fp8fx.errors import CaptureError, FormatError, FP8Error, FP8Warning, KernelError, ModelError, PassError, RecipeError
+from fp8fx.functional import compute_scale, dequantize, fake_quantize, quantize
+from fp8fx.loss_scaling import GradScaler
+from fp8fx.plan import Plan
+from fp8fx.recipe import Recipe
+
+__version__ = "0.1.0"
+
+__all__ = [
+    "CaptureError",
+    "FP8Error",
+    "FP8Warning",
+    "FormatError",
+    "GradScaler",
+    "KernelError",
+    "ModelError",
+    "PassError",
+    "Plan",
+    "Recipe",
+    "RecipeError",
+    "compile",
+    "compute_scale",
+    "dequantize",
+    "fake_quantize",
+    "invalidate",
+    "plan",
+    "quantize",
+    "state_dict",
+    "strip",
+    "unwrap",
+]

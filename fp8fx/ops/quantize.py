@@ -4,6 +4,7 @@
     dequantize(anchor, q, scale)    -> decode(q) * scale   gradient: identity to `anchor`, the tensor that was quantized
     round_values(x, spec)           -> decode(q) * scale   in one step and outside autograd: gradients that a role rounds
     round_gradient(x, spec)         -> x                   rounds the gradient that passes through it
+    anchor(x, dtype)                -> zeros, stride 0     stands for a tensor that is only needed for its gradient
     underflow(x, q)                 -> statistics [4]      amax, non-zero elements, those that became zero, 0
 
 Quantize is not differentiable: an FP8 tensor as an autograd edge would have its gradient cast to FP8. What carries the
@@ -89,6 +90,20 @@ dequantize = define(
     lambda anchor, q, scale, spec, dtype: q.new_empty(q.shape, dtype=dtype),
     setup_context=_dequantize_setup,
     backward=_dequantize_backward,
+)
+
+
+def anchor_reference(x: Tensor, dtype: torch.dtype) -> Tensor:
+    """A zero of x's shape with stride 0, which nobody reads: it carries the gradient to `x`, cast from `dtype`."""
+    return torch.zeros((), dtype=dtype, device=x.device).expand(x.shape)
+
+
+anchor = define(
+    "anchor(Tensor x, ScalarType dtype) -> Tensor",
+    anchor_reference,
+    anchor_reference,
+    setup_context=_dequantize_setup,
+    backward=lambda ctx, grad: (grad.to(ctx.dtype), None),
 )
 
 

@@ -1,0 +1,122 @@
+"""The robust front end: TorchDynamo's graph, copied and brought into the common form.
+
+Everything that touches Dynamo's private side is in this file.
+"""
+
+from __future__ import annotations
+
+import inspect
+import sys
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+from torch import fx, nn
+from torch._dynamo.exc import TorchDynamoException
+from torch._dynamo.source import LocalSource
+
+from fp8fx.capture.expand import expand_attention
+from fp8fx.capture.graph import MODULE, TENSOR_NAME, VAL, Captured, copy_graph
+from fp8fx.capture.naming import RootNames, assign_site_names, join, split_source
+from fp8fx.errors import CaptureError, FP8Error
+
+
+def from_dynamo(module: fx.GraphModule, example_inputs: Sequence[Any], root: nn.Module) -> Captured:
+    """The captured form of a graph that Dynamo hands to a backend. `module` is left as it is."""
+    copied = copy_graph(module)
+    names = RootNames(root)
+    placeholders = copied.graph.find_nodes(op="placeholder")
+    prefixes = _prefixes(placeholders, example_inputs, names)
+    for node, value in zip(placeholders, example_inputs, strict=False):
+        found = names.of_tensor(value)
+        base, suffix = split_source(_source(node))
+        wanted = join(prefixes.get(base, ""), suffix)
+        node.meta[TENSOR_NAME] = wanted if wanted in found else (found[0] if found else "")
+    for node in copied.graph.nodes:
+        node.meta[VAL] = node.meta.get("example_value")
+        node.meta[MODULE] = _module_path(node, prefixes)
+    expand_attention(copied)
+    assign_site_names(copied.graph, names)
+    copied.recompile()
+    reason = getattr(module, "compile_subgraph_reason", None)
+    broken = bool(getattr(reason, "graph_break", False))
+    return Captured(copied, "dynamo", complete=not broken and prefixes.get("L['self']", "") == "")
+
+
+def _source(node: fx.Node) -> str:
+    source = getattr(node, "_dynamo_source", None)
+    if source is None:
+        return ""
+    name = source.name
+    return str(name() if callable(name) else name)  # a method up to torch 2.9, a property since
+
+
+def _prefixes(placeholders: Sequence[fx.Node], values: Sequence[Any], names: RootNames) -> dict[str, str]:
+    """Frame base (`L['self']`) -> path in the root. By parameter identity; a frame without parameters by the object itself."""
+    pairs: dict[str, list[tuple[str, list[str]]]] = {}
+    for node, value in zip(placeholders, values, strict=False):
+        base, suffix = split_source(_source(node))
+        if found := names.of_tensor(value):
+            pairs.setdefault(base, []).append((suffix, found))
+    prefixes = {base: prefix for base, entries in pairs.items() if (prefix := names.prefix(entries)) is not None}
+    for name, value in _frame_locals().items():
+        path = names.of_module(value)
+        if path is not None:
+            prefixes.setdefault(f"L['{name}']", path)
+    return prefixes
+
+
+def _frame_locals() -> dict[str, Any]:
+    """The locals of the frame Dynamo is compiling: the output graph is up the stack while it calls the backend."""
+    frame = sys._getframe(1)
+    while frame is not None:
+        tracer = getattr(frame.f_locals.get("self"), "root_tx", None)
+        if tracer is not None and isinstance(getattr(tracer, "f_locals", None), dict):
+            return tracer.f_locals
+        frame = frame.f_back  # type: ignore[assignment]
+    return {}
+
+
+def _module_path(node: fx.Node, prefixes: dict[str, str]) -> str:
+    stack = node.meta.get("nn_module_stack")
+    if not stack:
+        return prefixes.get("L['self']", "")
+    path = next(reversed(stack.values()))[0]
+    base, suffix = split_source(path)
+    return join(prefixes.get(base, ""), suffix)
+
+
+def append_placeholder(graph: fx.Graph, name: str) -> fx.Node:
+    """A further input after the existing ones. AOTAutograd wants to know where an input comes from, so it gets a source."""
+    last = graph.find_nodes(op="placeholder")
+    place = graph.inserting_after(last[-1]) if last else graph.inserting_before(next(iter(graph.nodes)))
+    with place:
+        node = graph.placeholder(name)
+    node._dynamo_source = LocalSource(f"fp8fx_{name}")  # type: ignore[attr-defined]
+    return node
+
+
+def explain(error: Exception) -> FP8Error | None:
+    """What fp8fx should say about an exception that left a compiled forward; None if it is the model's own.
+
+    An FP8Error raised inside the backend comes out of Dynamo wrapped; it is taken out again.
+    """
+    seen: BaseException | None = error
+    while seen is not None:
+        if isinstance(seen, FP8Error):
+            return seen
+        seen = getattr(seen, "inner_exception", None) or seen.__cause__
+    if not isinstance(error, TorchDynamoException):
+        return None
+    first = str(error).strip().split("\n\n")[0].strip()
+    return CaptureError(
+        f"TorchDynamo could not capture the model: {first}\nThe model passed in is untouched. "
+        "With on_capture_error='eager' it runs in high precision instead; without fullgraph=True the rest of it may still be captured."
+    )
+
+
+def compile_with(function: Callable[..., Any], backend: Callable[..., Any], **options: Any) -> Callable[..., Any]:
+    """`torch.compile`, each call with its own cache entries: two models of one class never count against one limit."""
+    if "isolate_recompiles" in inspect.signature(torch.compile).parameters:
+        options["isolate_recompiles"] = True
+    return torch.compile(function, backend=backend, **options)

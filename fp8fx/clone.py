@@ -1,0 +1,128 @@
+"""A structural clone: new module instances of the same classes, sharing every tensor, running the compiled forward.
+
+The clone's class is a subclass of the original's, made on the fly, with the same name and the same `forward` signature, so that
+`isinstance`, `config`, `generate` and trainers that inspect the signature see what they expect. Copying or pickling the clone
+keeps it compiled: the runtime travels along and captures again.
+"""
+
+from __future__ import annotations
+
+import copy
+import functools
+from typing import Any, cast
+
+import torch
+from torch import nn
+
+from fp8fx.errors import CaptureError, ModelError
+
+RUNTIME = "_fp8fx_runtime"  # attribute of a compiled model
+PREFIX = "_fp8fx."  # of fp8fx's own entries in a state_dict
+
+
+def clone(model: nn.Module, share_buffers: bool = True) -> nn.Module:
+    """New modules, the same parameters (and buffers) under the same names. The original stays as it was."""
+    shared: list[Any] = list(model.parameters())
+    shared += list(model.buffers()) if share_buffers else []
+    for module in model.modules():
+        shared += [v for v in vars(module).values() if isinstance(v, torch.Tensor)]
+    memo: dict[int, Any] = {id(value): value for value in shared}
+    try:
+        return copy.deepcopy(model, memo)
+    except Exception as error:
+        raise ModelError(
+            f"{type(model).__name__} cannot be cloned: {error}. fp8fx.compile works on a copy of the model's structure, so every "
+            "attribute of every module must be copyable (copy.deepcopy); hold locks, files and generators outside of the model."
+        ) from error
+
+
+def runtime_of(model: object) -> Any:
+    """The Runtime of a compiled model, or None."""
+    return vars(model).get(RUNTIME) if isinstance(model, nn.Module) else None
+
+
+@functools.lru_cache(maxsize=None)
+def compiled_class(base: type[nn.Module]) -> type[nn.Module]:
+    """The subclass of `base` whose forward is the compiled one."""
+
+    @functools.wraps(base.forward)
+    def forward(self: nn.Module, *args: Any, **kwargs: Any) -> Any:
+        return vars(self)[RUNTIME].call(self, args, kwargs)
+
+    def reduce(self: nn.Module, protocol: Any = None) -> Any:
+        return _rebuild, (base,), vars(self).copy()
+
+    def save(self: nn.Module, destination: dict[str, Any], prefix: str, keep_vars: bool) -> None:
+        base._save_to_state_dict(self, destination, prefix, keep_vars)
+        for name, value in vars(self)[RUNTIME].state().items():
+            destination[prefix + PREFIX + name] = value
+
+    def load(self: nn.Module, state_dict: dict[str, Any], prefix: str, *rest: Any) -> None:
+        ours = [key for key in state_dict if key.startswith(prefix + PREFIX)]
+        vars(self)[RUNTIME].load_state({key.removeprefix(prefix + PREFIX): state_dict.pop(key) for key in ours})
+        base._load_from_state_dict(self, state_dict, prefix, *rest)
+
+    members: dict[str, Any] = {
+        "forward": forward,
+        "__reduce_ex__": reduce,
+        "_save_to_state_dict": save,
+        "_load_from_state_dict": load,
+        "__module__": base.__module__,
+        "__qualname__": base.__qualname__,
+        "__doc__": base.__doc__,
+    }
+    for name, function in (("plan", _plan), ("graph", _graph)):
+        if not hasattr(base, name):  # a model's own method of that name wins; fp8fx.plan(fast) always works
+            members[name] = function
+    return cast(type[nn.Module], type(base.__name__, (base,), members))
+
+
+def _plan(self: nn.Module) -> Any:
+    """The plan of this compiled model: one row per layer, what it does and why."""
+    return vars(self)[RUNTIME].plan()
+
+
+def _graph(self: nn.Module, stage: str = "lower", index: int = 0) -> Any:
+    """The torch.fx.GraphModule after `stage` (capture, annotate, insert_qdq, cancel, fuse, lower) of captured graph `index`."""
+    return vars(self)[RUNTIME].stage(stage, index)
+
+
+def _rebuild(base: type[nn.Module]) -> nn.Module:
+    cls = compiled_class(base)
+    return cls.__new__(cls)
+
+
+def base_class(model: nn.Module) -> type[nn.Module]:
+    """The class the model had before it was compiled."""
+    return type(model).__mro__[1] if runtime_of(model) is not None else type(model)
+
+
+def check_model(model: object) -> nn.Module:
+    """The model if it can be compiled, else ModelError with the reason."""
+    if not isinstance(model, nn.Module):
+        raise ModelError(f"fp8fx.compile takes a torch.nn.Module, got {type(model).__name__}")
+    if runtime_of(model) is not None:
+        raise ModelError("this model is compiled by fp8fx already; compile the original (fp8fx.unwrap(model)) with another recipe")
+    if isinstance(model, torch._dynamo.OptimizedModule):
+        raise ModelError("this model is a torch.compile'd wrapper; pass the model inside (model._orig_mod), fp8fx compiles it itself")
+    if isinstance(model, torch.jit.ScriptModule):
+        raise ModelError("a TorchScript module has no Python forward to capture; pass the module it was scripted from")
+    devices = sorted({str(t.device) for t in [*model.parameters(), *model.buffers()]})
+    if len(devices) > 1:
+        where: dict[str, str] = {}
+        for name, value in [*model.named_parameters(), *model.named_buffers()]:
+            where.setdefault(str(value.device), name)
+        found = ", ".join(f"{device} ({name!r})" for device, name in sorted(where.items()))
+        raise ModelError(f"the model lies on several devices: {found}. Move it to one with model.to(device), then compile")
+    return model
+
+
+def plain(fast: nn.Module) -> nn.Module:
+    """A high-precision clone of a compiled model, of its original class."""
+    runtime = runtime_of(fast)
+    if runtime is None:
+        raise CaptureError("this model is not compiled by fp8fx")
+    made = clone(fast)
+    vars(made).pop(RUNTIME)
+    made.__class__ = base_class(fast)
+    return made

@@ -1,0 +1,148 @@
+"""`fp8fx.compile`: a compiled clone of a model; and what goes with it: `plan`, `unwrap`, `invalidate`, `strip`, `state_dict`."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Mapping, Sequence
+from typing import Any, TypeVar
+
+import torch
+from torch import Tensor, nn
+
+from fp8fx.capture import symbolic
+from fp8fx.clone import PREFIX, RUNTIME, check_model, clone, compiled_class, plain, runtime_of
+from fp8fx.errors import CaptureError, ModelError, allowed, nearest
+from fp8fx.plan import Plan
+from fp8fx.recipe import Recipe
+from fp8fx.runtime import Options, Runtime, module_types
+
+M = TypeVar("M", bound=nn.Module)
+RecipeLike = str | os.PathLike[str] | Mapping[str, Any] | Recipe
+_CHOICES = {
+    "inner": ("auto", "eager", "aot_eager", "inductor"),
+    "capture": ("dynamo", "symbolic"),
+    "on_capture_error": ("raise", "eager"),
+}
+
+
+def compile(
+    model: M,
+    recipe: RecipeLike = "hybrid",
+    *,
+    exempt: Sequence[Any] = (),
+    output_fused: Sequence[Any] = (),
+    inner: str = "auto",
+    inner_mode: str | None = None,
+    fullgraph: bool = False,
+    dynamic: bool | None = None,
+    capture: str = "dynamo",
+    on_capture_error: str = "raise",
+) -> M:
+    """A clone of `model` that runs in FP8 as `recipe` says. The model itself stays as it is, in high precision.
+
+    The clone has the same classes, attributes, hooks and flags, and the *same* Parameter and buffer tensors under the same names:
+    an optimizer made for one serves the other. It is captured at its first call per signature.
+
+    recipe: a shipped name (`fp8fx recipe list`), a path to a YAML file, a dict or a Recipe. exempt, output_fused: added to it.
+    inner: what compiles the rewritten graph. auto is Inductor on a CUDA device and eager (exact, bit for bit) elsewhere.
+    inner_mode: a torch.compile mode for Inductor. fullgraph, dynamic: as in torch.compile.
+    capture: dynamo, or symbolic for torch.fx tracing, which fails here and now on what it cannot follow.
+    on_capture_error: raise, or eager: run in high precision with one warning.
+
+    Raises RecipeError (recipe, or a pattern that matches nothing), ModelError (not a module, already compiled, on several
+    devices, cannot be copied); the first call raises CaptureError if the model cannot be captured.
+    """
+    check_model(model)
+    _check_choices(inner=inner, capture=capture, on_capture_error=on_capture_error)
+    loaded = Recipe.load(recipe).with_overrides(exempt=exempt, output_fused=output_fused)
+    loaded.check_names(module_types(model))
+    options = Options(inner, inner_mode, fullgraph, dynamic, capture, on_capture_error)
+    if capture == "symbolic" and on_capture_error == "raise":
+        symbolic.trace(model)
+    return _compiled(model, loaded, options)
+
+
+def _compiled(model: M, recipe: Recipe, options: Options, share_buffers: bool = True) -> M:
+    fast = clone(model, share_buffers)
+    base = type(model)
+    runtime = Runtime(recipe, options)
+    vars(fast)[RUNTIME] = runtime
+    fast.__class__ = compiled_class(base)
+    runtime.attach(fast)
+    runtime.original = model
+    return fast  # type: ignore[return-value]
+
+
+def _check_choices(**given: str) -> None:
+    for key, value in given.items():
+        if value not in _CHOICES[key]:
+            raise ModelError(f"{key}={value!r}: allowed are {allowed(_CHOICES[key])}.{nearest(value, _CHOICES[key])}")
+
+
+def plan(
+    model: nn.Module,
+    recipe: RecipeLike = "hybrid",
+    *,
+    example_inputs: Any = None,
+    exempt: Sequence[Any] = (),
+    output_fused: Sequence[Any] = (),
+    capture: str | None = None,
+) -> Plan:
+    """What `recipe` would do to `model`, without changing or compiling it.
+
+    example_inputs: a tensor, a tuple of positional arguments or a dict of keyword arguments; the model runs once on them, in
+    high precision, without gradients, with its buffers and the random state kept. Without them the model is traced
+    symbolically: layers and reasons, but no shapes and no FLOPs. Of a compiled model it gives its own plan.
+    """
+    if (runtime := runtime_of(model)) is not None:
+        return runtime.plan()  # type: ignore[no-any-return]
+    check_model(model)
+    capture = capture or ("symbolic" if example_inputs is None else "dynamo")
+    _check_choices(capture=capture)
+    loaded = Recipe.load(recipe).with_overrides(exempt=exempt, output_fused=output_fused)
+    loaded.check_names(module_types(model))
+    if example_inputs is None and capture == "dynamo":
+        raise CaptureError("capture='dynamo' runs the model, so it needs example_inputs: a tensor, a tuple or a dict")
+    probe = _compiled(model, loaded, Options(capture=capture, plan_only=True), share_buffers=False)
+    if example_inputs is None:
+        runtime = runtime_of(probe)
+        captured, _ = symbolic.from_symbolic(symbolic.trace(model), (), probe)
+        runtime.rewrite(captured, (), symbolic.append_placeholder)
+        return runtime.plan()  # type: ignore[no-any-return]
+    args, kwargs = _arguments(example_inputs)
+    devices = [t.device for t in model.parameters() if t.is_cuda]
+    with torch.random.fork_rng(devices=devices), torch.no_grad():
+        probe(*args, **kwargs)
+    return runtime_of(probe).plan()  # type: ignore[no-any-return]
+
+
+def _arguments(example_inputs: Any) -> tuple[tuple[Any, ...], dict[str, Any]]:
+    if isinstance(example_inputs, Mapping):
+        return (), dict(example_inputs)
+    return (tuple(example_inputs), {}) if isinstance(example_inputs, (tuple, list)) else ((example_inputs,), {})
+
+
+def unwrap(fast: nn.Module) -> nn.Module:
+    """The model that was passed to `compile`; for a copy of a compiled model, a high-precision clone sharing its tensors."""
+    runtime = runtime_of(fast)
+    if runtime is None:
+        raise ModelError("this model is not compiled by fp8fx: there is nothing to unwrap")
+    return runtime.original if runtime.original is not None else plain(fast)
+
+
+def invalidate(fast: nn.Module) -> None:
+    """Drop kept quantized weights. Needed after writing to weights through `.data`, which torch cannot notice."""
+    runtime = runtime_of(fast)
+    if runtime is None:
+        raise ModelError("this model is not compiled by fp8fx: it keeps no quantized weights")
+    runtime.weights.clear()
+
+
+def state_dict(fast: nn.Module) -> dict[str, Tensor]:
+    """fp8fx's own part of `fast.state_dict()`: plain tensors under one prefix."""
+    return {key: value for key, value in fast.state_dict().items() if key.startswith(PREFIX)}
+
+
+def strip(state: Mapping[str, Any]) -> dict[str, Any]:
+    """`state` without fp8fx's own entries: exactly the original model's keys."""
+    return {key: value for key, value in state.items() if not key.startswith(PREFIX)}

@@ -1,0 +1,144 @@
+"""annotate: write a decision on every site, never an edge.
+
+    enters   a captured graph: sites named, values known
+    leaves   the same graph; each site has meta["decision"] = SiteDecision(mode, spec, reason)
+    holds    every site has exactly one decision, and every decision has a reason the plan can print
+
+        linear(x, w, b)    site 'fc1'      ->   linear(x, w, b)    site 'fc1', fp8: e4m3fn x e4m3fn, gradients e5m2
+
+The recipe decides what is wanted; this pass adds what the graph knows: what cannot be quantized here (and why), and which
+outputs the next operation reads in high precision anyway (conv -> batch norm, linear -> activation, scores -> softmax).
+"""
+
+from __future__ import annotations
+
+import operator
+from typing import Any
+
+import torch
+from torch import fx
+from torch.nn import functional as F
+
+from fp8fx.capture.graph import MODULE, SITE, tensor
+from fp8fx.capture.naming import weight_source
+from fp8fx.capture.sites import CONVOLUTIONS, MATRIX, SiteCall, read_site, unsupported
+from fp8fx.passes.contract import DECISION, Context, PassResult, SiteDecision, Skip
+from fp8fx.recipe import Decision, Site
+from fp8fx.spec import ROLES, SiteSpec
+
+ACTIVATIONS = {
+    F.relu, torch.relu, F.gelu, F.silu, F.sigmoid, torch.sigmoid, torch.tanh, F.tanh, F.leaky_relu, F.elu, F.relu6, F.hardswish,
+    F.hardtanh, F.mish, F.softplus, F.selu, F.hardsigmoid, F.prelu, "relu", "relu_", "sigmoid", "tanh", torch.relu_,
+}  # fmt: skip
+BATCH_NORMS = {F.batch_norm, torch.batch_norm, F.instance_norm, F.group_norm}
+SOFTMAXES = {F.softmax, torch.softmax, F.log_softmax, torch.log_softmax, "softmax", "log_softmax"}
+# What may stand between scores and their softmax: scaling, masking, casting.
+BETWEEN = {
+    operator.mul, operator.truediv, operator.add, operator.sub, torch.mul, torch.div, torch.add, "mul", "div", "add",
+    "masked_fill", torch.where, "to", "float", "type_as", torch.masked_fill, operator.iadd, operator.imul, operator.itruediv,
+}  # fmt: skip
+
+
+def annotate(module: fx.GraphModule, context: Context) -> PassResult:
+    nodes = [node for node in module.graph.nodes if SITE in node.meta]
+    calls = [read_site(node) for node in nodes]
+    sites = [_site(node, call, context) for node, call in zip(nodes, calls, strict=True)]
+    resolution = context.recipe.resolve(sites, context.modules, partial=not context.complete)
+    modified = False
+    for node, call, site, wanted in zip(nodes, calls, sites, resolution.decisions, strict=True):
+        made = _decide(node, call, site, wanted)
+        modified |= node.meta.get(DECISION) != made
+        node.meta[DECISION] = made
+    return PassResult(module, modified, [Skip("recipe", "", note) for note in resolution.notes])
+
+
+def _site(node: fx.Node, call: SiteCall | None, context: Context) -> Site:
+    weight = tensor(call.w) if call is not None and call.op != "attention" and weight_source(call.w) is not None else None
+    return Site(
+        name=node.meta[SITE],
+        op=call.op if call is not None else str(getattr(node.target, "__name__", node.target)),
+        types=context.modules.get(node.meta.get(MODULE, ""), ()),
+        numel=0 if weight is None else int(weight.numel()),
+        has_weight=weight is not None,
+    )
+
+
+def _decide(node: fx.Node, call: SiteCall | None, site: Site, wanted: Decision) -> SiteDecision:
+    if wanted.mode == "exempt" or wanted.spec is None:
+        return SiteDecision(site.name, site.op, "exempt", wanted.reason)
+    reason = unsupported(node) if call is None else _obstacle(call, wanted)
+    if reason or call is None:
+        return SiteDecision(site.name, site.op, "high_precision", reason or "not a site fp8fx knows")
+    spec, why = _applicable(call, wanted.spec), wanted.reason
+    if spec.output is not None and (reader := _fused_reader(node)):
+        spec, why = spec.replace(output=None), f"{why}; output fused into {reader}"
+    elif wanted.output_fused:
+        why = f"{why}; output fused"
+    return SiteDecision(site.name, site.op, "fp8", why, spec, emulate_attention=call.op == "attention")
+
+
+def _obstacle(call: SiteCall, wanted: Decision) -> str | None:
+    """Why this call cannot run in FP8 here, or None."""
+    spec = wanted.spec
+    assert spec is not None
+    operands = [call.w] if call.op == "embedding" else [call.x, call.w]
+    values = [tensor(operand) for operand in operands]
+    if any(value is None for value in values):
+        return "an operand is not a tensor"
+    kinds = [value.dtype for value in values if value is not None]
+    if not all(kind.is_floating_point for kind in kinds):
+        return f"operands are {', '.join(str(kind).removeprefix('torch.') for kind in kinds)}, not floating point"
+    if call.op == "attention":
+        return "fused attention stays in high precision (attention: high_precision)" if wanted.attention != "emulate" else None
+    if call.op in ("matmul", "bmm") and any(value is not None and value.dim() < 2 for value in values):
+        return "a product with a vector"
+    if spec.input is None and spec.weight is None and spec.grad_output is None:
+        return "no role of this recipe applies here"
+    return _geometry_obstacle(call, spec)
+
+
+def _geometry_obstacle(call: SiteCall, spec: SiteSpec) -> str | None:
+    specs = [getattr(spec, role) for role in ROLES]
+    granularities = {s.granularity for s in specs if s is not None}
+    if call.op in CONVOLUTIONS and granularities - {"tensor"}:
+        return "a convolution takes one scale per tensor only (granularity: tensor)"
+    if call.op == "embedding":
+        if call.options["max_norm"] is not None or call.options["sparse"]:
+            return "an embedding with max_norm or sparse gradients"
+        if spec.weight is None:
+            return "the weight role is none, and an embedding has no other"
+        if any(not isinstance(g, str) for g in granularities):
+            return "an embedding has no block scales"
+    return None
+
+
+def _applicable(call: SiteCall, spec: SiteSpec) -> SiteSpec:
+    """Drop roles the operation does not have, so that the plan shows only what happens."""
+    if call.op == "embedding":  # its output is a row of the quantized table: on the grid already
+        return spec.replace(input=None, output=None, grad_input=None, gemms=("output", "grad_weight"))
+    if call.op == "attention":
+        return spec.replace(weight=None, grad_weight=None)
+    if call.op in MATRIX and weight_source(call.w) is None and spec.input is not None and call.op != "linear":
+        return spec.replace(weight=spec.input)  # a product of two activations: both are inputs
+    if spec.save_for_backward == "high_precision" and spec.input is not None and spec.input.stochastic:
+        return spec.replace(save_for_backward="fp8")  # random bits are not drawn twice
+    return spec
+
+
+def _fused_reader(node: fx.Node) -> str | None:
+    """The operation that reads this output in high precision, if every reader is such an operation."""
+    readers = {_reads_high_precision(user) for user in node.users}
+    return None if not readers or None in readers else ", ".join(sorted(r for r in readers if r))
+
+
+def _reads_high_precision(node: fx.Node) -> str | None:
+    if node.target in ACTIVATIONS or node.target in BATCH_NORMS:
+        return _label(node)
+    seen: Any = node
+    while seen.target in BETWEEN and len(seen.users) == 1:
+        seen = next(iter(seen.users))
+    return _label(seen) if seen.target in SOFTMAXES else None
+
+
+def _label(node: fx.Node) -> str:
+    return str(getattr(node.target, "__name__", node.target))

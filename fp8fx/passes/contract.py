@@ -1,0 +1,131 @@
+"""The whole contract of a pass.
+
+A pass is a function `(module: fx.GraphModule, context: Context) -> PassResult`. It changes the graph it is given (the pipeline
+owns a copy of the user's), never a tensor, and it must leave
+
+  * a graph that lints, with meta["val"], meta["module"] and meta["site"] as `fp8fx.capture.graph` describes them,
+  * the same numbers: after insert_qdq every later pass keeps outputs and gradients bit for bit (eager, CPU),
+  * a fixed point: run again on its own result it modifies nothing.
+
+A rewrite that does not apply is a `Skip` with its reason, for the plan. A broken invariant raises PassError.
+"""
+
+from __future__ import annotations
+
+import operator
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import fx
+
+from fp8fx.capture.graph import MODULE, SITE, VAL
+from fp8fx.recipe import Recipe
+from fp8fx.spec import SiteSpec
+
+DECISION = "decision"  # meta key: SiteDecision, on every site
+METER, RNG = "fp8_meter", "fp8_rng"  # names of the further inputs that insert_qdq adds
+
+
+@dataclass(frozen=True)
+class SiteDecision:
+    """What annotate decided for one site. `spec` is None unless `mode` is "fp8"."""
+
+    name: str
+    op: str
+    mode: str  # fp8 | exempt | high_precision
+    reason: str
+    spec: SiteSpec | None = None
+    emulate_attention: bool = False
+
+
+@dataclass(frozen=True)
+class Skip:
+    """A rewrite that was considered and left alone."""
+
+    rule: str
+    node: str
+    reason: str
+
+
+@dataclass
+class PassResult:
+    module: fx.GraphModule
+    modified: bool
+    skips: list[Skip] = field(default_factory=list)
+
+
+@dataclass(frozen=True)
+class Context:
+    """What passes may look at besides the graph.
+
+    modules: dotted name -> class names of the MRO, for all modules of the root. complete: the graph is the whole forward.
+    add_input: appends an input placeholder; the front end knows how.
+    """
+
+    recipe: Recipe
+    modules: Mapping[str, tuple[str, ...]]
+    complete: bool
+    add_input: Callable[[fx.Graph, str], fx.Node]
+
+
+Pass = Callable[[fx.GraphModule, Context], PassResult]
+
+
+def decision(node: Any) -> SiteDecision | None:
+    return node.meta.get(DECISION) if isinstance(node, fx.Node) else None
+
+
+def emit(graph: fx.Graph, origin: fx.Node, target: Any, *args: Any, value: Any = None) -> fx.Node:
+    """A new call that inherits where it came from (module, stack trace) but not what `origin` was (decision, site)."""
+    node = graph.call_function(target, args)
+    node.meta = {k: v for k, v in origin.meta.items() if k not in (VAL, DECISION, SITE, "example_value")}
+    node.meta.setdefault(MODULE, "")
+    node.meta[VAL] = value
+    return node
+
+
+def item(graph: fx.Graph, node: fx.Node, index: int) -> fx.Node:
+    """Output `index` of a node, reusing the getitem if there is one."""
+    for user in node.users:
+        if user.target is operator.getitem and user.args[1] == index:
+            return user
+    with graph.inserting_after(node):
+        return emit(graph, node, operator.getitem, node, index)
+
+
+def is_item(node: Any, of: Any, index: int) -> bool:
+    """`node` is output `index` of a call to the operator `of`."""
+    return (
+        isinstance(node, fx.Node)
+        and node.target is operator.getitem
+        and node.args[1] == index
+        and isinstance(node.args[0], fx.Node)
+        and node.args[0].target is of
+    )
+
+
+def input_node(graph: fx.Graph, name: str) -> fx.Node | None:
+    return next((n for n in graph.find_nodes(op="placeholder") if n.meta.get("extra") == name), None)
+
+
+def finish(module: fx.GraphModule, modified: bool, skips: list[Skip] | None = None) -> PassResult:
+    """End of every pass: drop what nobody reads, check, compile."""
+    if modified:
+        _erase_dead(module.graph)
+        module.graph.lint()
+        module.recompile()
+    return PassResult(module, modified, skips or [])
+
+
+def _erase_dead(graph: fx.Graph) -> None:
+    """Only fp8fx's own nodes and getitems are dropped; what the user's graph computes is not ours to judge."""
+    for node in reversed(graph.nodes):
+        ours = node.op == "call_function" and (is_fp8(node) or node.target in (operator.getitem, torch.unbind))
+        if ours and not node.users:
+            graph.erase_node(node)
+
+
+def is_fp8(node: Any) -> bool:
+    return isinstance(node, fx.Node) and getattr(node.target, "namespace", "") == "fp8fx"

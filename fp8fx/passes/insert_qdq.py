@@ -1,0 +1,206 @@
+"""insert_qdq: make the numbers visible. Every site with an FP8 decision becomes quantize nodes and an fp8fx operator.
+
+    enters   an annotated graph
+    leaves   quantize(x), quantize(w), fp8fx.linear(x, w, b, [q_x, s_x], [q_w, s_w], ...); dequantize where a role rounds the output
+    holds    no site is left undone; x and w stay as the anchors that carry the gradient
+
+        y = linear(x, w, b)    ->    q_x, s_x, _ = quantize(x, 'e4m3fn/...', [-1])
+                                     q_w, s_w, _ = quantize(w, 'e4m3fn/...', [-1])
+                                     y = fp8fx.linear(x, w, b, [q_x, s_x], [q_w, s_w], meter, rng, 'fc1', ...)
+
+Two further inputs may appear: `fp8_meter` [sites, 4], whose "gradient" is the statistics of the sites' gradients, and `fp8_rng`
+[seed, step, call] where something is rounded stochastically. They come from the runtime at every call: the graph holds no state.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import fx
+
+from fp8fx.capture.graph import VAL, tensor
+from fp8fx.capture.sites import CONVOLUTIONS, SiteCall, read_site
+from fp8fx.errors import PassError
+from fp8fx.ops.operands import needs_two, turned
+from fp8fx.passes.contract import METER, RNG, Context, PassResult, SiteDecision, decision, emit, finish, input_node, item
+from fp8fx.spec import ROLES, SiteSpec, TensorSpec
+
+ops = torch.ops.fp8fx
+SLOTS = "fp8_slots"  # module.meta: site name of each row of the meter
+
+
+def insert_qdq(module: fx.GraphModule, context: Context) -> PassResult:
+    sites = [(node, made) for node in module.graph.nodes if (made := decision(node)) is not None and made.mode == "fp8"]
+    if not sites:
+        return finish(module, False)
+    writer = _Writer(module, context, [made for _, made in sites], [node for node, _ in sites])
+    for node, made in sites:
+        call = read_site(node)
+        if call is None or made.spec is None:
+            raise PassError(f"insert_qdq: {made.name}: the node {node.format_node()} has an FP8 decision but is not a site")
+        with module.graph.inserting_before(node):
+            result = writer.rewrite(call, made, made.spec)
+        result.meta[VAL] = node.meta.get(VAL)
+        node.replace_all_uses_with(result)
+        module.graph.erase_node(node)
+    return finish(module, True)
+
+
+def _metered(node: fx.Node, made: SiteDecision) -> bool:
+    """Sites that have a gradient have statistics; a meter on any other would make its output require one."""
+    value = tensor(node)
+    return made.op != "attention" and value is not None and value.requires_grad
+
+
+class _Writer:
+    """Writes one graph's sites. `self.first` names each quantized tensor after the first site that reads it."""
+
+    def __init__(self, module: fx.GraphModule, context: Context, made: list[SiteDecision], nodes: list[fx.Node]) -> None:
+        self.graph = module.graph
+        self.first: dict[tuple[Any, ...], tuple[str, str]] = {}
+        self.rng: fx.Node | None = None
+        self.rows: dict[fx.Node, fx.Node] = {}
+        specs = [getattr(d.spec, role) for d in made for role in ROLES]
+        if any(spec is not None and spec.stochastic for spec in specs):
+            self.rng = self._input(context, RNG)
+        metered = [node for node, d in zip(nodes, made, strict=True) if _metered(node, d)]
+        module.meta[SLOTS] = [d.name for node, d in zip(nodes, made, strict=True) if node in set(metered)]
+        if metered:
+            meter = self._input(context, METER)
+            with self.graph.inserting_before(_first_call(self.graph)):
+                rows = emit(self.graph, meter, torch.unbind, meter)
+                self.rows = {node: item(self.graph, rows, i) for i, node in enumerate(metered)}
+
+    def _input(self, context: Context, name: str) -> fx.Node:
+        node = input_node(self.graph, name) or context.add_input(self.graph, name)
+        node.meta["extra"] = name
+        return node
+
+    def rewrite(self, call: SiteCall, made: SiteDecision, spec: SiteSpec) -> fx.Node:
+        """The node that replaces the site: of the site's own shape and dtype."""
+        value = tensor(call.node)
+        dtype = value.dtype if value is not None else torch.float32
+        if made.emulate_attention:
+            return self.attention(call, made, spec, dtype)
+        accumulated = torch.float32 if spec.output is not None else dtype
+        y = self.product(call, made, spec, accumulated)
+        if spec.output is not None:
+            y = self.rounded_output(call, made, spec.output, y, dtype)
+        if call.add is not None:
+            other, beta, alpha = call.add
+            y = y if alpha == 1 else self.emit(call, torch.mul, y, alpha)
+            y = self.emit(call, torch.add, y, other if beta == 1 else self.emit(call, torch.mul, other, beta))
+        return y
+
+    def emit(self, call: SiteCall, target: Any, *args: Any) -> fx.Node:
+        return emit(self.graph, call.node, target, *args)
+
+    def quantize(self, call: SiteCall, x: Any, spec: TensorSpec | None, dims: list[int], site: str, role: str) -> list[fx.Node]:
+        """[q, scale] of `x`, or [] if it stays in high precision."""
+        if spec is None:
+            return []
+        dims = dims if spec.granularity == "row" else [-1]  # only scales per row depend on the contraction
+        producer, name = self.first.setdefault((x, spec.text, tuple(dims)), (site, role))
+        rng = self.rng if spec.stochastic else None
+        node = self.emit(call, ops.quantize.default, x, spec.text, dims, rng, producer, name)
+        made = decision(call.node)
+        if made is not None and made.spec is not None:
+            node.meta["weight_cache"] = made.spec.weight_cache
+        return [item(self.graph, node, 0), item(self.graph, node, 1)]
+
+    def pair(self, call: SiteCall, x: Any, spec: TensorSpec | None, dims: tuple[list[int], list[int]], site: str, role: str) -> list[fx.Node]:
+        """The operand's list: one quantization, or two where the two GEMMs that read it need different scales."""
+        codes = self.quantize(call, x, spec, dims[0], site, role)
+        if spec is None or not needs_two(spec):
+            return codes
+        value = tensor(x)
+        if call.op == "linear" and role == "input" and value is not None and value.dim() > 2:
+            x = self.flattened(call, x)
+        return codes + self.quantize(call, x, turned(spec), dims[1], site, role)
+
+    def flattened(self, call: SiteCall, x: fx.Node) -> fx.Node:
+        """[..., K] as [M, K]: the tokens that grad_weight sums over are one dimension."""
+        found = next((user for user in x.users if user.target is torch.flatten and user.args[1:] == (0, -2)), None)
+        return found if found is not None else self.emit(call, torch.flatten, x, 0, -2)
+
+    def product(self, call: SiteCall, made: SiteDecision, spec: SiteSpec, dtype: torch.dtype) -> fx.Node:
+        row = self.rows.get(call.node)
+        texts = [s.text if s is not None else "" for s in (spec.input, spec.weight)]
+        tail = (made.name, *texts, spec.backward_text, dtype)
+        if call.op == "embedding":
+            weight = self.quantize(call, call.w, spec.weight, [-1], made.name, "weight")
+            padding = -1 if call.options["padding_idx"] is None else call.options["padding_idx"]
+            frequency = bool(call.options["scale_grad_by_freq"])
+            site = (made.name, texts[1], spec.backward_text, dtype)
+            return self.emit(call, ops.embedding.default, call.x, call.w, weight, row, self.rng, padding, frequency, *site)
+        if call.op in CONVOLUTIONS:
+            return self.convolution(call, made, spec, row, tail)
+        if call.op == "linear":
+            w = self.emit(call, torch.t, call.w) if call.transposed_weight else call.w
+            left = self.pair(call, call.x, spec.input, ([-1], [0]), made.name, "input")
+            right = self.pair(call, w, spec.weight, ([-1], [0]), made.name, "weight")
+            return self.emit(call, ops.linear.default, call.x, w, call.bias, left, right, row, self.rng, *tail)
+        left = self.pair(call, call.x, spec.input, ([-1], [-2]), made.name, "input")
+        right = self.pair(call, call.w, spec.weight, ([-2], [-1]), made.name, "other")
+        return self.emit(call, ops.matmul.default, call.x, call.w, left, right, row, self.rng, *tail)
+
+    def convolution(self, call: SiteCall, made: SiteDecision, spec: SiteSpec, row: fx.Node | None, tail: tuple[Any, ...]) -> fx.Node:
+        value, o = tensor(call.x), call.options
+        dims = len(o["stride"])
+        x, padding = self.padded(call)
+        batched = value is None or value.dim() == dims + 2
+        x = x if batched else self.emit(call, torch.unsqueeze, x, 0)
+        left = self.quantize(call, x, spec.input, [1], made.name, "input")
+        right = self.quantize(call, call.w, spec.weight, [1], made.name, "weight")
+        geometry = (list(o["stride"]), padding, list(o["dilation"]), o["transposed"], list(o["output_padding"]), o["groups"])
+        y = self.emit(call, ops.conv.default, x, call.w, call.bias, left, right, row, self.rng, *geometry, *tail)
+        return y if batched else self.emit(call, torch.squeeze, y, 0)
+
+    def padded(self, call: SiteCall) -> tuple[Any, list[int]]:
+        """The input and symmetric padding. "same" may need one more zero at the end of a dimension."""
+        o, weight = call.options, tensor(call.w)
+        if o["padding"] == "valid":
+            return call.x, [0] * len(o["stride"])
+        if o["padding"] != "same":
+            return call.x, list(o["padding"])
+        assert weight is not None
+        totals = [d * (k - 1) for d, k in zip(o["dilation"], weight.shape[2:], strict=True)]
+        if any(total % 2 for total in totals):
+            sides = [side for total in reversed(totals) for side in (0, total % 2)]
+            return self.emit(call, torch.nn.functional.pad, call.x, sides), [total // 2 for total in totals]
+        return call.x, [total // 2 for total in totals]
+
+    def rounded_output(self, call: SiteCall, made: SiteDecision, spec: TensorSpec, y: fx.Node, dtype: torch.dtype) -> fx.Node:
+        q, scale = self.quantize(call, y, spec, [-1], made.name, "output")
+        return self.emit(call, ops.dequantize.default, y, q, scale, spec.text, dtype)
+
+    def attention(self, call: SiteCall, made: SiteDecision, spec: SiteSpec, dtype: torch.dtype) -> fx.Node:
+        """Emulated fused attention: q, k, v (and its output) take values on the grid, gradients are rounded on the way."""
+        operands = [call.x, call.w, call.options["value"]]
+        rounded = []
+        for name, x in zip(("query", "key", "value"), operands, strict=True):
+            if spec.grad_input is not None:
+                x = self.emit(call, ops.round_gradient.default, x, spec.grad_input.text, self.rng, f"{made.name}.{name}", "grad_input")
+            if spec.input is not None:
+                q, scale = self.quantize(call, x, spec.input, [-1], f"{made.name}.{name}", "input")
+                value = tensor(operands[len(rounded)])
+                kind = value.dtype if value is not None else dtype
+                x = self.emit(call, ops.dequantize.default, x, q, scale, spec.input.text, kind)
+            rounded.append(x)
+        kwargs = dict(call.node.kwargs)
+        rest = call.node.args[3:]
+        for key in ("query", "key", "value"):
+            kwargs.pop(key, None)
+        y = self.graph.call_function(call.node.target, (*rounded, *rest), kwargs)  # type: ignore[arg-type]
+        y.meta = dict(call.node.meta)
+        y.meta.pop("decision", None)
+        if spec.output is not None:
+            y = self.rounded_output(call, made, spec.output, y, dtype)
+        if spec.grad_output is not None:
+            y = self.emit(call, ops.round_gradient.default, y, spec.grad_output.text, self.rng, made.name, "grad_output")
+        return y
+
+
+def _first_call(graph: fx.Graph) -> fx.Node:
+    return next(node for node in graph.nodes if node.op != "placeholder")

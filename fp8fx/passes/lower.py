@@ -1,0 +1,87 @@
+"""lower: hand the graph to what runs it. The only pass that names kernels.
+
+    enters   a graph after fuse
+    leaves   a graph the runtime calls; weights arrive quantized as further inputs
+    holds    outputs and gradients bit for bit
+
+        q_w, s_w, _ = quantize(w)    ->    further inputs fc1_weight_q, fc1_weight_scale, made by the runtime
+
+Quantized weights come from outside so that they can be kept: for all of evaluation, or until the next optimizer step where the
+recipe says `weight_cache: step`. Everything else runs as the operators' registered implementations: on a CUDA device the Triton
+kernels of `fp8fx.kernels` where there is one, elsewhere the exact reference.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, fx
+
+from fp8fx.capture.graph import TENSOR_NAME
+from fp8fx.passes.contract import Context, PassResult, finish
+from fp8fx.spec import TensorSpec
+
+WEIGHTS = "fp8_weights"  # module.meta: list[WeightInput], in the order of their inputs
+_VIEWS: dict[Any, Callable[..., Tensor]] = {torch.t: torch.t, "t": Tensor.t, "transpose": Tensor.transpose}
+
+
+@dataclass(frozen=True)
+class WeightInput:
+    """One quantized weight: the input that holds the parameter, the views applied to it, and how it is quantized."""
+
+    placeholder: str  # name of the parameter's own input
+    parameter: str
+    views: tuple[tuple[Any, tuple[Any, ...]], ...]
+    spec: str
+    dims: tuple[int, ...]
+    cache: str = "none"  # the recipe's weight_cache
+
+    def view(self, weight: Tensor) -> Tensor:
+        for function, args in self.views:
+            weight = _VIEWS[function](weight, *args)
+        return weight
+
+
+def lower(module: fx.GraphModule, context: Context) -> PassResult:
+    weights: list[WeightInput] = list(module.meta.get(WEIGHTS, ()))
+    before = len(weights)
+    for node in list(module.graph.find_nodes(op="call_function", target=torch.ops.fp8fx.quantize.default)):
+        found = _weight(node)
+        if found is None:
+            continue
+        placeholder, views = found
+        index = len(weights)
+        made = WeightInput(
+            placeholder.name, placeholder.meta[TENSOR_NAME], views, str(node.args[1]), tuple(node.args[2]),  # type: ignore[arg-type]
+            node.meta.get("weight_cache", "none"),
+        )  # fmt: skip
+        weights.append(made)
+        for output, suffix in ((0, "q"), (1, "scale")):
+            _replace_output(module.graph, node, output, context.add_input(module.graph, f"fp8_weight_{index}_{suffix}"))
+    module.meta[WEIGHTS] = weights
+    return finish(module, len(weights) != before)
+
+
+def _weight(node: fx.Node) -> tuple[fx.Node, tuple[tuple[Any, tuple[Any, ...]], ...]] | None:
+    """The parameter that is quantized and the views between, or None for an activation or a stochastic rounding."""
+    if TensorSpec.parse(str(node.args[1])).stochastic:
+        return None
+    views = []
+    seen: Any = node.args[0]
+    while isinstance(seen, fx.Node) and seen.target in _VIEWS and all(isinstance(arg, int) for arg in seen.args[1:]):
+        views.append((seen.target, tuple(seen.args[1:])))
+        seen = seen.args[0]
+    if not isinstance(seen, fx.Node) or seen.op != "placeholder" or not seen.meta.get(TENSOR_NAME):
+        return None
+    return seen, tuple(reversed(views))
+
+
+def _replace_output(graph: fx.Graph, quantize: fx.Node, output: int, placeholder: fx.Node) -> None:
+    placeholder.meta["extra"] = placeholder.name
+    for user in list(quantize.users):
+        if user.args[1] == output:
+            user.replace_all_uses_with(placeholder)
+            graph.erase_node(user)

@@ -1,0 +1,216 @@
+"""The plan: one row per layer, what it does and why, and totals. Prints as a table, saves as JSON."""
+
+from __future__ import annotations
+
+import io
+import json
+import os
+from collections.abc import Iterable, Sequence
+from dataclasses import asdict, dataclass, field, replace
+from pathlib import Path
+
+from rich.console import Console
+from rich.table import Table
+from torch import nn
+
+from fp8fx.passes.contract import Skip
+from fp8fx.pipeline import Annotated
+from fp8fx.recipe import Recipe
+from fp8fx.spec import ROLES, SiteSpec
+
+QUANTIZABLE = (
+    nn.Linear, nn.Conv1d, nn.Conv2d, nn.Conv3d, nn.ConvTranspose1d, nn.ConvTranspose2d, nn.ConvTranspose3d, nn.Embedding,
+    nn.MultiheadAttention,
+)  # fmt: skip
+
+
+@dataclass(frozen=True)
+class SiteRow:
+    """One layer. `decision` is fp8, exempt, high_precision or not_captured; `flops` is the forward GEMM's, over all calls."""
+
+    name: str
+    op: str
+    shape: str
+    decision: str
+    formats: str
+    reason: str
+    flops: int
+    calls: int = 1
+    spec: SiteSpec | None = None
+
+    @property
+    def grad_format(self) -> str:
+        return self.spec.grad_output.format if self.spec is not None and self.spec.grad_output is not None else ""
+
+    @property
+    def fp8_flops(self) -> float:
+        """FLOPs in FP8: of three equal GEMMs, those the recipe runs in FP8 with two quantized operands."""
+        if self.decision != "fp8" or self.spec is None:
+            return 0.0
+        s = self.spec
+        operands = {"output": (s.input, s.weight), "grad_input": (s.grad_output, s.weight), "grad_weight": (s.grad_output, s.input)}
+        return self.flops * sum(gemm in s.gemms and None not in operands[gemm] for gemm in operands) / 3
+
+
+def formats_of(spec: SiteSpec | None) -> str:
+    """`e4m3fn x e4m3fn, grad e5m2`: input x weight, then what else is rounded."""
+    if spec is None:
+        return ""
+    named = {role: getattr(spec, role).format for role in ROLES if getattr(spec, role) is not None}
+    operands = " x ".join(named[role] for role in ("input", "weight") if role in named)
+    output = [f"output {named['output']}"] if "output" in named else []
+    grad = [f"grad {named['grad_output']}"] if "grad_output" in named else []
+    high = [g for g in ("output", "grad_input", "grad_weight") if g not in spec.gemms]
+    kept = [f"{', '.join(high)} GEMM in high precision"] if high and operands.count("x") else []
+    return ", ".join([operands, *output, *grad, *kept])
+
+
+def site_rows(annotated: Iterable[Annotated]) -> list[SiteRow]:
+    """Rows of one graph; a layer called several times is one row."""
+    rows: dict[str, SiteRow] = {}
+    for site in annotated:
+        made = site.decision
+        row = SiteRow(made.name, made.op, site.shape, made.mode, formats_of(made.spec), made.reason, site.flops, 1, made.spec)
+        old = rows.get(made.name)
+        rows[made.name] = row if old is None else replace(old, flops=old.flops + row.flops, calls=old.calls + 1)
+    return list(rows.values())
+
+
+def build_plan(graphs: Sequence[list[SiteRow]], skips: Sequence[list[Skip]], root: nn.Module, recipe: Recipe) -> Plan:
+    """Rows of all graphs in the order of capture. A graph captured again (other shapes, no_grad) adds no row twice."""
+    rows: dict[str, SiteRow] = {}
+    for graph in graphs:
+        for row in graph:
+            rows.setdefault(row.name, row)
+    notes = list(dict.fromkeys(skip.reason for group in skips for skip in group if skip.rule == "recipe"))
+    left = list(dict.fromkeys(f"{skip.node}: {skip.rule}: {skip.reason}" for group in skips for skip in group if skip.rule != "recipe"))
+    return Plan(recipe.name, [*rows.values(), *_not_captured(root, rows)], notes, left, captured=bool(graphs))
+
+
+def _not_captured(root: nn.Module, rows: dict[str, SiteRow]) -> list[SiteRow]:
+    """Layers of the model that no captured graph holds: not called, or called where capture could not follow."""
+    names: dict[int, list[str]] = {}
+    modules = dict(root.named_modules(remove_duplicate=False))
+    for name, module in modules.items():
+        if isinstance(module, QUANTIZABLE):
+            names.setdefault(id(module), []).append(name)
+    found = []
+    for aliases in names.values():
+        inside = any(row == name or row.startswith(name + ".") for name in aliases for row in rows)
+        of_attention = any(isinstance(modules[name.rpartition(".")[0]], nn.MultiheadAttention) for name in aliases)
+        if not inside and not of_attention:
+            module = modules[aliases[0]]
+            reason = "not called so far, or called outside every captured graph"
+            found.append(SiteRow(aliases[0], type(module).__name__, "", "not_captured", "", reason, 0))
+    return found
+
+
+@dataclass(frozen=True)
+class Plan:
+    """What a recipe does to a model. `notes` come from the recipe, `skips` from passes that left something alone."""
+
+    recipe: str
+    rows: list[SiteRow]
+    notes: list[str] = field(default_factory=list)
+    skips: list[str] = field(default_factory=list)
+    captured: bool = True
+
+    def __getitem__(self, name: str) -> SiteRow:
+        """The row of one layer, by name."""
+        for row in self.rows:
+            if row.name == name:
+                return row
+        raise KeyError(name)
+
+    def of(self, decision: str) -> list[SiteRow]:
+        return [row for row in self.rows if row.decision == decision]
+
+    @property
+    def fp8(self) -> list[SiteRow]:
+        return self.of("fp8")
+
+    @property
+    def exempt(self) -> list[SiteRow]:
+        return self.of("exempt")
+
+    @property
+    def not_captured(self) -> list[SiteRow]:
+        return self.of("not_captured")
+
+    @property
+    def flops(self) -> int:
+        """Forward FLOPs of all linear, convolution, matmul and bmm sites; fused attention is counted apart."""
+        return sum(row.flops for row in self.rows if row.op != "attention")
+
+    @property
+    def attention_flops(self) -> int:
+        return sum(row.flops for row in self.rows if row.op == "attention")
+
+    @property
+    def exempt_flops(self) -> int:
+        return sum(row.flops for row in self.exempt if row.op != "attention")
+
+    @property
+    def fp8_flops_share(self) -> float:
+        """Share of the non-exempt FLOPs that run in FP8, 0 to 1; 0 if there are none."""
+        rest = self.flops - self.exempt_flops
+        return sum(row.fp8_flops for row in self.rows if row.op != "attention") / rest if rest else 0.0
+
+    @property
+    def summary(self) -> str:
+        """`224 of 226 layers, 98.7% of FLOPs in FP8; 2 exempt; 0 fell back`."""
+        fell_back, missing = len(self.of("high_precision")), len(self.not_captured)
+        text = f"{len(self.fp8)} of {len(self.rows)} layers, {self.fp8_flops_share:.1%} of non-exempt FLOPs in FP8; "
+        text += f"{len(self.exempt)} exempt; {fell_back} fell back"
+        return text + (f"; {missing} not captured" if missing else "")
+
+    def table(self) -> Table:
+        table = Table(title=f"fp8fx plan, recipe {self.recipe}", title_justify="left", box=None, pad_edge=False)
+        for heading, justify in (("layer", "left"), ("op", "left"), ("shape", "left"), ("decision", "left"), ("formats", "left")):
+            table.add_column(heading, justify=justify, no_wrap=heading == "layer", overflow="fold")  # type: ignore[arg-type]
+        table.add_column("FLOPs", justify="right")
+        table.add_column("reason", overflow="fold")
+        total = self.flops or 1
+        for row in self.rows:
+            calls = f" (x{row.calls})" if row.calls > 1 else ""
+            share = f"{row.flops / total:.1%}" if row.flops and row.op != "attention" else ""
+            table.add_row(row.name, row.op, row.shape + calls, row.decision, row.formats, share, row.reason)
+        return table
+
+    def totals(self) -> list[str]:
+        total = self.flops or 1
+        lines = [self.summary, f"FLOPs per forward: {self.flops:,}; exempt {self.exempt_flops / total:.1%}"]
+        if self.attention_flops:
+            lines.append(f"fused attention, listed apart: {self.attention_flops:,} FLOPs")
+        return lines + [f"note: {note}" for note in self.notes]
+
+    def __str__(self) -> str:
+        out = io.StringIO()
+        console = Console(file=out, width=160, no_color=True)
+        console.print(self.table())
+        for line in self.totals():
+            console.print(line, highlight=False, markup=False)
+        return out.getvalue()
+
+    def to_json(self) -> str:
+        rows = [{**asdict(row), "spec": None if row.spec is None else _spec_json(row.spec)} for row in self.rows]
+        totals = {
+            "layers": len(self.rows),
+            "fp8_layers": len(self.fp8),
+            "exempt_layers": len(self.exempt),
+            "not_captured_layers": len(self.not_captured),
+            "flops": self.flops,
+            "exempt_flops": self.exempt_flops,
+            "attention_flops": self.attention_flops,
+            "fp8_flops_share": self.fp8_flops_share,
+        }
+        return json.dumps({"recipe": self.recipe, "totals": totals, "rows": rows, "notes": self.notes, "skips": self.skips}, indent=1)
+
+    def save(self, path: str | os.PathLike[str]) -> None:
+        """Write JSON if `path` ends in .json, else the printed table."""
+        Path(path).write_text(self.to_json() if str(path).endswith(".json") else str(self), encoding="utf-8")
+
+
+def _spec_json(spec: SiteSpec) -> dict[str, object]:
+    roles = {role: getattr(spec, role).text for role in ROLES if getattr(spec, role) is not None}
+    return {**roles, "gemms": list(spec.gemms)}

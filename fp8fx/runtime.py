@@ -1,0 +1,279 @@
+"""Runs a compiled model: the backend that rewrites each captured graph, and the call that feeds it its further inputs.
+
+One Runtime belongs to one compiled model. Copying or pickling it keeps the recipe, the options and the position in the random
+stream, and drops the graphs: a copy captures its own.
+"""
+
+from __future__ import annotations
+
+import logging
+import warnings
+import weakref
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor, fx, nn
+
+from fp8fx import pipeline
+from fp8fx.capture import dynamo, symbolic
+from fp8fx.capture.graph import Captured
+from fp8fx.clone import base_class
+from fp8fx.errors import CaptureError, FP8Warning, RecipeError
+from fp8fx.monitor import UnderflowMonitor
+from fp8fx.ops.quantize import STATISTICS
+from fp8fx.passes.contract import METER, RNG, Context
+from fp8fx.passes.insert_qdq import SLOTS
+from fp8fx.passes.lower import WEIGHTS, WeightInput
+from fp8fx.plan import Plan, SiteRow, build_plan, site_rows
+from fp8fx.recipe import Recipe
+from fp8fx.state import OPTIMIZER_STEPS, Stream, WeightCache
+
+LOG = logging.getLogger("fp8fx")
+
+
+@dataclass(frozen=True)
+class Options:
+    """How a model is compiled, apart from the recipe."""
+
+    inner: str = "auto"  # auto | eager | aot_eager | inductor
+    inner_mode: str | None = None  # a torch.compile mode for Inductor: reduce-overhead, max-autotune
+    fullgraph: bool = False
+    dynamic: bool | None = None
+    capture: str = "dynamo"  # dynamo | symbolic
+    on_capture_error: str = "raise"  # raise | eager
+    plan_only: bool = False
+
+
+@dataclass
+class GraphRecord:
+    """One captured graph of the model: enough to show any stage again, and its rows of the plan."""
+
+    captured: Captured
+    context: Context
+    compiled: pipeline.Compiled
+    rows: list[SiteRow] = field(default_factory=list)
+
+
+def module_types(root: nn.Module) -> dict[str, tuple[str, ...]]:
+    """Dotted name -> class names of the MRO, for every module of `root`, the root as ''."""
+    return {
+        name: tuple(cls.__name__ for cls in type(module).__mro__ if cls not in (nn.Module, object))
+        for name, module in root.named_modules(remove_duplicate=False)
+    }
+
+
+class Runtime:
+    """See the module docstring. `attach` ties it to its model; `backend` is what torch.compile calls."""
+
+    def __init__(self, recipe: Recipe, options: Options) -> None:
+        self.recipe = recipe
+        self.options = options
+        self.stream = Stream(seed=recipe.seed)
+        self.original: nn.Module | None = None  # the model passed to compile; a copy has none
+        self._reset()
+
+    def _reset(self) -> None:
+        self.graphs: list[GraphRecord] = []
+        self.weights = WeightCache()
+        self.monitor = UnderflowMonitor({}, _advice(self.recipe))
+        self._stepped = False
+        self._root: weakref.ref[nn.Module] | None = None
+        self._forward: Callable[..., Any] | None = None
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {"recipe": self.recipe, "options": self.options, "stream": self.stream}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        self.__dict__.update(state)
+        self.original = None
+        self._reset()
+
+    # -- the model ------------------------------------------------------------------------------------------------------
+
+    def attach(self, root: nn.Module) -> None:
+        self._root = weakref.ref(root)
+        OPTIMIZER_STEPS.listen(self)
+
+    @property
+    def root(self) -> nn.Module:
+        root = self._root() if self._root is not None else None
+        if root is None:
+            raise CaptureError("the compiled model this graph belongs to is gone")
+        return root
+
+    def parameters(self) -> list[nn.Parameter]:
+        root = self._root() if self._root is not None else None
+        return [] if root is None else list(root.parameters())
+
+    def optimizer_stepped(self) -> None:
+        self._stepped = True
+        self.weights.clear()
+
+    # -- capture --------------------------------------------------------------------------------------------------------
+
+    def backend(self, module: fx.GraphModule, example_inputs: Sequence[Any]) -> Callable[..., Any]:
+        """torch.compile calls this with each captured graph; what it returns runs in the graph's place."""
+        captured = dynamo.from_dynamo(module, example_inputs, self.root)
+        return self.rewrite(captured, example_inputs, dynamo.append_placeholder)
+
+    def rewrite(
+        self, captured: Captured, example_inputs: Sequence[Any], add_input: Callable[[fx.Graph, str], fx.Node]
+    ) -> Callable[..., Any]:
+        """Run the pipeline on a captured graph and compile the result with the inner compiler."""
+        complete = captured.complete and not self.graphs
+        context = Context(self.recipe, module_types(self.root), complete, add_input)
+        compiled = pipeline.run(captured, context, "annotate" if self.options.plan_only else "lower")
+        record = GraphRecord(captured, context, compiled, site_rows(compiled.annotated))
+        if self.options.plan_only:
+            self.graphs.append(record)
+            return captured.module
+        call = GraphCall(self, compiled.module)
+        call.inner = self._inner(compiled.module, [*example_inputs, *call.extras(example_inputs)])
+        self.graphs.append(record)
+        self.monitor.formats.update({row.name: row.grad_format for row in record.rows})
+        return call
+
+    def _inner(self, module: fx.GraphModule, example_inputs: list[Any]) -> Callable[..., Any]:
+        name = self.options.inner
+        if name == "auto":
+            name = "inductor" if any(isinstance(x, Tensor) and x.is_cuda for x in example_inputs) else "eager"
+        if name == "eager":
+            return module
+        if name == "inductor":
+            from torch._inductor.compile_fx import compile_fx
+
+            patches = torch._inductor.list_mode_options(self.options.inner_mode) if self.options.inner_mode else None
+            return compile_fx(module, example_inputs, config_patches=patches)  # type: ignore[return-value]
+        return torch._dynamo.lookup_backend(name)(module, example_inputs)
+
+    # -- calls ----------------------------------------------------------------------------------------------------------
+
+    def call(self, root: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        """The forward of a compiled model. What is captured on the way is reported once."""
+        if self._root is None or self._root() is not root:
+            self._reset()
+            self.attach(root)
+        forward = self._forward or self._compile(root)
+        before = len(self.graphs)
+        try:
+            result = forward(*args, **kwargs)
+        except Exception as error:
+            return self._failed(root, error, args, kwargs)
+        if len(self.graphs) > before and before == 0:
+            self._report()
+        return result
+
+    def _compile(self, root: nn.Module) -> Callable[..., Any]:
+        original = base_class(root).forward.__get__(root)
+        if self.options.capture == "symbolic":
+            self._forward = symbolic.SymbolicForward(self, root, original)
+        else:
+            self._forward = dynamo.compile_with(
+                original, self.backend, fullgraph=self.options.fullgraph, dynamic=self.options.dynamic
+            )
+        return self._forward
+
+    def _failed(self, root: nn.Module, error: Exception, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        """Say what went wrong; the model's own errors pass through as they are."""
+        problem = dynamo.explain(error)
+        if problem is None:
+            raise error
+        if self.options.on_capture_error != "eager" or isinstance(problem, RecipeError):
+            raise problem from error
+        warnings.warn(f"fp8fx: {problem} Running in high precision.", FP8Warning, stacklevel=4)
+        self._forward = base_class(root).forward.__get__(root)
+        return self._forward(*args, **kwargs)
+
+    def _report(self) -> None:
+        plan = self.plan()
+        LOG.info("fp8fx: %s", plan.summary)
+        if not plan.fp8 and self.recipe.name != "none" and not self.options.plan_only:
+            warnings.warn(f"fp8fx: no layer runs in FP8: {plan.summary}. print(model.plan()) gives the reasons.", FP8Warning, stacklevel=4)
+
+    def state(self) -> dict[str, Tensor]:
+        """What a checkpoint must hold besides the model's own tensors: the position in the random stream."""
+        return {"stream": torch.tensor([self.stream.seed, self.stream.step], dtype=torch.int64)}
+
+    def load_state(self, state: dict[str, Tensor]) -> None:
+        if "stream" in state:
+            seed, step = state["stream"].tolist()
+            self.stream = Stream(seed=seed, step=step)
+        self.weights.clear()
+
+    def begin_call(self) -> None:
+        """Advance the step if an optimizer stepped since the last training forward; number the call within the step."""
+        if self._stepped and torch.is_grad_enabled():
+            self._stepped = False
+            self.stream.step += 1
+            self.stream.call = 0
+            self.monitor.end_step()
+
+    def keeps_weights(self, wanted: WeightInput) -> bool:
+        """Quantized weights are kept under no_grad and in eval, and until the next optimizer step if the recipe says so."""
+        return not torch.is_grad_enabled() or not self.root.training or wanted.cache == "step"
+
+    def plan(self) -> Plan:
+        return build_plan([record.rows for record in self.graphs], [record.compiled.skips for record in self.graphs], self.root, self.recipe)
+
+    def stage(self, stage: str, index: int = 0) -> fx.GraphModule:
+        """Graph `index` of the model after `stage`, made again from what was captured."""
+        pipeline.check_stage(stage)
+        if not self.graphs:
+            raise CaptureError("nothing is captured yet: call the model once, or use fp8fx.plan(model, recipe, example_inputs=...)")
+        if not 0 <= index < len(self.graphs):
+            raise CaptureError(f"there is no graph {index}: the model was captured as {len(self.graphs)} graph(s), numbered from 0")
+        record = self.graphs[index]
+        return pipeline.run(record.captured, record.context, stage).module
+
+
+class GraphCall:
+    """One rewritten graph as torch calls it: the user's inputs, then the meter, the rng and the quantized weights."""
+
+    def __init__(self, runtime: Runtime, module: fx.GraphModule) -> None:
+        self.runtime = runtime
+        self.inner: Callable[..., Any] = module
+        placeholders = module.graph.find_nodes(op="placeholder")
+        position = {node.name: i for i, node in enumerate(placeholders)}
+        self.names = [node.meta["extra"] for node in placeholders if "extra" in node.meta]
+        self.slots: list[str] = module.meta.get(SLOTS, [])
+        self.weights: list[tuple[int, WeightInput]] = [(position[w.placeholder], w) for w in module.meta.get(WEIGHTS, [])]
+
+    def __call__(self, *args: Any) -> Any:
+        self.runtime.begin_call()
+        extras = self.extras(args)
+        self.runtime.stream.call += 1
+        return self.inner(*args, *extras)
+
+    def extras(self, args: Sequence[Any]) -> list[Tensor]:
+        """The values of the further inputs for one call."""
+        device = next((a.device for a in args if isinstance(a, Tensor)), torch.device("cpu"))
+        found: dict[str, Tensor] = {}
+        if METER in self.names:
+            found[METER] = self._meter(device)
+        if RNG in self.names:
+            found[RNG] = self.runtime.stream.tensor(device)
+        for index, (place, wanted) in enumerate(self.weights):
+            q, scale = self.runtime.weights.get(args[place], wanted, self.runtime.keeps_weights(wanted))
+            found[f"fp8_weight_{index}_q"], found[f"fp8_weight_{index}_scale"] = q, scale
+        return [found[name] for name in self.names]
+
+    def _meter(self, device: torch.device) -> Tensor:
+        """A fresh leaf per call, so that two forwards in flight never meet; its "gradient" is the sites' statistics."""
+        meter = torch.zeros(len(self.slots), STATISTICS, device=device, requires_grad=True)
+        monitor, slots = self.runtime.monitor, self.slots
+
+        def fold(leaf: Tensor) -> None:
+            if leaf.grad is not None:
+                monitor.fold(slots, leaf.grad)
+                leaf.grad = None
+
+        meter.register_post_accumulate_grad_hook(fold)
+        return meter
+
+
+def _advice(recipe: Recipe) -> str:
+    if recipe.loss_scaling.mode == "none":
+        return "Use a recipe that scales gradients, such as hybrid (grad_output: {scaling: current})."
+    return f"Scale the loss with fp8fx.GradScaler(recipe={recipe.name!r}), or use a recipe that scales gradients, such as hybrid."

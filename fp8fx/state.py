@@ -1,0 +1,93 @@
+"""What a compiled model keeps between calls, and never on a captured graph: the step, the random stream, quantized weights.
+
+Graphs may be shared and copied by torch; this state belongs to one model and is looked up by parameter identity at call time.
+A step begins at the first training forward after an optimizer step, whichever optimizer holds the model's parameters.
+"""
+
+from __future__ import annotations
+
+import weakref
+from collections.abc import Iterable
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.optim.optimizer import register_optimizer_step_post_hook
+
+from fp8fx.passes.lower import WeightInput
+
+
+@dataclass
+class Stream:
+    """Position in the random stream of stochastic rounding: Philox counter words (docs/numerics.md)."""
+
+    seed: int = 0
+    step: int = 0
+    call: int = 0
+
+    def tensor(self, device: torch.device) -> Tensor:
+        """int64 [seed, step, call] of the current call."""
+        return torch.tensor([self.seed, self.step, self.call], dtype=torch.int64, device=device)
+
+
+class WeightCache:
+    """Quantized weights, kept as long as the parameter is the same tensor with the same contents, as far as torch can tell.
+
+    Writes through `.data` do not change a tensor's version; `fp8fx.invalidate(model)` is for those.
+    """
+
+    def __init__(self) -> None:
+        self._entries: dict[tuple[Any, ...], tuple[Any, int, int, Tensor, Tensor]] = {}
+
+    def get(self, weight: Tensor, wanted: WeightInput, keep: bool) -> tuple[Tensor, Tensor]:
+        """Codes and scale of `weight` as `wanted` says; read from the cache and kept there only if `keep`."""
+        if not keep or weight.is_inference():
+            return quantize_weight(weight, wanted)
+        key = (id(weight), wanted.views, wanted.spec, wanted.dims)
+        found = self._entries.get(key)
+        if found is not None and found[0]() is weight and found[1:3] == (weight._version, weight.data_ptr()):
+            return found[3], found[4]
+        q, scale = quantize_weight(weight, wanted)
+        self._entries[key] = (weakref.ref(weight), weight._version, weight.data_ptr(), q, scale)
+        return q, scale
+
+    def clear(self) -> None:
+        self._entries.clear()
+
+    def __len__(self) -> int:
+        return len(self._entries)
+
+
+def quantize_weight(weight: Tensor, wanted: WeightInput) -> tuple[Tensor, Tensor]:
+    with torch.no_grad():
+        q, scale, _ = torch.ops.fp8fx.quantize.default(wanted.view(weight), wanted.spec, list(wanted.dims))
+    return q, scale
+
+
+class OptimizerSteps:
+    """Tells models that an optimizer stepped. One global hook for the process; models are held weakly."""
+
+    def __init__(self) -> None:
+        self._listeners: weakref.WeakSet[Any] = weakref.WeakSet()
+        self._handle: Any = None
+
+    def listen(self, listener: Any) -> None:
+        """`listener.parameters()` gives its parameters, `listener.optimizer_stepped()` is called after a step that has one of them."""
+        if self._handle is None:
+            self._handle = register_optimizer_step_post_hook(self._after_step)
+        self._listeners.add(listener)
+
+    def _after_step(self, optimizer: torch.optim.Optimizer, args: Any, kwargs: Any) -> None:
+        stepped = {id(p) for group in optimizer.param_groups for p in group["params"]}
+        for listener in list(self._listeners):
+            if any(id(p) in stepped for p in listener.parameters()):
+                listener.optimizer_stepped()
+
+
+OPTIMIZER_STEPS = OptimizerSteps()
+
+
+def devices_of(model: nn.Module) -> set[torch.device]:
+    tensors: Iterable[Tensor] = [*model.parameters(), *model.buffers()]
+    return {t.device for t in tensors}
