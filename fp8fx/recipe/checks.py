@@ -8,7 +8,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 
 from fp8fx.errors import RecipeError
-from fp8fx.recipe.grammar import Document, Layer, Role, Rule
+from fp8fx.recipe.grammar import Document, Layer, Match, Role, Rule
 from fp8fx.recipe.merge import GRADIENT
 from fp8fx.recipe.source import KeyPath
 from fp8fx.spec import ROLES, SiteSpec
@@ -36,23 +36,22 @@ def document_problems(document: Document) -> Iterator[Problem]:
         yield from _layer_problems(rule, path)
         if not rule.model_fields_set - _NOT_OVERRIDES:
             yield path, "changes nothing: a rule needs a key beside match, such as mode: exempt"
-        yield from _match_problems(rule, path)
+
+
+def match_problems(document: Document) -> Iterator[Problem]:
+    """A match that could select everything or nothing by accident: refused under `strict: false` too."""
+    matches: list[tuple[KeyPath, Match]] = []
+    for n, rule in enumerate(document.rules):
+        if not rule.match:
+            yield ("rules", n, "match"), "is empty: write a pattern such as '*.fc'"
+        matches += [(("rules", n, "match", m), match) for m, match in enumerate(rule.match)]
     for key in ("exempt", "output_fused"):
-        for index, match in enumerate(getattr(document, key)):
-            if not match.model_fields_set:
-                yield (key, index), "matches nothing: write name, type, op, min_numel or max_numel"
-            elif _empty_range(match.min_numel, match.max_numel):
-                yield (key, index), "min_numel is above max_numel, so nothing matches"
-
-
-def _match_problems(rule: Rule, path: KeyPath) -> Iterator[Problem]:
-    if not rule.match:
-        yield (*path, "match"), "is empty: write a pattern such as '*.fc'"
-    for index, match in enumerate(rule.match):
+        matches += [((key, n), match) for n, match in enumerate(getattr(document, key))]
+    for path, match in matches:
         if not (match.name or match.type or match.op or match.min_numel is not None or match.max_numel is not None):
-            yield (*path, "match", index), "matches nothing: write name, type, op, min_numel or max_numel"
+            yield path, "matches nothing: write name, type, op, min_numel or max_numel"
         elif _empty_range(match.min_numel, match.max_numel):
-            yield (*path, "match", index), "min_numel is above max_numel, so nothing matches"
+            yield path, "min_numel is above max_numel, so nothing matches"
 
 
 def _empty_range(least: int | None, most: int | None) -> bool:

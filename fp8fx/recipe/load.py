@@ -20,10 +20,11 @@ from pydantic import BaseModel, ValidationError
 
 from fp8fx.errors import FP8Warning, RecipeError, nearest
 from fp8fx.recipe import source as sources
-from fp8fx.recipe.checks import document_problems, merged_problems
+from fp8fx.recipe.checks import document_problems, match_problems, merged_problems
 from fp8fx.recipe.grammar import Boundary, Document, Layer, LossScaling, Match, Rule
 from fp8fx.recipe.merge import merge, preset
 from fp8fx.recipe.source import KeyPath, Source
+from fp8fx.recipe.values import switch
 
 SHIPPED = resources.files("fp8fx.recipes")
 
@@ -68,16 +69,25 @@ def load(name: object) -> list[Loaded]:
     return follow(find(name, Path()))
 
 
-def follow(source: Source, chain: tuple[str, ...] = ()) -> list[Loaded]:
-    """The chain that ends in `source`; `chain` names the documents that led here."""
+def follow(source: Source, chain: tuple[str, ...] = (), strict: bool | None = None) -> list[Loaded]:
+    """The chain that ends in `source`; `chain` names the documents that led here, `strict` is what they say."""
+    strict = _written_strict(source) if strict is None else strict
     chain = (*chain, _identity(source))
     base: list[Loaded] = []
     name = source.data.get("extends")
     if name is not None:
-        base = follow(_extended(source, name, chain), chain)
-    inherited = base[-1].document.strict if base else True
-    document = _validate(source, strict=inherited)
-    return [*base, Loaded(document, source)]
+        base = follow(_extended(source, name, chain), chain, strict)
+    if strict is None:
+        strict = base[-1].document.strict if base else True
+    return [*base, Loaded(_validate(source, strict), source)]
+
+
+def _written_strict(source: Source) -> bool | None:
+    """What a document says before it is validated; a wrong value is found later."""
+    try:
+        return None if "strict" not in source.data else switch(source.data["strict"])
+    except ValueError:
+        return None
 
 
 def _identity(source: Source) -> str:
@@ -97,8 +107,8 @@ def _extended(source: Source, name: object, chain: tuple[str, ...]) -> Source:
     return found
 
 
-def _validate(source: Source, *, strict: bool) -> Document:
-    """The document, or a RecipeError with every problem on its own line."""
+def _validate(source: Source, strict: bool) -> Document:
+    """The document, or a RecipeError with every problem on its own line. The extending recipe's `strict` counts, not its own."""
     data: dict[str, Any] = copy.copy(source.data)
     if isinstance(data.get("extends"), os.PathLike):
         data["extends"] = os.fspath(data["extends"])
@@ -106,11 +116,11 @@ def _validate(source: Source, *, strict: bool) -> Document:
         document = Document.model_validate(data)
     except ValidationError as error:
         document = _without_unknown(source, data, error, strict)
+    for path, problem in match_problems(document):
+        raise source.error(path, problem)
     for path, problem in document_problems(document):
-        complain(source.place(path), problem, document.strict if "strict" in document.model_fields_set else strict)
-    if "strict" not in document.model_fields_set:
-        document = document.model_copy(update={"strict": strict})
-    return document
+        complain(source.place(path), problem, strict)
+    return document.model_copy(update={"strict": strict})
 
 
 def complain(where: str, problem: str, strict: bool) -> None:
@@ -122,7 +132,6 @@ def complain(where: str, problem: str, strict: bool) -> None:
 
 def _without_unknown(source: Source, data: dict[str, Any], error: ValidationError, strict: bool) -> Document:
     """Under `strict: false` unknown keys are dropped with a warning; anything else wrong is an error all the same."""
-    strict = data["strict"] if isinstance(data.get("strict"), bool) else strict
     errors = error.errors(include_url=False, include_input=False)
     if strict or any(entry["type"] != "extra_forbidden" for entry in errors):
         lines = list(dict.fromkeys(f"{source.place(entry['loc'])}: {_problem(source, dict(entry))}" for entry in errors))

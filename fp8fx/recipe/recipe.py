@@ -142,7 +142,8 @@ class Recipe:
     def __repr__(self) -> str:
         document = self._merged.document
         counts = {"rules": document.rules, "exempt": document.exempt, "output_fused": document.output_fused}
-        parts = [document.defaults.mode, *(f"{len(entries)} {key}" for key, entries in counts.items() if entries)]
+        sizes = (f"{len(entries)} {key}" for key, entries in counts.items() if entries)
+        parts = [document.defaults.mode, *("1 rule" if size == "1 rules" else size for size in sizes)]
         return f"<Recipe {self.name}: {', '.join(parts)}>"
 
 

@@ -121,17 +121,18 @@ def resolve(merged: Merged, sites: Sequence[Site], modules: Modules | None = Non
     used: set[tuple[int, int]] = set()
     typed = any(match.type for step in ordered for match in step.rule.match)
     cache: dict[tuple[object, ...], Decision] = {}
-    decisions = []
+    decisions: list[Decision] = []
+    notes: list[str] = []
     for site in sites:
         types = matching.classes(site.name, modules, site.types) if modules and typed else site.types
         hits = _hits(ordered, site, types, used)
         first_last = boundary.get(site.name, ())
         key = (hits, tuple(step.label for step in first_last))
         if key not in cache:
-            cache[key] = _decide(document, [*first_last, *(ordered[n] for n in hits)])
+            cache[key] = _decide(document, [*first_last, *(ordered[n] for n in hits)], notes)
         decisions.append(cache[key])
-    notes = [note for n, step in enumerate(ordered) for note in _unused(step, n, used, modules, document.strict, partial)]
-    return Resolution(decisions, notes)
+    notes += [note for n, step in enumerate(ordered) for note in _unused(step, n, used, modules, document.strict, partial)]
+    return Resolution(decisions, list(dict.fromkeys(notes)))
 
 
 def _hits(ordered: list[Step], site: Site, types: tuple[str, ...], used: set[tuple[int, int]]) -> tuple[int, ...]:
@@ -157,7 +158,7 @@ def _boundary(document: Document, sites: Sequence[Site]) -> dict[str, tuple[Step
     return found
 
 
-def _decide(document: Document, applied: list[Step]) -> Decision:
+def _decide(document: Document, applied: list[Step], notes: list[str]) -> Decision:
     """Merge the steps that apply to a site onto the defaults."""
     layer = document.defaults
     mode_by = by = f"defaults ({layer.mode})"
@@ -173,7 +174,8 @@ def _decide(document: Document, applied: list[Step]) -> Decision:
             by, where = step.why, step.place
     if layer.mode == "exempt":
         return Decision(mode="exempt", spec=None, reason=mode_by)
-    spec = _site_spec(layer, document, where)
+    layer = _settle(layer, where, by, notes, document.strict)
+    spec = _site_spec(layer, document)
     if all(getattr(spec, role) is None for role in ROLES):
         return Decision(mode="exempt", spec=None, reason=f"{by}; every role is none")
     refuse_unavailable(spec, where)
@@ -182,16 +184,26 @@ def _decide(document: Document, applied: list[Step]) -> Decision:
     return Decision(mode="fp8", spec=spec, output_fused=fused, reason=by, attention=layer.attention, when_not_faster=layer.when_not_faster)
 
 
-def _site_spec(layer: Layer, document: Document, where: str) -> SiteSpec:
-    roles = {}
+def _settle(layer: Layer, where: str, by: str, notes: list[str], strict: bool) -> Layer:
+    """One rule says delayed and another says blocks: refused. Blocks on an unscaled role mean nothing, so they are only noted:
+    a rule for the blocks of all `*.down_proj` may well meet a layer that an earlier rule made direct.
+    """
     for name in ROLES:
         role: Role | None = getattr(layer, name)
-        if role is not None and (problem := role_conflict(role)):
-            complain(f"{where}.{name}", f"after merging, {problem}", document.strict)
-            role = role.model_copy(update={"granularity": "tensor"})
-        roles[name] = None if role is None else tensor_spec(role, document.scale)
+        if role is None or (problem := role_conflict(role)) is None:
+            continue
+        if role.scaling == "none":
+            notes.append(f"{by}: granularity of {name} has no effect where scaling is none")
+        else:
+            complain(f"{where}.{name}", f"after merging, {problem}", strict)
+        layer = layer.model_copy(update={name: role.model_copy(update={"granularity": "tensor"})})
+    return layer
+
+
+def _site_spec(layer: Layer, document: Document) -> SiteSpec:
+    roles = {name: getattr(layer, name) for name in ROLES}
     return SiteSpec(
-        **roles,
+        **{name: None if role is None else tensor_spec(role, document.scale) for name, role in roles.items()},
         gemms=tuple(gemm for gemm in GEMMS if getattr(layer.gemms, gemm) == "fp8"),
         accumulate=(layer.accumulate.output, layer.accumulate.grad_input, layer.accumulate.grad_weight),
         save_for_backward=layer.save_for_backward,

@@ -125,7 +125,8 @@ _FRACTION = {"type": "number", "exclusiveMinimum": 0, "exclusiveMaximum": 1}
 Fraction = Annotated[float, BeforeValidator(_number), AfterValidator(_at_least(0, above=True, below=1)), WithJsonSchema(_FRACTION)]
 
 
-def _switch(value: object) -> object:
+def switch(value: object) -> bool:
+    """True or False, in any of YAML's words, quoted or not."""
     words = {"on": True, "yes": True, "true": True, "off": False, "no": False, "false": False}
     value = words.get(value.lower(), value) if isinstance(value, str) else value
     if not isinstance(value, bool):
@@ -133,7 +134,7 @@ def _switch(value: object) -> object:
     return value
 
 
-Switch = Annotated[bool, BeforeValidator(_switch), WithJsonSchema({"type": "boolean"})]
+Switch = Annotated[bool, BeforeValidator(switch), WithJsonSchema({"type": "boolean"})]
 
 
 def _text(value: object) -> object:

@@ -124,6 +124,16 @@ def test_not_strict_is_inherited(tmp_path: Path) -> None:
         assert not Recipe.load(tmp_path / "top.yaml").strict
 
 
+def test_the_extending_recipes_strict_counts(tmp_path: Path) -> None:
+    (tmp_path / "base.yaml").write_text("strict: false\nrules: [{match: fc}]\n")
+    (tmp_path / "top.yaml").write_text("extends: base.yaml\nstrict: true\n")
+    assert "base.yaml:2: rules[0]: changes nothing" in message(tmp_path / "top.yaml")
+
+
+def test_not_strict_still_refuses_an_empty_match() -> None:
+    assert "exempt[0]: matches nothing" in message({"strict": False, "exempt": [{}]})
+
+
 def test_overrides_say_where_they_come_from() -> None:
     with pytest.raises(RecipeError, match=r"^given beside the recipe: exempt\[1\]: got 7; allowed: a pattern"):
         Recipe.load("hybrid").with_overrides(exempt=["fc", 7])  # type: ignore[list-item]
@@ -151,12 +161,15 @@ def test_what_this_version_cannot_do(keys: dict[str, Any], part: str) -> None:
 
 
 def test_conflict_that_only_rules_make() -> None:
-    rules = [{"match": "fc", "mode": "direct"}, {"match": "f*", "input": {"granularity": "row"}}]
+    rules = [{"match": "fc", "input": {"scaling": "delayed"}}, {"match": "f*", "input": {"granularity": "row"}}]
     site = Site(name="fc", op="linear", numel=4, has_weight=True)
-    with pytest.raises(RecipeError, match=r"^<dict>: rules\[1\].input: after merging, scaling: none has no scale to give each row"):
+    with pytest.raises(RecipeError, match=r"^<dict>: rules\[1\].input: after merging, scaling: delayed keeps one amax per tensor"):
         Recipe.load({"rules": rules}).resolve([site])
-    with pytest.warns(FP8Warning, match="after merging"):
-        decision = Recipe.load({"rules": rules, "strict": False}).resolve([site]).decisions[0]
-    assert decision.spec is not None
-    assert decision.spec.input is not None
-    assert decision.spec.input.granularity == "tensor"
+
+
+def test_blocks_that_meet_an_unscaled_role_are_noted() -> None:
+    rules = [{"match": "fc", "mode": "direct"}, {"match": "f*", "input": {"granularity": "row"}}]
+    found = Recipe.load({"rules": rules}).resolve([Site(name="fc", op="linear", numel=4, has_weight=True)])
+    assert found.notes == ["rules[1] 'f*': granularity of input has no effect where scaling is none"]
+    assert found.decisions[0].spec is not None
+    assert found.decisions[0].spec.input == found.decisions[0].spec.weight

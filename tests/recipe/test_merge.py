@@ -209,3 +209,77 @@ def test_extends_is_relative_to_the_file(tmp_path: Path, monkeypatch: pytest.Mon
     monkeypatch.chdir(tmp_path)
     assert texts("inner/top.yaml") == DIRECT
     assert texts({"extends": tmp_path / "inner" / "base.yaml"}) == DIRECT
+
+
+GRAMMAR = r"""
+version: 1
+extends: hybrid
+defaults:
+  mode: hybrid
+  input:       {format: e4m3fn, scaling: current, granularity: tensor}
+  weight:      {format: e4m3fn, scaling: current, granularity: tensor}
+  output:      none
+  grad_output: {format: e5m2, scaling: current, rounding: nearest_even}
+  grad_input:  none
+  grad_weight: none
+  gemms: {output: fp8, grad_input: fp8, grad_weight: fp8}
+  accumulate: {output: fast, grad_input: precise, grad_weight: precise}
+  rounding: nearest_even
+  overflow: saturate
+  when_not_faster: auto
+  attention: high_precision
+  weight_cache: none
+  save_for_backward: fp8
+  weight_transpose: recompute
+  save_activation_inputs: model
+boundary: {first: exempt, last: exempt}
+rules:
+  - {match: "*lm_head", mode: exempt, optional: true, reason: vocabulary projection}
+  - {match: {type: Embedding}, mode: exempt}
+  - {match: 're:layers\.(0|1)\..*', mode: direct}
+  - match: {name: "*.down_proj", min_numel: 65536}
+    input:  {granularity: [1, 128]}
+    weight: {granularity: [128, 128]}
+exempt: ["conv1", "bn1", "fc"]
+output_fused: ["layer1.*.conv1"]
+delayed: {history: 16, algorithm: max, margin: 0, order: after}
+scale: {power_of_two: false, eps: 1.0e-12}
+loss_scaling: {mode: dynamic, init: 65536, growth_interval: 2000, minimum: {0: 1, 40000: 8192}}
+"""
+
+
+def test_every_key_at_once(tmp_path: Path) -> None:
+    """All of the grammar in one file, on a model with a bit of everything."""
+    (tmp_path / "all.yaml").write_text(GRAMMAR)
+    rows = [
+        ("emb", "embedding", "Embedding", "exempt", r"rules[2] {type: Embedding}"),
+        ("conv1", "conv2d", "Conv2d", "exempt", "exempt 'conv1'"),
+        ("layer1.0.conv1", "conv2d", "Conv2d", "fp8", "defaults (hybrid)"),
+        ("layers.0.mlp.up_proj", "linear", "Linear", "fp8", r"rules[3] 're:layers\\.(0|1)\\..*'"),
+        ("layers.0.mlp.down_proj", "linear", "Linear", "fp8", "rules[4] {name: *.down_proj, min_numel: 65536}"),
+        ("layers.2.mlp.down_proj", "linear", "Linear", "fp8", "rules[4] {name: *.down_proj, min_numel: 65536}"),
+        ("fc", "linear", "Linear", "exempt", "exempt 'fc'"),
+        ("head", "linear", "Linear", "exempt", "boundary.last"),
+    ]
+    sites = [Site(name=name, op=op, types=(type_, "Module"), numel=1 << 20, has_weight=True) for name, op, type_, _, _ in rows]
+    modules = {site.name: site.types for site in sites} | {"bn1": ("BatchNorm2d", "Module")}
+    recipe = Recipe.load(tmp_path / "all.yaml")
+    recipe.check_names(modules)
+    found = recipe.resolve(sites, modules)
+    assert [(one.mode, one.reason) for one in found.decisions] == [(mode, reason) for *_, mode, reason in rows]
+    assert found.decisions[2].output_fused
+    direct, blocks = found.decisions[4].spec, found.decisions[5].spec
+    assert direct is not None
+    assert blocks is not None
+    assert direct.input is not None
+    assert direct.input.text == PLAIN
+    assert (blocks.input, blocks.weight) != (None, None)
+    assert [role.text for role in (blocks.input, blocks.weight) if role] == [
+        "e4m3fn/current/1x128/nearest_even/saturate",
+        "e4m3fn/current/128x128/nearest_even/saturate",
+    ]
+    assert found.notes == [
+        "rules[4] {name: *.down_proj, min_numel: 65536}: granularity of input has no effect where scaling is none",
+        "rules[4] {name: *.down_proj, min_numel: 65536}: granularity of weight has no effect where scaling is none",
+        "exempt 'bn1': matches modules but no quantizable site",
+    ]

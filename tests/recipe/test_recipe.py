@@ -74,7 +74,7 @@ def test_name_origin_and_repr(tmp_path: Path) -> None:
     path.write_text("extends: direct\nexempt: [a, b]\n")
     recipe = Recipe.load(path)
     assert (recipe.name, recipe.origin) == ("mine", str(path))
-    assert repr(recipe) == "<Recipe mine: direct, 1 rules, 2 exempt>"
+    assert repr(recipe) == "<Recipe mine: direct, 1 rule, 2 exempt>"
     assert Recipe.load("hybrid").name == "hybrid"
     assert Recipe.load({}).name == "<dict>"
     assert Recipe.load(recipe) is recipe
