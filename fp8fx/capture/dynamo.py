@@ -6,7 +6,9 @@ Everything that touches Dynamo's private side is in this file.
 from __future__ import annotations
 
 import inspect
+import re
 import sys
+import types
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -35,12 +37,27 @@ def from_dynamo(module: fx.GraphModule, example_inputs: Sequence[Any], root: nn.
     for node in copied.graph.nodes:
         node.meta[VAL] = node.meta.get("example_value")
         node.meta[MODULE] = _module_path(node, prefixes)
+    _readable_names(copied.graph)
     expand_attention(copied)
     assign_site_names(copied.graph, names)
     copied.recompile()
     reason = getattr(module, "compile_subgraph_reason", None)
     broken = bool(getattr(reason, "graph_break", False))
-    return Captured(copied, "dynamo", complete=not broken and prefixes.get("L['self']", "") == "")
+    return Captured(copied, "dynamo", complete=not broken and set(prefixes.values()) <= {""})
+
+
+def _readable_names(graph: fx.Graph) -> None:
+    """Inputs by the names a user knows: `fc1_weight` instead of `l_self_modules_fc1_parameters_weight_`."""
+    for node in graph.find_nodes(op="placeholder"):
+        _, suffix = split_source(_source(node))
+        name = re.sub(r"\W+", "_", node.meta.get(TENSOR_NAME) or suffix or _local_name(_source(node)) or node.name)
+        node._rename(name)
+        node.target = node.name
+
+
+def _local_name(source: str) -> str:
+    found = re.fullmatch(r"[LG]\['([^']*)'\]", source)
+    return found.group(1) if found else ""
 
 
 def _source(node: fx.Node) -> str:
@@ -119,4 +136,17 @@ def compile_with(function: Callable[..., Any], backend: Callable[..., Any], **op
     """`torch.compile`, each call with its own cache entries: two models of one class never count against one limit."""
     if "isolate_recompiles" in inspect.signature(torch.compile).parameters:
         options["isolate_recompiles"] = True
+    else:
+        function = _with_own_code(function)
     return torch.compile(function, backend=backend, **options)
+
+
+def _with_own_code(function: Callable[..., Any]) -> Callable[..., Any]:
+    """Up to torch 2.12 cache entries hang on the code object, so each model gets a copy of its forward's."""
+    inner = getattr(function, "__func__", function)
+    if not isinstance(inner, types.FunctionType):
+        return function
+    copied = types.FunctionType(inner.__code__.replace(), inner.__globals__, inner.__name__, inner.__defaults__, inner.__closure__)
+    copied.__kwdefaults__ = inner.__kwdefaults__
+    copied.__dict__.update(inner.__dict__)
+    return copied.__get__(function.__self__) if isinstance(function, types.MethodType) else copied

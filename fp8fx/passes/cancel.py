@@ -90,15 +90,25 @@ def _shape_chain(node: Any) -> tuple[list[fx.Node], fx.Node | None]:
     return chain, node if isinstance(node, fx.Node) else None
 
 
+def _only_anchor(node: fx.Node) -> bool:
+    """Read as an anchor only, directly or through shape operations."""
+    shaped = [user for user in node.users if user.op == "call_method" and user.target in SHAPE_METHODS and user.users]
+    return read_only_as_anchor(node, but=shaped) and all(_only_anchor(user) for user in shaped)
+
+
 def _drop_unread(graph: fx.Graph) -> bool:
-    """A dequantize that is passed on as an anchor only becomes the anchor of what was quantized."""
+    """A dequantize that is passed on as an anchor only becomes the anchor of what was quantized.
+
+    Where shape operations stand between, or the dtype differs, it becomes a zero of stride 0 that carries the gradient.
+    """
     modified = False
     for node in list(graph.find_nodes(op="call_function", target=DEQUANTIZE)):
-        if not node.users or not read_only_as_anchor(node):
+        if not node.users or not _only_anchor(node):
             continue
         anchor, dtype = node.args[0], node.args[4]
         value = tensor(anchor)
-        if value is None or value.dtype != dtype:  # the gradient must still be cast on the way back
+        viewed = any(user.op == "call_method" for user in node.users)
+        if viewed or value is None or value.dtype != dtype:  # the gradient must still be cast on the way back
             with graph.inserting_after(node):
                 anchor = emit(graph, node, ops.anchor.default, node.args[0], dtype, value=node.meta.get(VAL))
         node.replace_all_uses_with(anchor)  # type: ignore[arg-type]
