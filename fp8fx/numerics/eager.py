@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import torch
 from torch import Tensor
 
@@ -14,3 +16,19 @@ def tracing() -> bool:
 def plain_cpu(x: Tensor) -> bool:
     """True for a real CPU tensor outside every tracer."""
     return not tracing() and type(x) in (Tensor, torch.nn.Parameter) and x.device.type == "cpu"
+
+
+CHUNK = 16384  # elements: a dozen float32 temporaries of it fit a core's L2 cache, and each operator runs on one thread
+
+
+def in_chunks(function: Callable[..., Tensor], dtype: torch.dtype, *tensors: Tensor) -> Tensor:
+    """`function(*tensors)` for an elementwise function of tensors of one shape, piece by piece, into a tensor of `dtype`.
+
+    A chain of elementwise operators over a large tensor passes through memory once per operator; over a piece, through the cache.
+    """
+    flat = [tensor.detach().reshape(-1) for tensor in tensors]
+    out = torch.empty(tensors[0].shape, dtype=dtype)
+    target = out.view(-1)
+    for start in range(0, target.numel(), CHUNK):
+        target[start : start + CHUNK] = function(*(tensor[start : start + CHUNK] for tensor in flat))
+    return out

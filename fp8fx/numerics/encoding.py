@@ -18,7 +18,7 @@ from torch.utils._python_dispatch import _disable_current_modes
 from fp8fx import formats
 from fp8fx.errors import FormatError
 from fp8fx.formats import Format
-from fp8fx.numerics.eager import plain_cpu
+from fp8fx.numerics.eager import in_chunks, plain_cpu
 
 
 def encode(values: Tensor, format: str | torch.dtype | Format) -> Tensor:
@@ -30,10 +30,30 @@ def encode(values: Tensor, format: str | torch.dtype | Format) -> Tensor:
     format = formats.get(format)
     if format.torch_dtype is not None:
         return values.to(format.torch_dtype)
-    bits = values.float().view(torch.int32)
+    values = values.detach().float()
+    if plain_cpu(values):
+        return in_chunks(lambda piece: _encode_by_table(piece, format), torch.uint8, values)
+    return _encode_bits(values, format)
+
+
+def _encode_by_table(values: Tensor, format: Format) -> Tensor:
+    """By the upper half of the float32 bits: grid values have at most 7 significant bits, so the lower half is zero but in a NaN."""
+    upper = (values.view(torch.int32) >> 16) & 0xFFFF
+    return _code_table(format).index_select(0, upper)
+
+
+@functools.cache
+def _code_table(format: Format) -> Tensor:
+    """The code of every float32 whose lower 16 bits are zero, by the upper 16; of use for grid values only."""
+    with _disable_current_modes(), torch.inference_mode(False):
+        return _encode_bits((torch.arange(65536, dtype=torch.int32, device="cpu") << 16).view(torch.float32), format)
+
+
+def _encode_bits(values: Tensor, format: Format) -> Tensor:
+    bits = values.view(torch.int32)
     magnitude = bits & 0x7FFFFFFF
     normal = (magnitude >> (23 - format.mantissa_bits)) - ((format.emin + 126) << format.mantissa_bits)
-    subnormal = (values.float().abs() * (1.0 / format.min_subnormal)).to(torch.int32)
+    subnormal = (values.abs() * (1.0 / format.min_subnormal)).to(torch.int32)
     code = torch.where(magnitude < ((format.emin + 127) << 23), subnormal, normal)
     if format.inf_code is not None:
         code = torch.where(magnitude == 0x7F800000, format.inf_code, code)

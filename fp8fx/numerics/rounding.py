@@ -22,6 +22,7 @@ from torch import Tensor
 from fp8fx import formats
 from fp8fx.errors import FormatError, ModelError, allowed, nearest
 from fp8fx.formats import Format
+from fp8fx.numerics.eager import CHUNK, in_chunks, plain_cpu
 from fp8fx.spec import OVERFLOWS, ROUNDINGS
 
 # float dtype -> (integer dtype of its bits, mantissa bits, exponent bias)
@@ -41,10 +42,19 @@ def round_to_format(
     overflow `saturate`: inf and what rounds beyond max become +-max. `nonfinite`: what rounds beyond max becomes inf, or NaN
     where the format has no inf; `toward_zero` keeps max, `up` keeps -max and `down` keeps +max for finite x.
     NaN gives NaN; -0 stays -0, or becomes +0 in a format without it.
+    No gradient passes (`fp8fx.fake_quantize` has one).
     Raises ModelError for integer x, FormatError for an unknown mode or one that the format cannot do.
     """
     format = formats.get(format)
     check(x, format, rounding, overflow, random_bits)
+    x = x.detach()
+    if plain_cpu(x) and x.numel() > CHUNK:
+        tensors = (x,) if random_bits is None else (x, random_bits.expand(x.shape))
+        return in_chunks(lambda x, bits=None: _round(x, format, rounding, overflow, bits), torch.float32, *tensors)
+    return _round(x, format, rounding, overflow, random_bits)
+
+
+def _round(x: Tensor, format: Format, rounding: str, overflow: str, random_bits: Tensor | None) -> Tensor:
     if x.dtype != torch.float64:
         x = x.float()
     # With no mantissa bit a tie goes to the even *code*, which the processor's rounding cannot see.
@@ -95,8 +105,9 @@ def _steps(x: Tensor, format: Format, rounding: str, overflow: str, random_bits:
     a = x.abs().clamp(max=4.0 * format.max)  # far above max, so that 2^(m - e) below stays normal
     e = (a.view(integer) >> p).clamp(format.emin + bias, 2 * bias)  # biased exponent of the step's binade; NaN has 2 * bias + 1
     t = a * ((2 * bias + m - e) << p).view(x.dtype)
-    k = t.floor()
-    up = _rounds_up(x, k, t - k, rounding, e - (format.emin + bias) if m == 0 else None, random_bits)
+    r = t.frac()  # not t - t.floor(): torch hands floor to MKL's threads, which cost milliseconds on a busy machine
+    k = t - r
+    up = _rounds_up(x, k, r, rounding, e - (format.emin + bias) if m == 0 else None, random_bits)
     y = torch.where(up, k + 1.0, k) * ((e - m) << p).view(x.dtype)
     y = torch.where(y > format.max, _overflowed(x, format, rounding, overflow), y)
     return torch.copysign(y, x) if format.signed_zero else torch.where(y == 0.0, torch.zeros_like(y), torch.copysign(y, x))

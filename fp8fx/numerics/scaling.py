@@ -38,23 +38,27 @@ def amax(x: Tensor, granularity: Granularity = "tensor", dims: tuple[int, ...] =
         if any(x.shape[dim] == 0 for dim in reduced if x.dim()):
             shape = [1 if dim in reduced else size for dim, size in enumerate(x.shape)]
             return torch.zeros(shape, dtype=torch.float32, device=x.device)
-        return _finite_magnitude(x).amax(tuple(sorted(reduced)), keepdim=True) if x.dim() else _finite_magnitude(x)
+        return _reduce(x, tuple(sorted(reduced)), keepdim=True)
     rows, columns = _block(x, granularity)
     pad_rows, pad_columns = -x.shape[-2] % rows, -x.shape[-1] % columns
-    padded = torch.nn.functional.pad(_finite_magnitude(x), (0, pad_columns, 0, pad_rows))  # 0 never raises a maximum of |x|
+    padded = torch.nn.functional.pad(x, (0, pad_columns, 0, pad_rows)) if pad_rows or pad_columns else x  # 0 never raises a maximum of |x|
     high, wide = padded.shape[-2] // rows, padded.shape[-1] // columns
-    return padded.reshape(*x.shape[:-2], high, rows, wide, columns).amax((-3, -1))
+    return _reduce(padded.reshape(*x.shape[:-2], high, rows, wide, columns), (-3, -1), keepdim=False)
 
 
 def _amax_tensor(x: Tensor) -> Tensor:
     if x.numel() == 0:
         return torch.zeros((), dtype=torch.float32, device=x.device)
+    return _reduce(x, tuple(range(x.dim())), keepdim=False)
+
+
+def _reduce(x: Tensor, dims: tuple[int, ...], keepdim: bool) -> Tensor:
+    """max |x| over `dims`, none of them empty, of the finite elements."""
     if plain_cpu(x) and x.dtype.itemsize > 1:
-        low, high = torch.aminmax(x.detach())  # one pass without a copy; NaN and inf show in the result
-        largest = torch.maximum(-low, high).float()
-        if math.isfinite(largest.item()):
+        largest = x.detach().abs().amax(dims, keepdim=keepdim).float()
+        if bool(largest.isfinite().all()):  # else a NaN or an inf is among the elements, and they are looked at one by one
             return largest
-    return _finite_magnitude(x).amax()
+    return _finite_magnitude(x).amax(dims, keepdim=keepdim)
 
 
 def _finite_magnitude(x: Tensor) -> Tensor:

@@ -59,8 +59,9 @@ def measure(runs: dict[str, Run], x: Tensor, repeats: int) -> dict[str, float]:
     times: dict[str, list[float]] = {name: [] for name in runs}
     for run in runs.values():  # compile, and touch every page
         run(x, out)
-    for _ in range(repeats):
-        for name, run in runs.items():
+    order = list(runs.items())
+    for turn in range(repeats):
+        for name, run in order[turn % len(order) :] + order[: turn % len(order)]:  # nobody always follows the same neighbour
             start = time.perf_counter()
             run(x, out)
             times[name].append(time.perf_counter() - start)
@@ -93,9 +94,8 @@ def main() -> int:
     ms = measure(runs, x, arguments.repeats)
     rows = bars(ms)
 
-    print(
-        f"fake quantization of {arguments.count} float32, {torch.get_num_threads()} threads, torch {torch.__version__}, median of {arguments.repeats}"
-    )
+    print(f"fake quantization of {arguments.count} float32, median of {arguments.repeats}")
+    print(f"torch {torch.__version__}, {torch.get_num_threads()} threads")
     for name, figure in ms.items():
         print(f"  {name:<20} {figure:8.1f} ms")
     for what, figure, bar, met in rows:
