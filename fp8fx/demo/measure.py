@@ -26,7 +26,7 @@ def measure(run: Run, task: Task) -> Result:
         seconds=run.seconds,
         diverged=run.diverged,
         fp8_share=plan.fp8_flops_share,
-        exempt_share=plan.exempt_flops_share,
+        exempt_share=plan.exempt_flops / max(plan.flops, 1),
         worst_layer=name,
         worst_sqnr=value,
         losses=run.losses,
@@ -37,5 +37,6 @@ def measure(run: Run, task: Task) -> Result:
 def _sqnr(run: Run, task: Task) -> dict[str, float]:
     inputs, _ = next(iter(task.held_out()))
     device = next(run.source.parameters()).device
-    specs = {row.name: row.spec for row in run.model.plan().rows if row.spec is not None}
+    layers = {name for name, module in run.source.named_modules() if hasattr(module, "weight")}
+    specs = {row.name: row.spec for row in run.model.plan().fp8 if row.name in layers}
     return layer_sqnr(run.source, specs, inputs.to(device))

@@ -57,9 +57,9 @@ def gap(result: Result, base: Result | None) -> float:
 def gap_text(result: Result, base: Result | None) -> str:
     """The gap with its sign and unit."""
     value = gap(result, base)
-    if math.isnan(value):
+    if math.isnan(value) or result is base:
         return "-"
-    return f"{value:+.2%}" if result.metric == "loss" else f"{-value:+.2f} points"
+    return f"{value:+.2%}" if result.metric == "loss" else f"{0 - value:+.2f} points"
 
 
 def table(results: list[Result]) -> Table:

@@ -74,7 +74,8 @@ def _show(console: Console, results: list[Result], checks: list[Verdict], judged
         console.print(report.table(results))
     else:  # a pipe has no width: do not fold the columns at 80 characters
         Console(file=console.file, width=max(console.width, 130)).print(report.table(results))
-    console.print("SQNR: each layer's output with its operands rounded against without, alone, on one held-out batch", highlight=False)
+    note = "SQNR: each layer alone, on one held-out batch: its output with rounded operands against without"
+    console.print(note, highlight=False, soft_wrap=True)
     if not judged:
         console.print("a shortened run: quality is not judged", highlight=False)
     for check in checks:

@@ -31,8 +31,8 @@ def sqnr_db(reference: Tensor, other: Tensor) -> float:
 
 
 def rounded(x: Tensor, spec: TensorSpec | None) -> Tensor:
-    """`x` quantized and dequantized as `spec` says; x itself for None. Stochastic rounding is measured with nearest-even."""
-    if spec is None:
+    """`x` quantized and dequantized as `spec` says; x itself for None and for indices. Stochastic is measured as nearest-even."""
+    if spec is None or not x.is_floating_point():
         return x
     if spec.stochastic:
         spec = TensorSpec.parse(spec.text.replace("stochastic", "nearest_even"))

@@ -16,7 +16,9 @@ from torch import Tensor, nn
 import fp8fx
 from fp8fx.demo.tasks import Task
 
-THREADS = 2  # fixed, because the order of a CPU reduction, and so the last bit, depends on it
+# Fixed, because the order of a CPU reduction, and so the last bit, depends on it. One, because these models are too small to gain
+# from a second, and two threads that wait for each other are 5 to 20 times slower on a machine that does anything else.
+THREADS = 1
 DIVERGED = 3.0  # a loss this many times the first one, or not a number, ends the run
 
 OnStep = Callable[[int, float], None]

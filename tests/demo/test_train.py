@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 import fp8fx
 from fp8fx import demo
-from fp8fx.demo.tasks import TASKS, Task
+from fp8fx.demo.tasks import TASKS, Task, digits, gpt
 from fp8fx.demo.train import Run, train
 from fp8fx.errors import FP8Error
 
@@ -20,7 +20,7 @@ CPU = torch.device("cpu")
 
 @pytest.fixture(scope="module")
 def tasks() -> dict[str, Task]:
-    return {"gpt": TASKS["gpt"]().with_steps(12), "digits": TASKS["digits"]().with_steps(12)}
+    return {"gpt": gpt(held_out_batches=8).with_steps(10), "digits": digits(batch=32).with_steps(12)}
 
 
 @pytest.fixture(scope="module")
@@ -33,7 +33,7 @@ def runs(tasks: dict[str, Task]) -> dict[tuple[str, str], Run]:
 def test_losses_fall_and_the_held_out_data_is_evaluated(runs: dict[tuple[str, str], Run], name: str, recipe: str) -> None:
     run = runs[name, recipe]
     assert run.diverged == ""
-    assert run.losses[-1] < 0.9 * run.losses[0]
+    assert sum(run.losses[-3:]) / 3 < 0.93 * run.losses[0]
     assert math.isfinite(run.held_out_loss)
     assert 0 < run.accuracy < 1
 
@@ -89,7 +89,7 @@ def test_the_thread_count_is_put_back(tasks: dict[str, Task]) -> None:
 
 def test_a_short_demo_writes_everything_and_passes(tmp_path: Path) -> None:
     with (tmp_path / "log").open("w") as log:
-        assert demo.run(tmp_path / "out", steps=4, recipes=("none", "hybrid"), models=("digits",), console=Console(file=log)) == 0
+        assert demo.run(tmp_path / "out", steps=2, recipes=("none", "hybrid"), models=("digits",), console=Console(file=log)) == 0
     text = (tmp_path / "log").read_text()
     assert "PASS" in text
     assert "FAIL" not in text
