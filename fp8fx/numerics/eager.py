@@ -27,7 +27,7 @@ def in_chunks(function: Callable[..., Tensor], dtype: torch.dtype, *tensors: Ten
     A chain of elementwise operators over a large tensor passes through memory once per operator; over a piece, through the cache.
     """
     flat = [tensor.detach().reshape(-1) for tensor in tensors]
-    out = torch.empty(tensors[0].shape, dtype=dtype)
+    out = torch.empty(tensors[0].shape, dtype=dtype, device="cpu")
     target = out.view(-1)
     for start in range(0, target.numel(), CHUNK):
         target[start : start + CHUNK] = function(*(tensor[start : start + CHUNK] for tensor in flat))

@@ -77,9 +77,9 @@ def _functional(word: Word) -> bool:
 
 def _lanes_cpu(blocks: int, key: tuple[int, ...], tail: tuple[int, ...]) -> Tensor:
     """[blocks, 4] words, made piece by piece in place: the same integers as `philox_block`, without its passes through memory."""
-    out = torch.empty((blocks, 4), dtype=torch.int64)
+    out = torch.empty((blocks, 4), dtype=torch.int64, device="cpu")
     size = min(blocks, _CHUNK)
-    buffers = torch.empty((5, size), dtype=torch.int64)
+    buffers = torch.empty((5, size), dtype=torch.int64, device="cpu")
     for start in range(0, blocks, _CHUNK):
         stop = min(start + _CHUNK, blocks)
         _piece(out[start:stop], buffers[:, : stop - start], start, key, tail)
@@ -89,7 +89,7 @@ def _lanes_cpu(blocks: int, key: tuple[int, ...], tail: tuple[int, ...]) -> Tens
 def _piece(out: Tensor, buffers: Tensor, start: int, key: tuple[int, ...], tail: tuple[int, ...]) -> None:
     """Ten rounds for blocks [start, start + n). Words 1 and 3 keep wrong upper halves until the last round: only xors read them."""
     c0, c1, c2, c3, p = buffers.unbind()
-    torch.arange(start, start + c0.numel(), out=c0)
+    torch.arange(start, start + c0.numel(), device="cpu", out=c0)
     torch.bitwise_right_shift(c0, 32, out=c1)
     c0.bitwise_and_(_MASK)
     c2.fill_(tail[0])

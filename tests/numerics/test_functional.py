@@ -106,6 +106,13 @@ def test_stochastic_without_a_seed_compiles() -> None:
     assert set(first.tolist()) == {1.0, 1.25}
 
 
+def test_a_format_that_only_the_compiler_meets() -> None:
+    """Dynamo reads the name, builds the format and bakes it in."""
+    x = torch.tensor([0.3, 1.9])
+    compiled = torch.compile(lambda x: F.fake_quantize(x, "e3m1fn"), fullgraph=True, backend="eager")
+    assert compiled(x).tolist() == [0.25, 2.0]
+
+
 def test_overflow_policies() -> None:
     x = torch.tensor([500.0, -math.inf, math.nan])
     assert str(F.fake_quantize(x, "e4m3fn").tolist()) == "[448.0, -448.0, nan]"

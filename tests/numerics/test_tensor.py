@@ -134,6 +134,16 @@ def test_autograd_stays_out_and_the_input_is_untouched() -> None:
     assert torch.equal(x.detach(), before)
 
 
+def test_a_default_device_does_not_matter() -> None:
+    x = torch.randn(40_000, device="cpu")
+    for text in ("e4m3fn/current/tensor/nearest_even/saturate", "e2m4/none/tensor/stochastic/saturate"):
+        expected = quantize_tensor(x, spec(text), random_bits=philox_bits(x.shape, 1, 2))
+        with torch.device("meta"):
+            got = quantize_tensor(x, spec(text), random_bits=philox_bits(x.shape, 1, 2))
+        for one, other in zip(got, expected, strict=True):
+            assert torch.equal(one.view(torch.uint8) if one.itemsize == 1 else one, other.view(torch.uint8) if one.itemsize == 1 else other)
+
+
 def test_fake_tensors_and_make_fx_see_the_traceable_form() -> None:
     s = spec("e4m3fn/current/row/nearest_even/saturate")
 
