@@ -130,7 +130,7 @@ class Runtime:
             self.graphs.append(record)
             return captured.module
         call = GraphCall(self, compiled.module)
-        call.inner = self._inner(compiled.module, [*example_inputs, *call.extras(example_inputs)])
+        call.inner = self._inner(compiled.module, [*example_inputs, *dynamo.static(call.extras(example_inputs))])
         self.graphs.append(record)
         self.monitor.formats.update({row.name: row.grad_format for row in record.rows})
         return call

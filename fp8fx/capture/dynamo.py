@@ -13,7 +13,7 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
-from torch import fx, nn
+from torch import Tensor, fx, nn
 from torch._dynamo.exc import TorchDynamoException
 from torch._dynamo.source import LocalSource
 
@@ -111,6 +111,13 @@ def append_placeholder(graph: fx.Graph, name: str) -> fx.Node:
         node = graph.placeholder(name)
     node._dynamo_source = LocalSource(f"fp8fx_{name}")  # type: ignore[attr-defined]
     return node
+
+
+def static(values: list[Tensor]) -> list[Tensor]:
+    """Inputs whose sizes never change. AOTAutograd would otherwise compare them, by name, with those of other models."""
+    for value in values:
+        torch._dynamo.mark_static(value)
+    return values
 
 
 def explain(error: Exception) -> FP8Error | None:

@@ -34,7 +34,8 @@ def quantize_reference(
     read by stochastic rounding with the key hash(site, role).
     """
     parsed = TensorSpec.parse(spec)
-    return numerics.quantize_tensor(x, parsed, tuple(dims), random_bits=_random_bits(x, parsed, rng, site, role))
+    q, scale, amax = numerics.quantize_tensor(x, parsed, tuple(dims), random_bits=_random_bits(x, parsed, rng, site, role))
+    return q.contiguous(), scale, amax
 
 
 def _random_bits(x: Tensor, spec: TensorSpec, rng: Tensor | None, site: str, role: str) -> Tensor | None:
@@ -73,7 +74,7 @@ quantize = define(
 
 def dequantize_reference(anchor: Tensor, q: Tensor, scale: Tensor, spec: str, dtype: torch.dtype) -> Tensor:
     parsed = TensorSpec.parse(spec)
-    return numerics.dequantize_tensor(q, scale, parsed.format, parsed.granularity, dtype)
+    return numerics.dequantize_tensor(q, scale, parsed.format, parsed.granularity, dtype).contiguous()
 
 
 def _dequantize_setup(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
