@@ -18,7 +18,8 @@ from torch import Tensor, fx, nn
 
 from fp8fx import pipeline
 from fp8fx.capture import dynamo, symbolic
-from fp8fx.capture.graph import Captured
+from fp8fx.capture.graph import TENSOR_NAME, Captured, copy_graph
+from fp8fx.capture.naming import Numbering, RootNames
 from fp8fx.clone import base_class
 from fp8fx.errors import CaptureError, FP8Warning, RecipeError
 from fp8fx.monitor import UnderflowMonitor
@@ -76,6 +77,7 @@ class Runtime:
 
     def _reset(self) -> None:
         self.graphs: list[GraphRecord] = []
+        self.numbering = Numbering()
         self.weights = WeightCache()
         self.monitor = UnderflowMonitor({}, _advice(self.recipe))
         self._stepped = False
@@ -115,8 +117,7 @@ class Runtime:
 
     def backend(self, module: fx.GraphModule, example_inputs: Sequence[Any]) -> Callable[..., Any]:
         """torch.compile calls this with each captured graph; what it returns runs in the graph's place."""
-        captured = dynamo.from_dynamo(module, example_inputs, self.root)
-        return self.rewrite(captured, example_inputs, dynamo.append_placeholder)
+        return SharedGraph(self, module, example_inputs)
 
     def rewrite(
         self, captured: Captured, example_inputs: Sequence[Any], add_input: Callable[[fx.Graph, str], fx.Node]
@@ -226,6 +227,47 @@ class Runtime:
             raise CaptureError(f"there is no graph {index}: the model was captured as {len(self.graphs)} graph(s), numbered from 0")
         record = self.graphs[index]
         return pipeline.run(record.captured, record.context, stage).module
+
+
+class SharedGraph:
+    """A graph Dynamo may run for several modules: two blocks of one class share one, as no guard tells them apart.
+
+    Names, and with them the recipe's decisions, differ between those blocks. So each call looks at which parameters it got, by
+    identity, and runs the version that was rewritten for them.
+    """
+
+    def __init__(self, runtime: Runtime, module: fx.GraphModule, example_inputs: Sequence[Any]) -> None:
+        self.runtime = runtime
+        self.module = copy_graph(module)
+        self.module.compile_subgraph_reason = getattr(module, "compile_subgraph_reason", None)  # type: ignore[assignment]
+        self.frame = dynamo.frame_key()
+        self.places: list[int] = []
+        self.first: Callable[..., Any] = self._rewrite(example_inputs)
+        self.by_identity: dict[tuple[int, ...], Callable[..., Any]] = {self._identity(example_inputs): self.first}
+
+    def __call__(self, *args: Any) -> Any:
+        call = self.by_identity.get(self._identity(args))
+        return (call or self._meet(args))(*args)
+
+    def _identity(self, args: Sequence[Any]) -> tuple[int, ...]:
+        return tuple(id(args[place]) for place in self.places)
+
+    def _meet(self, args: Sequence[Any]) -> Callable[..., Any]:
+        """Parameters not seen before: other parameters of this model get a version of their own.
+
+        Tensors that are none of the model's (torch.func.functional_call puts them in its place) run the first version.
+        """
+        names = RootNames(self.runtime.root)
+        if not all(names.of_tensor(args[place]) for place in self.places):
+            return self.first
+        made = self.by_identity[self._identity(args)] = self._rewrite(args)
+        return made
+
+    def _rewrite(self, inputs: Sequence[Any]) -> Callable[..., Any]:
+        captured = dynamo.from_dynamo(self.module, inputs, self.runtime.root, self.runtime.numbering, self.frame)
+        placeholders = captured.graph.find_nodes(op="placeholder")
+        self.places = [i for i, node in enumerate(placeholders) if node.meta[TENSOR_NAME]]
+        return self.runtime.rewrite(captured, inputs, dynamo.append_placeholder)
 
 
 class GraphCall:

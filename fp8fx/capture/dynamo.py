@@ -19,12 +19,18 @@ from torch._dynamo.source import LocalSource
 
 from fp8fx.capture.expand import expand_attention
 from fp8fx.capture.graph import MODULE, TENSOR_NAME, VAL, Captured, copy_graph
-from fp8fx.capture.naming import RootNames, assign_site_names, join, split_source
+from fp8fx.capture.naming import Numbering, RootNames, assign_site_names, join, split_source
 from fp8fx.errors import CaptureError, FP8Error
 
 
-def from_dynamo(module: fx.GraphModule, example_inputs: Sequence[Any], root: nn.Module) -> Captured:
-    """The captured form of a graph that Dynamo hands to a backend. `module` is left as it is."""
+def from_dynamo(
+    module: fx.GraphModule, example_inputs: Sequence[Any], root: nn.Module, numbering: Numbering | None = None, frame: object = None
+) -> Captured:
+    """The captured form of a graph that Dynamo hands to a backend. `module` is left as it is.
+
+    numbering: of the functional sites over all graphs of `root`; `frame` (frame_key()) says which frame this graph is of.
+    """
+    numbering = numbering or Numbering()
     copied = copy_graph(module)
     names = RootNames(root)
     placeholders = copied.graph.find_nodes(op="placeholder")
@@ -39,7 +45,9 @@ def from_dynamo(module: fx.GraphModule, example_inputs: Sequence[Any], root: nn.
         node.meta[MODULE] = _module_path(node, prefixes)
     _readable_names(copied.graph)
     expand_attention(copied)
-    assign_site_names(copied.graph, names)
+    counts = numbering.start((frame, tuple(node.meta[TENSOR_NAME] for node in placeholders)))
+    assign_site_names(copied.graph, names, counts)
+    numbering.finish(counts)
     copied.recompile()
     reason = getattr(module, "compile_subgraph_reason", None)
     broken = bool(getattr(reason, "graph_break", False))
@@ -83,15 +91,26 @@ def _prefixes(placeholders: Sequence[fx.Node], values: Sequence[Any], names: Roo
     return prefixes
 
 
-def _frame_locals() -> dict[str, Any]:
-    """The locals of the frame Dynamo is compiling: the output graph is up the stack while it calls the backend."""
+def _tracer() -> Any:
+    """Dynamo's tracer of the frame it is compiling: its output graph is up the stack while it calls the backend."""
     frame = sys._getframe(1)
     while frame is not None:
         tracer = getattr(frame.f_locals.get("self"), "root_tx", None)
         if tracer is not None and isinstance(getattr(tracer, "f_locals", None), dict):
-            return tracer.f_locals
+            return tracer
         frame = frame.f_back  # type: ignore[assignment]
-    return {}
+    return None
+
+
+def _frame_locals() -> dict[str, Any]:
+    tracer = _tracer()
+    return {} if tracer is None else tracer.f_locals
+
+
+def frame_key() -> tuple[str, int, str] | None:
+    """Which frame is being compiled: file, line and name of its code. What follows a graph break is a frame of its own."""
+    code = getattr(_tracer(), "f_code", None)
+    return None if code is None else (code.co_filename, code.co_firstlineno, code.co_name)
 
 
 def _module_path(node: fx.Node, prefixes: dict[str, str]) -> str:

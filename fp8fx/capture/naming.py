@@ -92,9 +92,28 @@ def _is_layer(module: nn.Module | None) -> bool:
     return isinstance(module, kinds)
 
 
-def assign_site_names(graph: fx.Graph, names: RootNames) -> None:
-    """Write meta["site"] on every node that multiplies: a layer's path, else `<module path>.<op>[_k]` in execution order."""
-    counts: Counter[str] = Counter()
+class Numbering:
+    """Numbers functional sites over all graphs of one model: the second graph of a broken block goes on where the first ended.
+
+    A frame that is captured again (other shapes, no_grad) must get the numbers it had: `key` says which frame it is.
+    """
+
+    def __init__(self) -> None:
+        self._total: Counter[str] = Counter()
+        self._starts: dict[object, Counter[str]] = {}
+
+    def start(self, key: object) -> Counter[str]:
+        return self._starts.setdefault(key, self._total.copy()).copy()
+
+    def finish(self, counts: Counter[str]) -> None:
+        self._total |= counts
+
+
+def assign_site_names(graph: fx.Graph, names: RootNames, counts: Counter[str]) -> None:
+    """Write meta["site"] on every node that multiplies: a layer's path, else `<module path>.<op>[_k]` in execution order.
+
+    `counts` holds, and takes on, how many functional sites each `<module path>.<op>` has so far.
+    """
     for node in graph.nodes:
         call = read_site(node)
         if call is None and unsupported(node) is None:

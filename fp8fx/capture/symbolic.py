@@ -7,6 +7,7 @@ same site names. Parameters and buffers are lifted to inputs, as Dynamo does.
 from __future__ import annotations
 
 import inspect
+from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
@@ -70,7 +71,7 @@ def from_symbolic(module: fx.GraphModule, inputs: Sequence[Any], root: nn.Module
     if inputs:
         _propagate(module, [*inputs, *lifted])
         expand_attention(module)
-    assign_site_names(module.graph, names)
+    assign_site_names(module.graph, names, Counter())
     module.graph.lint()
     module.recompile()
     return Captured(module, "symbolic", complete=True), lifted
