@@ -1,4 +1,60 @@
 """The `torch.compile` backend "fp8fx", found through the entry-point group `torch_dynamo_backends`.
 
     torch.compile(model, backend="fp8fx", options={"recipe": "hybrid", "inner": "inductor"})
+
+The same passes, the same plan and the same numbers as `fp8fx.compile`. What differs: the model is captured in place, and state
+that belongs to a model (position in the random stream, kept weights) hangs on the module whose frame was captured first.
 """
+
+from __future__ import annotations
+
+import weakref
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+from torch import fx, nn
+
+from fp8fx.capture.dynamo import captured_module
+from fp8fx.errors import CaptureError, ModelError, RecipeError, allowed, nearest
+from fp8fx.recipe import Recipe
+from fp8fx.runtime import Options, Runtime, module_types
+
+_OPTIONS = ("recipe", "exempt", "output_fused", "inner", "inner_mode")
+# Root module -> (recipe, options) -> Runtime. Weak: a model that is gone takes its state along.
+_RUNTIMES: weakref.WeakKeyDictionary[nn.Module, dict[tuple[Recipe, Options], Runtime]] = weakref.WeakKeyDictionary()
+
+
+def fp8fx(module: fx.GraphModule, example_inputs: Sequence[Any], **kwargs: Any) -> Callable[..., Any]:
+    """What torch.compile calls with each captured graph. `options`: recipe, exempt, output_fused, inner, inner_mode."""
+    given = _checked(kwargs)
+    recipe = Recipe.load(given.pop("recipe", "hybrid")).with_overrides(given.pop("exempt", ()), given.pop("output_fused", ()))
+    return _runtime(recipe, Options(**given)).backend(module, example_inputs)
+
+
+def _checked(kwargs: Mapping[str, Any]) -> dict[str, Any]:
+    extra = set(kwargs) - {"options"}
+    if extra:
+        raise ModelError(
+            f"the fp8fx backend takes options=..., not {allowed(sorted(extra))}; an Inductor mode goes into options={{'inner_mode': ...}}"
+        )
+    options = dict(kwargs.get("options") or {})
+    for key in options:
+        if key not in _OPTIONS:
+            raise RecipeError(f"options: unknown key {key!r}; allowed are {allowed(_OPTIONS)}.{nearest(key, _OPTIONS)}")
+    return options
+
+
+def _runtime(recipe: Recipe, options: Options) -> Runtime:
+    """The Runtime of the model being captured. A frame inside a model that is known belongs to that model."""
+    captured = captured_module()
+    if captured is None:
+        raise CaptureError("the fp8fx backend compiles modules: torch.compile a torch.nn.Module or a method of one, not a plain function")
+    key = (recipe, options)
+    root = next((root for root, made in _RUNTIMES.items() if key in made and any(m is captured for m in root.modules())), captured)
+    made = _RUNTIMES.setdefault(root, {})
+    if key not in made:
+        recipe.check_names(module_types(root))
+        made[key] = Runtime(recipe, options)
+        made[key].attach(root)
+    return made[key]
+

@@ -107,6 +107,13 @@ def _frame_locals() -> dict[str, Any]:
     return {} if tracer is None else tracer.f_locals
 
 
+def captured_module() -> nn.Module | None:
+    """The module whose method Dynamo is compiling: the first module among the frame's locals, `self` first."""
+    found = _frame_locals()
+    values = [found.get("self"), *found.values()]
+    return next((value for value in values if isinstance(value, nn.Module)), None)
+
+
 def frame_key() -> tuple[str, int, str] | None:
     """Which frame is being compiled: file, line and name of its code. What follows a graph break is a frame of its own."""
     code = getattr(_tracer(), "f_code", None)
