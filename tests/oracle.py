@@ -51,10 +51,12 @@ class Role:
     saturate: bool
 
     def __call__(self, x: Tensor) -> Tensor:
-        values, scale = self._codes(x)
-        return torch.from_numpy(values.astype(np.float64) * np.float64(scale)).to(x.dtype)
+        """The rounded values of `x`, in its dtype."""
+        codes, scale = self.codes(x)
+        return codes * scale
 
-    def _codes(self, x: Tensor) -> tuple[np.ndarray, np.float32]:
+    def codes(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        """Values on the format's grid and the scale they are multiplied with, both in the dtype of `x`."""
         largest = np.float32(LARGEST[self.format])
         values = x.detach().to(torch.float32).numpy()
         scale = np.float32(1)
@@ -66,7 +68,8 @@ class Role:
             scaled = values * (np.float32(1) / scale)
             if self.saturate:
                 scaled = np.where(np.isnan(scaled), scaled, np.clip(scaled, -largest, largest))
-            return scaled.astype(self.format).astype(np.float32), scale
+            codes = scaled.astype(self.format).astype(np.float32)
+        return torch.from_numpy(codes).to(x.dtype), torch.tensor(scale, dtype=x.dtype)
 
 
 @dataclass(frozen=True)
@@ -95,26 +98,35 @@ def method_of(recipe: Any) -> Method:
 
 
 class _Product(torch.autograd.Function):
-    """Any bilinear product: forward at the rounded operands, backward with rounded dY at the same rounded operands."""
+    """Any bilinear product: forward at the rounded operands, backward with rounded dY at the same rounded operands.
+
+    Codes are multiplied, and the product by the scales: in float32 too that rounds no operand a second time.
+    """
 
     @staticmethod
     def forward(
         ctx: Any, a: Tensor, b: Tensor, product: Callable[[Tensor, Tensor], Tensor], roles: tuple[Role, Role], method: Method
     ) -> Tensor:
+        (left, scale_left), (right, scale_right) = roles[0].codes(a), roles[1].codes(b)
         with torch.enable_grad():
-            ctx.operands = [role(x).requires_grad_() for role, x in zip(roles, (a, b), strict=True)]
-            ctx.result = product(*ctx.operands)
-        ctx.method = method
-        return ctx.result.detach().clone()
+            ctx.codes = (left.requires_grad_(), right.requires_grad_())
+            ctx.result = product(*ctx.codes)
+        ctx.scales, ctx.method = (scale_left, scale_right), method
+        return ctx.result.detach() * (scale_left * scale_right)
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Any, ...]:
         method: Method = ctx.method
+        wanted = [i for i in (0, 1) if ctx.needs_input_grad[i]]
+        found: list[Tensor | None] = [None, None]
         with torch._C.DisableTorchFunction():  # the mode may still be on: what follows is the oracle's own arithmetic
-            grads = torch.autograd.grad(ctx.result, ctx.operands, method.grad_output(grad), retain_graph=True)
-            roles = (method.grad_input, method.grad_weight)
-            rounded = [g if role is None else role(g) for g, role in zip(grads, roles, strict=True)]
-        return (*rounded, None, None, None)
+            dy, scale = method.grad_output.codes(grad)
+            grads = torch.autograd.grad(ctx.result, [ctx.codes[i] for i in wanted], dy, retain_graph=True)
+            for i, g in zip(wanted, grads, strict=True):
+                role = (method.grad_input, method.grad_weight)[i]
+                g = g * (scale * ctx.scales[1 - i])
+                found[i] = g if role is None else role(g)
+        return (*found, None, None, None)
 
 
 class _Lookup(torch.autograd.Function):
@@ -132,7 +144,9 @@ class _Lookup(torch.autograd.Function):
     def backward(ctx: Any, grad: Tensor) -> tuple[Any, ...]:
         method: Method = ctx.method
         with torch._C.DisableTorchFunction():
-            (summed,) = torch.autograd.grad(ctx.result, ctx.table, method.grad_output(grad), retain_graph=True)
+            dy, scale = method.grad_output.codes(grad)
+            (summed,) = torch.autograd.grad(ctx.result, ctx.table, dy, retain_graph=True)
+            summed = summed * scale
             return summed if method.grad_weight is None else method.grad_weight(summed), None, None
 
 
