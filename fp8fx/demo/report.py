@@ -59,7 +59,8 @@ def gap_text(result: Result, base: Result | None) -> str:
     value = gap(result, base)
     if math.isnan(value) or result is base:
         return "-"
-    return f"{value:+.2%}" if result.metric == "loss" else f"{0 - value:+.2f} points"
+    # + 0.0 makes a rounded -0.0 a 0.0
+    return f"{round(value, 4) + 0.0:+.2%}" if result.metric == "loss" else f"{round(-value, 2) + 0.0:+.2f} points"
 
 
 def table(results: list[Result]) -> Table:

@@ -52,7 +52,7 @@ def gpt(context: int = 64, batch: int = 8, held_out_batches: int = 128) -> Task:
         build=lambda: GPT(width=128, layers=2, heads=4, context=context),
         batches=lambda steps, seed: data.text_batches(text.train, batch, context, steps, seed),
         held_out=lambda: data.text_windows(text.held_out, batch, context, held_out_batches),
-        steps=700,
+        steps=600,
         lr=3e-3,
         weight_decay=0.1,
         bars={"hybrid": 0.01, "direct": 0.03},
