@@ -45,7 +45,7 @@ def from_dynamo(
         node.meta[MODULE] = _module_path(node, prefixes)
     _readable_names(copied.graph)
     expand_attention(copied)
-    counts = numbering.start((frame, tuple(node.meta[TENSOR_NAME] for node in placeholders)))
+    counts = numbering.start((frame, tuple(filter(None, (node.meta[TENSOR_NAME] for node in placeholders)))))
     assign_site_names(copied.graph, names, counts)
     numbering.finish(counts)
     copied.recompile()

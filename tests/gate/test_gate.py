@@ -262,3 +262,11 @@ def test_gradients_are_those_of_the_float64_oracle(recipe: Any, inner: str) -> N
         if theirs.norm() < 1e-6:  # a key's bias shifts all scores of a row alike: softmax takes no notice
             continue
         assert sqnr(theirs, ours[name].double()) > floor, (name, sqnr(theirs, ours[name].double()))
+
+
+def test_dynamic_shapes_keep_names_and_stop_recapturing() -> None:
+    fast = fp8fx.compile(make(), "hybrid")
+    for batch in (3, 4, 5, 7):
+        fast(torch.randn(batch, 5, 8)).sum().backward()
+    assert len(runtime_of(fast).graphs) == 2  # one for the first shape, one for all others
+    assert len(fast.plan().rows) == 16  # type: ignore[operator]
