@@ -17,6 +17,7 @@ from torch import Tensor
 from fp8fx import formats
 from fp8fx.errors import FormatError, allowed
 from fp8fx.formats import Format
+from fp8fx.numerics.scaling import divide, inverse
 
 ALGORITHMS = ("max", "most_recent")
 ORDERS = ("scale_first", "history_first")
@@ -39,14 +40,14 @@ def delayed_scale(
     amax = (history.amax(-1) if algorithm == "max" else history[..., 0]).float()
     usable = (amax > 0.0) & (amax < math.inf)
     safe = torch.where(usable, amax, 1.0)
-    quotient = torch.full_like(safe, formats.get(format).max) / safe
+    quotient = divide(torch.full_like(safe, formats.get(format).max), safe)
     if power_of_two:
         # Exponent bits are floor(log2) of a normal number; the clamp keeps inv_scale and scale normal.
         exponent = ((quotient.view(torch.int32) >> 23) - margin).clamp(1, 253)
         new = ((254 - exponent) << 23).view(torch.float32)  # 1 / 2^(e - 127) = 2^(127 - e)
     else:
-        inv_scale = quotient / torch.full_like(quotient, 2.0**margin)
-        new = torch.ones_like(inv_scale) / inv_scale.clamp(2.0**-126, 2.0**126)
+        inv_scale = quotient * 2.0**-margin
+        new = inverse(inv_scale.clamp(2.0**-126, 2.0**126))
     return torch.where(usable, new, scale)
 
 
