@@ -1,0 +1,459 @@
+"""The command line: `fp8fx plan | recipe list, show, check, schema | demo`.
+
+A mistake of the user's (any FP8Error) is one red message on stderr and exit code 2; `fp8fx --debug ...` shows the traceback.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import importlib
+import importlib.util
+import inspect
+import json
+import os
+import platform
+import sys
+import warnings
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass
+from enum import StrEnum
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+from rich.console import Console
+from rich.table import Table
+from typer.core import TyperGroup
+
+from fp8fx.errors import FP8Error, FP8Warning, ModelError, nearest
+
+if TYPE_CHECKING:
+    import torch
+    from torch import nn
+
+WIDTH = 160  # of tables that go to a file or a pipe
+STAGES = ("capture", "annotate", "insert_qdq", "cancel", "fuse", "lower")
+
+
+class Capture(StrEnum):
+    dynamo = "dynamo"
+    symbolic = "symbolic"
+
+
+class DemoModel(StrEnum):
+    gpt = "gpt"
+    digits = "digits"
+
+
+class _Group(TyperGroup):
+    """The top group: where an FP8Error of any command becomes a message."""
+
+    def invoke(self, ctx: Any) -> Any:
+        with warnings.catch_warnings():
+            warnings.showwarning = _show_warning
+            try:
+                return super().invoke(ctx)
+            except FP8Error as error:
+                if ctx.params.get("debug"):
+                    raise
+                _stderr().print(f"error: {error}", style="red", markup=False, highlight=False, soft_wrap=True)
+                raise typer.Exit(2) from None
+
+
+def _stderr() -> Console:
+    return Console(stderr=True)
+
+
+def _show_warning(message: Warning | str, category: type[Warning], filename: str, lineno: int, file: Any = None, line: Any = None) -> None:
+    """An FP8Warning as one yellow line; others as Python prints them."""
+    if issubclass(category, FP8Warning):
+        _stderr().print(f"warning: {message}", style="yellow", markup=False, highlight=False, soft_wrap=True)
+    else:
+        sys.stderr.write(warnings.formatwarning(message, category, filename, lineno, line))
+
+
+app = typer.Typer(
+    cls=_Group,
+    help="FP8 for PyTorch models, as a declarative recipe says.",
+    invoke_without_command=True,
+    pretty_exceptions_enable=False,
+    context_settings={"help_option_names": ["-h", "--help"]},
+)
+recipes = typer.Typer(help="List, show and check recipes.", no_args_is_help=True)
+app.add_typer(recipes, name="recipe")
+
+
+def main() -> None:
+    """The entry point `fp8fx`."""
+    app(prog_name="fp8fx")
+
+
+@app.callback()
+def top(
+    ctx: typer.Context,
+    version: Annotated[bool, typer.Option("--version", help="Show the versions of fp8fx and what it runs on.")] = False,
+    debug: Annotated[bool, typer.Option("--debug", help="Show the traceback of an error.")] = False,
+) -> None:
+    if version:
+        typer.echo(_versions())
+        raise typer.Exit
+    if ctx.invoked_subcommand is None:
+        typer.echo(ctx.get_help())
+
+
+def _versions() -> str:
+    import torch
+
+    import fp8fx
+
+    try:
+        triton = str(importlib.import_module("triton").__version__)
+    except ImportError:
+        triton = "not installed"
+    device = f"cuda ({torch.cuda.get_device_name()})" if torch.cuda.is_available() else "cpu"
+    found = {
+        "fp8fx": fp8fx.__version__,
+        "torch": torch.__version__,
+        "triton": triton,
+        "python": platform.python_version(),
+        "device": device,
+    }
+    return "\n".join(f"{name:<7} {value}" for name, value in found.items())
+
+
+# -- plan -----------------------------------------------------------------------------------------------------------------
+
+
+@app.command()
+def plan(
+    target: Annotated[
+        str, typer.Argument(help="The model: package.module:name or file.py:name, a module, or a class or function without arguments.")
+    ],
+    recipe: Annotated[str, typer.Option("--recipe", "-r", help="A shipped recipe's name, or the path of a YAML file.")] = "hybrid",
+    inputs: Annotated[
+        list[str] | None,
+        typer.Option("--input", "-i", help="An input as [name=]SHAPE[:dtype], e.g. 2x3x224x224, 2x16:int64, mask=2x16:bool."),
+    ] = None,
+    exempt: Annotated[list[str] | None, typer.Option("--exempt", help="A pattern of layers to leave in high precision.")] = None,
+    output_fused: Annotated[
+        list[str] | None, typer.Option("--output-fused", help="A pattern of layers whose output stays in high precision.")
+    ] = None,
+    capture: Annotated[
+        Capture | None, typer.Option("--capture", help="The front end. Default: dynamo with --input, symbolic without.")
+    ] = None,
+    json_file: Annotated[Path | None, typer.Option("--json", help="Write the plan as JSON to this file.")] = None,
+    graph: Annotated[str | None, typer.Option("--graph", help=f"Print the graph after a stage: {', '.join(STAGES)}.")] = None,
+    save_graphs: Annotated[Path | None, typer.Option("--save-graphs", help="Write the graph after every stage to this folder.")] = None,
+    high: Annotated[int, typer.Option("--high", min=0, help="Integer inputs are drawn from 0 to this number.")] = 9,
+    seed: Annotated[int, typer.Option("--seed", help="Of the random inputs.")] = 0,
+) -> None:
+    """Show what a recipe does to a model: one row per layer, with formats and reason, and totals."""
+    import fp8fx
+
+    if graph is not None:
+        from fp8fx.pipeline import check_stage
+
+        check_stage(graph)
+    if (graph or save_graphs) and not inputs:
+        raise ModelError("--graph and --save-graphs show captured graphs, which need inputs: give --input, e.g. --input 2x3x224x224")
+    model = load_model(target)
+    front_end = capture.value if capture is not None else None
+    changes: dict[str, Any] = {"exempt": exempt or (), "output_fused": output_fused or ()}
+    given = sample_inputs(inputs, model, high, seed) if inputs else None
+    if given is None or not (graph or save_graphs):
+        made = fp8fx.plan(model, recipe, example_inputs=given, capture=front_end, **changes)
+        runtime = None
+    else:
+        runtime = _run_once(fp8fx.compile(model, recipe, capture=front_end or "dynamo", **changes), given)
+        made = runtime.plan()
+    _print_plan(made)
+    if json_file is not None:
+        with _writing(json_file):
+            json_file.write_text(made.to_json() + "\n", encoding="utf-8")
+    if runtime is not None:
+        _graphs(runtime, graph, save_graphs)
+
+
+def load_model(target: str) -> nn.Module:
+    """The module that TARGET names. Raises ModelError for a target that cannot be found, called, or that gives no module."""
+    from torch import nn
+
+    where, colon, name = target.rpartition(":")
+    if not colon or not where or not name:
+        raise ModelError(f"target {target!r}: write package.module:name or file.py:name, e.g. torchvision.models:resnet18")
+    found: Any = _import(where)
+    for part in name.split("."):
+        if not hasattr(found, part):
+            raise ModelError(f"target {target!r}: {where} has no {part!r}.{nearest(part, dir(found))}")
+        found = getattr(found, part)
+    if not isinstance(found, nn.Module):
+        if not callable(found):
+            raise ModelError(f"target {target!r} is a {type(found).__name__}: a torch.nn.Module, or something that returns one, is needed")
+        found = _called(target, found)
+    if not isinstance(found, nn.Module):
+        raise ModelError(f"target {target!r} gave a {type(found).__name__}, not a torch.nn.Module")
+    return found
+
+
+def _called(target: str, make: Callable[[], Any]) -> Any:
+    if missing := _required(make):
+        raise ModelError(f"target {target!r} needs arguments ({', '.join(missing)}); name a function without any that returns the model")
+    try:
+        return make()
+    except Exception as error:
+        raise ModelError(f"target {target!r} failed when called: {type(error).__name__}: {error}") from error
+
+
+def _required(function: Callable[..., Any]) -> list[str]:
+    """Names of the arguments without a default."""
+    try:
+        parameters = inspect.signature(function).parameters.values()
+    except (TypeError, ValueError):  # not everything callable has a signature
+        return []
+    return [p.name for p in parameters if p.default is p.empty and p.kind not in (p.VAR_POSITIONAL, p.VAR_KEYWORD)]
+
+
+def _import(where: str) -> Any:
+    """A module by dotted name, looked for in the current folder too, or by file name."""
+    try:
+        if where.endswith(".py"):
+            return _import_file(Path(where))
+        if os.getcwd() not in sys.path:
+            sys.path.insert(0, os.getcwd())
+        return importlib.import_module(where)
+    except ModelError:
+        raise
+    except Exception as error:
+        raise ModelError(f"{where} cannot be imported: {type(error).__name__}: {error}") from error
+
+
+def _import_file(path: Path) -> Any:
+    if not path.is_file():
+        raise ModelError(f"{path}: there is no such file")
+    spec = importlib.util.spec_from_file_location(path.stem, path)
+    if spec is None or spec.loader is None:
+        raise ModelError(f"{path}: not a Python file")
+    module = importlib.util.module_from_spec(spec)
+    sys.modules.setdefault(path.stem, module)
+    sys.path.insert(0, str(path.resolve().parent))  # a script finds its neighbours
+    spec.loader.exec_module(module)
+    return module
+
+
+# -- inputs ---------------------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Given:
+    """One --input: `name` is empty for a positional one, `dtype` for the model's own."""
+
+    name: str
+    shape: tuple[int, ...]
+    dtype: str
+
+    @classmethod
+    def parse(cls, text: str) -> Given:
+        """`[name=]SHAPE[:dtype]`. Raises ModelError."""
+        name, equals, rest = text.rpartition("=")
+        shape, _, dtype = rest.partition(":")
+        sizes = shape.lower().split("x")
+        if not all(size.isdecimal() for size in sizes) or (equals and not name.isidentifier()):
+            raise ModelError(f"--input {text!r}: write [name=]SHAPE[:dtype], e.g. 2x3x224x224, 2x16:int64 or mask=2x16:bool")
+        return cls(name, tuple(int(size) for size in sizes), dtype)
+
+    def sample(self, dtype: torch.dtype, high: int, generator: torch.Generator) -> torch.Tensor:
+        import torch
+
+        if dtype.is_floating_point or dtype.is_complex:
+            kind = dtype if dtype.is_complex else torch.float32
+            return torch.randn(self.shape, dtype=kind, generator=generator).to(dtype)
+        return torch.randint(0, 2 if dtype is torch.bool else high + 1, self.shape, generator=generator).to(dtype)
+
+
+def sample_inputs(texts: Iterable[str], model: nn.Module, high: int = 9, seed: int = 0) -> tuple[Any, ...] | dict[str, Any]:
+    """Random inputs on the model's device: a tuple, or a dict where any is named. A floating dtype not given is the model's."""
+    import torch
+
+    generator = torch.Generator().manual_seed(seed)
+    first = next((p for p in model.parameters() if p.is_floating_point()), torch.empty(0))
+    positional: list[Any] = []
+    named: dict[str, Any] = {}
+    for given in [Given.parse(text) for text in texts]:
+        value = given.sample(_dtype(given.dtype) if given.dtype else first.dtype, high, generator).to(first.device)
+        if given.name in named:
+            raise ModelError(f"--input {given.name} is given twice")
+        if given.name:
+            named[given.name] = value
+        else:
+            positional.append(value)
+    if not named:
+        return tuple(positional)
+    try:
+        return dict(inspect.signature(model.forward).bind_partial(*positional, **named).arguments)
+    except TypeError as error:
+        raise ModelError(f"--input does not fit {type(model).__name__}.forward{inspect.signature(model.forward)}: {error}") from error
+
+
+def _dtype(name: str) -> torch.dtype:
+    import torch
+
+    found = getattr(torch, name, None)
+    if isinstance(found, torch.dtype):
+        return found
+    known = sorted(key for key, value in vars(torch).items() if isinstance(value, torch.dtype))
+    raise ModelError(f"--input: there is no dtype {name!r}; e.g. float32, bfloat16, int64, bool.{nearest(name, known)}")
+
+
+def _run_once(fast: nn.Module, given: tuple[Any, ...] | dict[str, Any]) -> Any:
+    """Capture the model by one call; its Runtime holds the plan and the graphs."""
+    from fp8fx.clone import runtime_of
+
+    fast(**given) if isinstance(given, dict) else fast(*given)
+    return runtime_of(fast)
+
+
+# -- output ---------------------------------------------------------------------------------------------------------------
+
+
+def _print_plan(made: Any) -> None:
+    console = Console()
+    if not console.is_terminal:
+        typer.echo(str(made), nl=False)
+        return
+    console.print(made.table())
+    for line in made.totals():
+        console.print(line, highlight=False, markup=False)
+
+
+def _graphs(runtime: Any, stage: str | None, folder: Path | None) -> None:
+    """Print the graphs after `stage`, and write those after every stage: `graph-0-2-insert_qdq.txt`."""
+    numbers = range(len(runtime.graphs))
+    if stage is not None:
+        for index in numbers:
+            typer.echo(f"\n# graph {index} of {len(numbers)}, after {stage}\n{_text(runtime.stage(stage, index))}")
+    if folder is not None:
+        with _writing(folder):
+            folder.mkdir(parents=True, exist_ok=True)
+            for index in numbers:
+                for position, name in enumerate(STAGES):
+                    file = folder / f"graph-{index}-{position}-{name}.txt"
+                    file.write_text(_text(runtime.stage(name, index)) + "\n", encoding="utf-8")
+        typer.echo(f"graphs after every stage are in {folder}")
+
+
+def _text(module: Any) -> str:
+    """The graph as code; after annotate also the decisions, which are on nodes that look as before."""
+    from fp8fx.passes.contract import decision
+
+    made = [d for node in module.graph.nodes if (d := decision(node)) is not None]
+    lines = [f"# {d.name}: {d.mode}, {d.reason}" for d in made]
+    return "\n".join([str(module.print_readable(print_output=False)).strip(), *lines])
+
+
+@contextlib.contextmanager
+def _writing(path: Path) -> Any:
+    try:
+        yield
+    except OSError as error:
+        raise FP8Error(f"{path}: cannot be written: {error.strerror or error}") from error
+
+
+# -- recipe ---------------------------------------------------------------------------------------------------------------
+
+
+@recipes.command("list")
+def recipe_list() -> None:
+    """The recipes that come with fp8fx."""
+    from fp8fx.recipe import Recipe
+    from fp8fx.recipe.load import SHIPPED
+
+    table = Table(box=None, pad_edge=False)
+    for heading in ("recipe", "what it does"):
+        table.add_column(heading, overflow="fold", no_wrap=heading == "recipe")
+    for name in Recipe.shipped():
+        table.add_row(name, _introduction((SHIPPED / f"{name}.yaml").read_text(encoding="utf-8")))
+    console = Console()
+    (console if console.is_terminal else Console(width=WIDTH)).print(table)
+
+
+def _introduction(text: str) -> str:
+    """The comment a recipe file begins with."""
+    lines = []
+    for line in text.splitlines():
+        if not line.startswith("#"):
+            break
+        lines.append(line.removeprefix("#").strip())
+    return " ".join(lines)
+
+
+@recipes.command("show")
+def recipe_show(name: Annotated[str, typer.Argument(help="A shipped recipe's name, or the path of a YAML file.")]) -> None:
+    """Print a recipe with every key written out and `extends` merged in. What it prints is a recipe too."""
+    import yaml
+
+    recipe = _load(name)
+    typer.echo(f"# {recipe.name}: every key written out, `extends` merged in.")
+    typer.echo(yaml.safe_dump(recipe.to_dict(), sort_keys=False, default_flow_style=None, width=130, allow_unicode=True), nl=False)
+
+
+@recipes.command("check")
+def recipe_check(
+    file: Annotated[str, typer.Argument(help="A YAML file, or a shipped recipe's name.")],
+    model: Annotated[str | None, typer.Option("--model", help="A model, as in `fp8fx plan`: its layer names are checked too.")] = None,
+) -> None:
+    """Read a recipe and report its mistakes, with file, line and key."""
+    recipe = _load(file)
+    if model is None:
+        typer.echo(f"{file}: ok, {_kind(recipe)}")
+        return
+    from fp8fx.runtime import module_types
+
+    recipe.check_names(module_types(load_model(model)))
+    typer.echo(f"{file}: ok for {model}, {_kind(recipe)}")
+
+
+def _kind(recipe: Any) -> str:
+    """`hybrid, 1 rule, 2 exempt`: what the Recipe's repr says after its name."""
+    return repr(recipe).removeprefix(f"<Recipe {recipe.name}: ").removesuffix(">")
+
+
+@recipes.command("schema")
+def recipe_schema() -> None:
+    """Print the JSON schema of a recipe file."""
+    from fp8fx.recipe import Recipe
+
+    typer.echo(json.dumps(Recipe.schema(), indent=2))
+
+
+def _load(name: str) -> Any:
+    """A recipe by name or path. Where no recipe ships under the name but a file has it, the file is meant."""
+    from fp8fx.recipe import Recipe
+
+    if name not in Recipe.shipped() and Path(name).is_file():
+        return Recipe.load(Path(name))
+    return Recipe.load(name)
+
+
+# -- demo -----------------------------------------------------------------------------------------------------------------
+
+
+@app.command()
+def demo(
+    out: Annotated[Path, typer.Option("--out", "-o", help="Folder for curves, plans, graphs and results.json.")] = Path("demo-out"),
+    quick: Annotated[bool, typer.Option("--quick", help="A few steps, to see that everything runs; quality is not judged.")] = False,
+    model: Annotated[list[DemoModel] | None, typer.Option("--model", "-m", help="Only this model; may be repeated.")] = None,
+    recipe: Annotated[list[str] | None, typer.Option("--recipe", "-r", help="Only this recipe; may be repeated.")] = None,
+    steps: Annotated[int | None, typer.Option("--steps", min=1, help="This many steps; quality is not judged.")] = None,
+    seed: Annotated[int, typer.Option("--seed", help="Of the models' weights and the order of the data.")] = 0,
+) -> None:
+    """Train a byte-level GPT and a small ResNet with and without FP8, and compare. Exit code 1 if a bar is missed."""
+    from fp8fx.demo import RECIPES, run
+
+    models = tuple(m.value for m in model) if model else tuple(m.value for m in DemoModel)
+    with _writing(out):
+        code = run(out=out, quick=quick, recipes=tuple(recipe) if recipe else RECIPES, models=models, steps=steps, seed=seed)
+    raise typer.Exit(code)
+
+
+if __name__ == "__main__":
+    main()
