@@ -160,7 +160,9 @@ class Plan:
     def summary(self) -> str:
         """`224 of 226 layers, 98.7% of FLOPs in FP8; 2 exempt; 0 fell back`."""
         fell_back, missing = len(self.of("high_precision")), len(self.not_captured)
-        text = f"{len(self.fp8)} of {len(self.rows)} layers, {self.fp8_flops_share:.1%} of non-exempt FLOPs in FP8; "
+        layers = f"{len(self.fp8)} of {len(self.rows)} layers"
+        share = f", {self.fp8_flops_share:.1%} of non-exempt FLOPs in FP8" if self.flops else " in FP8, FLOPs not known"
+        text = f"{layers}{share}; "
         text += f"{len(self.exempt)} exempt; {fell_back} fell back"
         return text + (f"; {missing} not captured" if missing else "")
 
@@ -179,7 +181,9 @@ class Plan:
 
     def totals(self) -> list[str]:
         total = self.flops or 1
-        lines = [self.summary, f"FLOPs per forward: {self.flops:,}; exempt {self.exempt_flops / total:.1%}"]
+        lines = [self.summary]
+        if self.flops:
+            lines.append(f"FLOPs per forward: {self.flops:,}; exempt {self.exempt_flops / total:.1%}")
         if self.attention_flops:
             lines.append(f"fused attention, listed apart: {self.attention_flops:,} FLOPs")
         return lines + [f"note: {note}" for note in self.notes]

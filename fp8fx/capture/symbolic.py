@@ -14,10 +14,12 @@ from typing import Any
 import torch
 from torch import Tensor, fx, nn
 from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.utils import _pytree as pytree
 
 from fp8fx.capture.expand import expand_attention
 from fp8fx.capture.graph import MODULE, TENSOR_NAME, VAL, Captured
 from fp8fx.capture.naming import RootNames, assign_site_names
+from fp8fx.clone import base_class, runtime_of
 from fp8fx.errors import CaptureError
 
 _LEAVES = (nn.RNNBase, nn.RNNCellBase)  # recurrent loops: no front end looks into them
@@ -30,17 +32,18 @@ class _Tracer(fx.Tracer):
         return isinstance(m, _LEAVES)
 
 
-def trace(root: nn.Module, forward: Callable[..., Any] | None = None, constants: Mapping[str, Any] | None = None) -> fx.GraphModule:
-    """The symbolic trace of `root`. `constants`: arguments that are not tensors, by name. Raises CaptureError."""
+def trace(root: nn.Module, constants: Mapping[str, Any] | None = None) -> fx.GraphModule:
+    """The symbolic trace of `root`. `constants`: arguments that are not tensors, by name; None: all that have a default.
+
+    Raises CaptureError.
+    """
     tracer = _Tracer()
-    given = dict(constants or {})
-    signature = inspect.signature(forward or root.forward)
-    for name, parameter in signature.parameters.items():
-        if parameter.default is None:
-            given.setdefault(name, None)
-    target = root if forward is None else _Borrowed(root, forward)
+    if constants is None:
+        parameters = inspect.signature(root.forward).parameters.values()
+        constants = {p.name: p.default for p in parameters if p.default is not p.empty}
+    given = dict(constants)
     try:
-        graph = tracer.trace(target, concrete_args=given or None)
+        graph = tracer.trace(_uncompiled(root), concrete_args=given or None)
     except Exception as error:
         raise CaptureError(
             f"{type(root).__name__} cannot be traced symbolically: {error}\nSymbolic tracing follows no Python that depends on data "
@@ -49,13 +52,14 @@ def trace(root: nn.Module, forward: Callable[..., Any] | None = None, constants:
     return fx.GraphModule(tracer.root, graph)
 
 
-class _Borrowed(nn.Module):
-    """The root's modules under the original forward: a compiled model's own forward is not the one to trace."""
-
-    def __init__(self, root: nn.Module, forward: Callable[..., Any]) -> None:
-        super().__init__()
-        self.__dict__.update({key: value for key, value in vars(root).items() if key != "forward"})
-        self.__dict__["forward"] = forward
+def _uncompiled(root: nn.Module) -> nn.Module:
+    """A compiled model as an object of its original class with the same contents: its own forward is not the one to trace."""
+    if runtime_of(root) is None:
+        return root
+    base = base_class(root)
+    made: nn.Module = base.__new__(base)
+    vars(made).update(vars(root))
+    return made
 
 
 def from_symbolic(module: fx.GraphModule, inputs: Sequence[Any], root: nn.Module) -> tuple[Captured, list[Tensor]]:
@@ -79,6 +83,8 @@ def from_symbolic(module: fx.GraphModule, inputs: Sequence[Any], root: nn.Module
 
 def _lift(module: fx.GraphModule, root: nn.Module) -> list[Tensor]:
     """Turn get_attr nodes into inputs after the model's own."""
+    for node in module.graph.find_nodes(op="placeholder"):
+        node.args = ()  # no defaults: every input is given, and those lifted come after
     lifted: dict[str, tuple[fx.Node, Tensor]] = {}
     for node in list(module.graph.find_nodes(op="get_attr")):
         target = str(node.target)
@@ -87,7 +93,8 @@ def _lift(module: fx.GraphModule, root: nn.Module) -> list[Tensor]:
             place = module.graph.inserting_after(last[-1]) if last else module.graph.inserting_before(next(iter(module.graph.nodes)))
             with place:
                 made = module.graph.placeholder(target.replace(".", "_"))
-            value = _fetch(root, module, target)
+            made.target = made.name  # a valid identifier, also where the name begins with a digit (nn.Sequential)
+            value = made.meta[VAL] = _fetch(root, module, target)
             made.meta[TENSOR_NAME] = target if isinstance(value, nn.Parameter) or target in dict(root.named_buffers()) else ""
             lifted[target] = (made, value)
         node.replace_all_uses_with(lifted[target][0])
@@ -135,6 +142,14 @@ def append_placeholder(graph: fx.Graph, name: str) -> fx.Node:
         return graph.placeholder(name)
 
 
+def _erase_with_users(node: fx.Node) -> None:
+    """A constant's input is read only by the checks that torch.fx writes for it (`_assert`, `eq`)."""
+    for user in list(node.users):
+        if not user._erased:
+            _erase_with_users(user)
+    node.graph.erase_node(node)
+
+
 class SymbolicForward:
     """A compiled forward made by symbolic tracing: one graph per signature, traced at its first call."""
 
@@ -148,7 +163,9 @@ class SymbolicForward:
         bound.apply_defaults()
         tensors = {name: value for name, value in bound.arguments.items() if isinstance(value, Tensor)}
         constants = {name: value for name, value in bound.arguments.items() if name not in tensors}
-        key = (self._describe(tensors), repr(constants), tuple(m.training for m in self.root.modules()), torch.is_grad_enabled())
+        own = dict([*self.root.named_parameters(), *self.root.named_buffers()])
+        modes = (tuple(m.training for m in self.root.modules()), torch.is_grad_enabled(), torch.is_autocast_enabled("cpu"))
+        key = (self._describe(tensors), repr(constants), modes, tuple(map(id, own.values())), self._describe(own))
         if key not in self.graphs:
             self.graphs[key] = self._capture(tensors, constants)
         call, lifted = self.graphs[key]
@@ -159,9 +176,15 @@ class SymbolicForward:
         return tuple((name, tuple(t.shape), t.dtype, t.device, t.requires_grad) for name, t in tensors.items())
 
     def _capture(self, tensors: Mapping[str, Tensor], constants: Mapping[str, Any]) -> tuple[Callable[..., Any], list[Tensor]]:
-        module = trace(self.root, self.forward, constants)
+        for name, value in constants.items():
+            if any(isinstance(leaf, Tensor) for leaf in pytree.tree_leaves(value)):
+                raise CaptureError(
+                    f"{type(self.root).__name__} cannot be traced symbolically: argument {name!r} is a {type(value).__name__} that holds "
+                    "tensors, and symbolic tracing takes tensors and constants. Capture with TorchDynamo instead: leave capture='dynamo'."
+                )
+        module = trace(self.root, constants)
         for node in list(module.graph.find_nodes(op="placeholder")):
-            if str(node.target) not in tensors:  # a constant was traced into the graph
-                module.graph.erase_node(node)
+            if str(node.target) not in tensors:  # a constant, traced into the graph
+                _erase_with_users(node)
         captured, lifted = from_symbolic(module, list(tensors.values()), self.root)
         return self.runtime.rewrite(captured, [*tensors.values(), *lifted], append_placeholder), lifted

@@ -19,7 +19,7 @@ import torch
 from torch import fx
 from torch.nn import functional as F
 
-from fp8fx.capture.graph import MODULE, SITE, tensor
+from fp8fx.capture.graph import MODULE, SITE, VAL, tensor
 from fp8fx.capture.naming import weight_source
 from fp8fx.capture.sites import CONVOLUTIONS, MATRIX, SiteCall, read_site, unsupported
 from fp8fx.passes.contract import DECISION, Context, PassResult, SiteDecision, Skip
@@ -82,7 +82,7 @@ def _obstacle(call: SiteCall, wanted: Decision) -> str | None:
     spec = wanted.spec
     assert spec is not None
     operands = [call.w] if call.op == "embedding" else [call.x, call.w]
-    values = [tensor(operand) for operand in operands]
+    values = [tensor(operand) for operand in operands if _known(operand)]
     if any(value is None for value in values):
         return "an operand is not a tensor"
     kinds = [value.dtype for value in values if value is not None]
@@ -95,6 +95,11 @@ def _obstacle(call: SiteCall, wanted: Decision) -> str | None:
     if spec.input is None and spec.weight is None and spec.grad_output is None:
         return "no role of this recipe applies here"
     return _geometry_obstacle(call, spec)
+
+
+def _known(operand: Any) -> bool:
+    """False for a node whose value nobody has computed: a symbolic trace without example inputs."""
+    return not isinstance(operand, fx.Node) or VAL in operand.meta
 
 
 def _geometry_obstacle(call: SiteCall, spec: SiteSpec) -> str | None:
