@@ -57,4 +57,3 @@ def _runtime(recipe: Recipe, options: Options) -> Runtime:
         made[key] = Runtime(recipe, options)
         made[key].attach(root)
     return made[key]
-

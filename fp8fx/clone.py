@@ -41,8 +41,8 @@ def runtime_of(model: object) -> Any:
     return vars(model).get(RUNTIME) if isinstance(model, nn.Module) else None
 
 
-@functools.lru_cache(maxsize=None)
-def compiled_class(base: type[nn.Module]) -> type[nn.Module]:
+@functools.cache
+def compiled_class(base: Any) -> type[nn.Module]:
     """The subclass of `base` whose forward is the compiled one."""
 
     @functools.wraps(base.forward)

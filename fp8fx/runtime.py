@@ -171,9 +171,7 @@ class Runtime:
         if self.options.capture == "symbolic":
             self._forward = symbolic.SymbolicForward(self, root, original)
         else:
-            self._forward = dynamo.compile_with(
-                original, self.backend, fullgraph=self.options.fullgraph, dynamic=self.options.dynamic
-            )
+            self._forward = dynamo.compile_with(original, self.backend, fullgraph=self.options.fullgraph, dynamic=self.options.dynamic)
         return self._forward
 
     def _failed(self, root: nn.Module, error: Exception, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
@@ -216,7 +214,8 @@ class Runtime:
         return not torch.is_grad_enabled() or not self.root.training or wanted.cache == "step"
 
     def plan(self) -> Plan:
-        return build_plan([record.rows for record in self.graphs], [record.compiled.skips for record in self.graphs], self.root, self.recipe)
+        rows = [record.rows for record in self.graphs]
+        return build_plan(rows, [record.compiled.skips for record in self.graphs], self.root, self.recipe)
 
     def stage(self, stage: str, index: int = 0) -> fx.GraphModule:
         """Graph `index` of the model after `stage`, made again from what was captured."""

@@ -70,9 +70,7 @@ def _backward(ctx: Any, grad: Tensor) -> tuple[Any, ...]:
     state = Backward(ctx.site, ctx.spec, rng)
     grad = grad.contiguous()
     quantized, amax = state.quantize(grad, [-1])
-    summed = embedding_gradient(
-        quantized.values, quantized.scale, quantized.format, index, ctx.rows, ctx.padding_idx, ctx.by_freq
-    )
+    summed = embedding_gradient(quantized.values, quantized.scale, quantized.format, index, ctx.rows, ctx.padding_idx, ctx.by_freq)
     row = state.statistics(grad, quantized, amax) if ctx.needs_input_grad[3] else None
     return None, state.round(summed, "grad_weight", ctx.dtype), None, row, *([None] * 7)
 

@@ -62,7 +62,8 @@ class Saved:
         return cls([] if keep_x else input[-2:], [] if keep_w else weight[-2:], x if keep_x else None, w if keep_w else None)
 
     def tensors(self) -> list[Tensor | None]:
-        return [*(self.input or [None, None]), *(self.weight or [None, None]), self.x, self.w]
+        nothing: list[Tensor | None] = [None, None]
+        return [*(self.input or nothing), *(self.weight or nothing), self.x, self.w]
 
     @classmethod
     def restore(cls, tensors: tuple[Tensor | None, ...]) -> Saved:

@@ -96,7 +96,8 @@ def _backward(ctx: Any, grad: Tensor | None, *_: Any) -> tuple[Any, ...]:
         LinearBackward(
             Backward(ctx.sites[i], ctx.site_specs[i], rng),
             Saved.restore(tuple(saved[6 * i : 6 * i + 6])),
-            *ctx.specs[i],
+            ctx.specs[i][0],
+            ctx.specs[i][1],
             ctx.dtypes[i],
         )
         for i in (0, 1)

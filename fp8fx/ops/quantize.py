@@ -52,17 +52,19 @@ def quantize_fake(
     parsed = TensorSpec.parse(spec)
     dtype = formats.get(parsed.format).torch_dtype or torch.uint8
     q = x.new_empty(x.shape, dtype=dtype)
-    return q, *(x.new_empty(_scale_shape(x, parsed, dims, of_amax=amax), dtype=torch.float32) for amax in (False, True))
+    scale, amax = (x.new_empty(_scale_shape(x, parsed, dims, of_amax=of_amax), dtype=torch.float32) for of_amax in (False, True))
+    return q, scale, amax
 
 
 def _scale_shape(x: Tensor, spec: TensorSpec, dims: list[int], of_amax: bool) -> list[Any]:
     if spec.granularity == "tensor" or (spec.scaling == "none" and not of_amax):
         return []
-    if spec.granularity == "row":
+    block = spec.granularity
+    if isinstance(block, str):  # row
         contracted = {d % x.dim() for d in dims}
         return [1 if i in contracted else size for i, size in enumerate(x.shape)]
-    rows, columns = spec.granularity
-    return [*x.shape[:-2], (x.shape[-2] + rows - 1) // rows, (x.shape[-1] + columns - 1) // columns]  # type: ignore[operator]
+    rows, columns = block
+    return [*x.shape[:-2], (x.shape[-2] + rows - 1) // rows, (x.shape[-1] + columns - 1) // columns]
 
 
 quantize = define(
