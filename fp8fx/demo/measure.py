@@ -7,7 +7,7 @@ import math
 from fp8fx.demo.report import Result
 from fp8fx.demo.sqnr import layer_sqnr, worst
 from fp8fx.demo.tasks import Task
-from fp8fx.demo.train import Run
+from fp8fx.demo.train import Run, reproducible
 
 
 def measure(run: Run, task: Task) -> Result:
@@ -39,4 +39,5 @@ def _sqnr(run: Run, task: Task) -> dict[str, float]:
     device = next(run.source.parameters()).device
     layers = {name for name, module in run.source.named_modules() if hasattr(module, "weight")}
     specs = {row.name: row.spec for row in run.model.plan().fp8 if row.name in layers}
-    return layer_sqnr(run.source, specs, inputs.to(device))
+    with reproducible(device, run.seed):
+        return layer_sqnr(run.source, specs, inputs.to(device))
