@@ -7,8 +7,6 @@ float64 tensors of any shape, empty and non-contiguous ones included; an integer
 
 from __future__ import annotations
 
-from typing import Any
-
 import torch
 from torch import Tensor
 
@@ -78,10 +76,13 @@ def fake_quantize(
     format = formats.get(format)
     bits = _random_bits(x, rounding, seed, step)
     _check(x, format, rounding, overflow, bits)
-    out: Tensor = _FakeQuantize.apply(  # type: ignore[no-untyped-call]
-        x, _as_scale(scale, x), bits, format, rounding, overflow, granularity
-    )
-    return out
+    factor = _as_scale(scale, x)
+    scaled = tensors.multiply(x.detach(), factor, granularity)
+    y = rounding_to_format.round_to_format(scaled, format, rounding, overflow, bits)
+    if factor is not None:
+        y = y * scaling.expand_scale(factor, granularity, tuple(x.shape))
+    y = y.to(x.dtype)
+    return _straight_through(x, y, scaled.abs() <= format.max) if x.requires_grad and torch.is_grad_enabled() else y
 
 
 def compute_scale(
@@ -102,30 +103,14 @@ def compute_scale(
     return scaling.compute_scale(scaling.amax(x, granularity, dims), format, power_of_two, eps)
 
 
-class _FakeQuantize(torch.autograd.Function):
-    @staticmethod
-    def forward(
-        ctx: Any,
-        x: Tensor,
-        scale: Tensor | None,
-        bits: Tensor | None,
-        format: Format,
-        rounding_: str,
-        overflow: str,
-        granularity: Granularity,
-    ) -> Tensor:
-        scaled = tensors.multiply(x, scale, granularity)
-        if ctx.needs_input_grad[0]:
-            ctx.save_for_backward(scaled.abs() <= format.max)
-        y = rounding_to_format.round_to_format(scaled, format, rounding_, overflow, bits)
-        if scale is not None:
-            y = y * scaling.expand_scale(scale, granularity, tuple(x.shape))
-        return y.to(x.dtype)
+def _straight_through(x: Tensor, y: Tensor, kept: Tensor) -> Tensor:
+    """`y`, with the gradient of `x` where `kept` and zero elsewhere.
 
-    @staticmethod
-    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
-        (kept,) = ctx.saved_tensors
-        return torch.where(kept, grads[0], torch.zeros_like(grads[0])), None, None, None, None, None, None
+    The difference is +0 exactly, and y - (+0) is y to the bit, -0 included. Not an autograd.Function: compiled by torch 2.11, one
+    gave zero gradients in float32.
+    """
+    passing = torch.where(kept, x, torch.zeros_like(x))
+    return y - (passing.detach() - passing)
 
 
 def _check(x: Tensor, format: Format, rounding_: str, overflow: str, bits: Tensor | None) -> None:
@@ -135,7 +120,7 @@ def _check(x: Tensor, format: Format, rounding_: str, overflow: str, bits: Tenso
 def _as_scale(scale: Tensor | float | None, x: Tensor) -> Tensor | None:
     if scale is None:
         return None
-    return scale.float() if isinstance(scale, Tensor) else torch.full((), scale, dtype=torch.float32, device=x.device)
+    return scale.detach().float() if isinstance(scale, Tensor) else torch.full((), scale, dtype=torch.float32, device=x.device)
 
 
 def _random_bits(x: Tensor, rounding_: str, seed: Word | None, step: Word) -> Tensor | None:

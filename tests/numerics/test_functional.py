@@ -52,6 +52,12 @@ def test_gradient_is_straight_through_and_zero_where_saturated() -> None:
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
+def test_the_gradient_changes_no_bit_of_the_value(dtype: torch.dtype) -> None:
+    x = torch.tensor([-0.0, 0.0, -1e-7, 1.3, -500.0, math.inf, -math.inf, math.nan]).to(dtype)
+    assert str(F.fake_quantize(x.clone().requires_grad_(), "e4m3fn").tolist()) == str(F.fake_quantize(x, "e4m3fn").tolist())
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
 def test_compiled_with_gradient_equals_eager(dtype: torch.dtype) -> None:
     def run(x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         scale = F.compute_scale(x, "e5m2")
