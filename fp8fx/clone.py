@@ -41,9 +41,17 @@ def runtime_of(model: object) -> Any:
     return vars(model).get(RUNTIME) if isinstance(model, nn.Module) else None
 
 
-@functools.cache
-def compiled_class(base: Any) -> type[nn.Module]:
-    """The subclass of `base` whose forward is the compiled one."""
+_CLASSES: dict[type[nn.Module], type[nn.Module]] = {}
+
+
+def compiled_class(base: type[nn.Module]) -> type[nn.Module]:
+    """The subclass of `base` whose forward is the compiled one; the same one for every model of that class."""
+    if base not in _CLASSES:
+        _CLASSES[base] = _make_class(base)
+    return _CLASSES[base]
+
+
+def _make_class(base: type[nn.Module]) -> type[nn.Module]:
 
     @functools.wraps(base.forward)
     def forward(self: nn.Module, *args: Any, **kwargs: Any) -> Any:

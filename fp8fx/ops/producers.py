@@ -76,8 +76,9 @@ layer_norm_quantize = define(
 
 def linear_quantize_reference(*args: Any) -> tuple[Tensor, ...]:
     """The arguments of `linear`, then spec and dtype of the output: Q(X W^T + b), rounded once from the fp32 accumulator."""
-    linear_args, spec = args[:-2], args[-2]
-    y = linear_reference(*linear_args, dtype=torch.float32)
+    *linear_args, spec, _ = args
+    accumulator: Any = (*linear_args, torch.float32)
+    y = linear_reference(*accumulator)
     return make_anchor(y.shape, torch.float32, y.device), *quantize_reference(y, spec, [-1], linear_args[6], linear_args[7], "output")
 
 
