@@ -65,6 +65,7 @@ def run(captured: Captured, context: Context, stage: str = "lower") -> Compiled:
         result.seconds[name] = time.perf_counter() - start
         if name == "annotate":
             result.annotated = _annotated(result.module)
+    result.module.recompile()  # once: for a deep model it takes as long as a pass
     return result
 
 

@@ -111,11 +111,10 @@ def input_node(graph: fx.Graph, name: str) -> fx.Node | None:
 
 
 def finish(module: fx.GraphModule, modified: bool, skips: list[Skip] | None = None) -> PassResult:
-    """End of every pass: drop what nobody reads, check, compile."""
+    """End of every pass: drop what nobody reads, and check. The pipeline compiles the graph once, after the last pass."""
     if modified:
         _erase_dead(module.graph)
         module.graph.lint()
-        module.recompile()
     return PassResult(module, modified, skips or [])
 
 

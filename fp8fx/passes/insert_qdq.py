@@ -14,6 +14,7 @@ Two further inputs may appear: `fp8_meter` [sites, 4], whose "gradient" is the s
 
 from __future__ import annotations
 
+import operator
 from typing import Any
 
 import torch
@@ -65,12 +66,12 @@ class _Writer:
         if any(spec is not None and spec.stochastic for spec in specs):
             self.rng = self._input(context, RNG)
         metered = [node for node, d in zip(nodes, made, strict=True) if _metered(node, d)]
-        module.meta[SLOTS] = [d.name for node, d in zip(nodes, made, strict=True) if node in set(metered)]
+        module.meta[SLOTS] = [d.name for node, d in zip(nodes, made, strict=True) if _metered(node, d)]
         if metered:
             meter = self._input(context, METER)
             with self.graph.inserting_before(_first_call(self.graph)):
                 rows = emit(self.graph, meter, torch.unbind, meter)
-                self.rows = {node: item(self.graph, rows, i) for i, node in enumerate(metered)}
+                self.rows = {node: emit(self.graph, meter, operator.getitem, rows, i) for i, node in enumerate(metered)}
 
     def _input(self, context: Context, name: str) -> fx.Node:
         node = input_node(self.graph, name) or context.add_input(self.graph, name)
@@ -130,7 +131,7 @@ class _Writer:
         tail = (made.name, *texts, spec.backward_text, dtype)
         if call.op == "embedding":
             weight = self.quantize(call, call.w, spec.weight, [-1], made.name, "weight")
-            padding = -1 if call.options["padding_idx"] is None else call.options["padding_idx"]
+            padding = self.padding_row(call)
             frequency = bool(call.options["scale_grad_by_freq"])
             site = (made.name, texts[1], spec.backward_text, dtype)
             return self.emit(call, ops.embedding.default, call.x, call.w, weight, row, self.rng, padding, frequency, *site)
@@ -144,6 +145,14 @@ class _Writer:
         left = self.pair(call, call.x, spec.input, ([-1], [-2]), made.name, "input")
         right = self.pair(call, call.w, spec.weight, ([-2], [-1]), made.name, "other")
         return self.emit(call, ops.matmul.default, call.x, call.w, left, right, row, self.rng, *tail)
+
+    def padding_row(self, call: SiteCall) -> Any:
+        """The row without a gradient; -1 for none, where torch's function counts negative rows from the end."""
+        row, table = call.options["padding_idx"], tensor(call.w)
+        if row is None:
+            return -1
+        assert table is not None
+        return row + table.shape[0] if row < 0 else row
 
     def convolution(self, call: SiteCall, made: SiteDecision, spec: SiteSpec, row: fx.Node | None, tail: tuple[Any, ...]) -> fx.Node:
         value, o = tensor(call.x), call.options
