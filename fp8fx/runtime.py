@@ -81,6 +81,7 @@ class Runtime:
         self.weights = WeightCache()
         self.monitor = UnderflowMonitor({}, _advice(self.recipe))
         self._stepped = False
+        self._reported = False  # the one line after the first call
         self._root: weakref.ref[nn.Module] | None = None
         self._forward: Callable[..., Any] | None = None
 
@@ -157,12 +158,12 @@ class Runtime:
             self._reset()
             self.attach(root)
         forward = self._forward or self._compile(root)
-        before = len(self.graphs)
         try:
             result = forward(*args, **kwargs)
         except Exception as error:
             return self._failed(root, error, args, kwargs)
-        if len(self.graphs) > before and before == 0:
+        if not self._reported:
+            self._reported = True
             self._report()
         return result
 
@@ -181,9 +182,11 @@ class Runtime:
             raise error
         if self.options.on_capture_error != "eager" or isinstance(problem, RecipeError):
             raise problem from error
+        forward = base_class(root).forward.__get__(root)
+        result = forward(*args, **kwargs)  # an error of the model's own, such as a wrong shape, leaves FP8 on
+        self._forward, self._reported = forward, True
         warnings.warn(f"fp8fx: {problem} Running in high precision.", FP8Warning, stacklevel=4)
-        self._forward = base_class(root).forward.__get__(root)
-        return self._forward(*args, **kwargs)
+        return result
 
     def _report(self) -> None:
         plan = self.plan()

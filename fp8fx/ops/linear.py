@@ -16,7 +16,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from fp8fx.ops.library import define
-from fp8fx.ops.operands import Backward, Operand, backward_operand, forward_operand, turned
+from fp8fx.ops.operands import Backward, Operand, as_matrix, backward_operand, forward_operand, turned
 from fp8fx.ops.quantize import quantize
 from fp8fx.ops.scaled_mm import scaled_mm_reference
 from fp8fx.spec import SiteSpec, TensorSpec
@@ -83,9 +83,10 @@ class LinearBackward:
 
     def __call__(self, grad: Tensor, needs_x: bool, needs_w: bool, needs_meter: bool) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
         """(dX [..., K], dW [N, K], meter row) from dY [..., N]."""
-        flat = grad.reshape(-1, grad.shape[-1]).contiguous()  # [M, N]
+        flat = as_matrix(grad).contiguous()  # [M, N]
         quantized, amax = self.state.quantize(flat, [-1])
-        dx = self._grad_input(flat, quantized).reshape(*grad.shape[:-1], -1) if needs_x else None
+        dx = self._grad_input(flat, quantized) if needs_x else None
+        dx = None if dx is None else dx.reshape(*grad.shape[:-1], dx.shape[-1])
         dw = self._grad_weight(flat, quantized) if needs_w else None
         return dx, dw, self.state.statistics(flat, quantized, amax) if needs_meter else None
 
@@ -100,7 +101,7 @@ class LinearBackward:
         """dW [N, K] = dY^T [N, M] X [M, K]."""
         if not self.state.fp8("grad_weight"):
             x = _present(self.saved.x)
-            return self.state.round(flat.mT @ x.reshape(-1, x.shape[-1]).to(flat.dtype), "grad_weight", self.dtypes[1])
+            return self.state.round(flat.mT @ as_matrix(x).to(flat.dtype), "grad_weight", self.dtypes[1])
         if quantized.scale is not None and quantized.scale.dim() > 0:  # rows or blocks: this GEMM contracts the tokens
             quantized, _ = self.state.quantize(flat, [0], other_axis=True)
         return self.state.product(quantized.mT, self._input().flat(), "grad_weight", self.dtypes[1])
@@ -113,7 +114,7 @@ class LinearBackward:
             return Operand(x)
         # save_for_backward: high_precision keeps X itself: the codes of forward are made once more, bit for bit.
         spec = turned(TensorSpec.parse(self.input_spec))
-        q, scale, _ = quantize(x.reshape(-1, x.shape[-1]), spec.text, [0], self.state.rng, self.state.site, "input")
+        q, scale, _ = quantize(as_matrix(x), spec.text, [0], self.state.rng, self.state.site, "input")
         return backward_operand([q, scale], self.input_spec)
 
 
@@ -124,7 +125,7 @@ def _present(x: Tensor | None) -> Tensor:
 
 def bias_gradient(grad: Tensor, dtype: torch.dtype) -> Tensor:
     """Sum over all rows of the unquantized gradient, accumulated in fp32."""
-    return grad.reshape(-1, grad.shape[-1]).sum(0, dtype=torch.promote_types(grad.dtype, torch.float32)).to(dtype)
+    return as_matrix(grad).sum(0, dtype=torch.promote_types(grad.dtype, torch.float32)).to(dtype)
 
 
 def linear_setup(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:

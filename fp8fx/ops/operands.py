@@ -12,6 +12,7 @@ AOTAutograd traces these functions inside the operators' backward formulas: they
 from __future__ import annotations
 
 import dataclasses
+import math
 from dataclasses import dataclass
 
 import torch
@@ -20,6 +21,11 @@ from torch import Tensor
 from fp8fx.ops.quantize import STATISTICS, quantize, round_values, underflow
 from fp8fx.ops.scaled_mm import scaled_mm
 from fp8fx.spec import SiteSpec, TensorSpec
+
+
+def as_matrix(x: Tensor) -> Tensor:
+    """[..., K] as [prod(...), K]. The number of rows is written out: where a size is 0, -1 could be any number."""
+    return x.reshape(math.prod(x.shape[:-1]), x.shape[-1])
 
 
 @dataclass(frozen=True)
@@ -39,7 +45,7 @@ class Operand:
 
     def flat(self) -> Operand:
         """[..., M, K] as [prod(...) M, K]; only for operands with one scale, or quantized flat already."""
-        return dataclasses.replace(self, values=self.values.reshape(-1, self.values.shape[-1]))
+        return dataclasses.replace(self, values=as_matrix(self.values))
 
     def arguments(self) -> tuple[Tensor, Tensor | None, str, list[int]]:
         return self.values, self.scale, self.format, list(self.block)
