@@ -115,6 +115,18 @@ def check_model(model: object) -> nn.Module:
         raise ModelError("this model is a torch.compile'd wrapper; pass the model inside (model._orig_mod), fp8fx compiles it itself")
     if isinstance(model, torch.jit.ScriptModule):
         raise ModelError("a TorchScript module has no Python forward to capture; pass the module it was scripted from")
+    for name, module in model.named_modules():
+        if runtime_of(module) is not None:
+            raise ModelError(f"the model holds one that is compiled by fp8fx already: {name!r}. Put the original there (fp8fx.unwrap)")
+    if "forward" in vars(model):
+        raise ModelError(
+            f"the forward of this {type(model).__name__} is replaced on the instance (model.forward = ...), which hides the class's own "
+            "and what fp8fx would put there. Remove it (del model.forward), or put the change into a subclass; for accelerate's hooks "
+            "call accelerate.hooks.remove_hook_from_module(model) first, and compile before accelerator.prepare"
+        )
+    for name, parameter in model.named_parameters():
+        if torch.nn.parameter.is_lazy(parameter):
+            raise ModelError(f"parameter {name!r} is not initialized yet: call the model once, so that its lazy layers know their sizes")
     devices = sorted({str(t.device) for t in [*model.parameters(), *model.buffers()]})
     if len(devices) > 1:
         where: dict[str, str] = {}
