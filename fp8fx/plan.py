@@ -96,7 +96,7 @@ def _not_captured(root: nn.Module, rows: dict[str, SiteRow]) -> list[SiteRow]:
             names.setdefault(id(module), []).append(name)
     found = []
     for aliases in names.values():
-        inside = any(row == name or row.startswith(name + ".") for name in aliases for row in rows)
+        inside = any(not name or row == name or row.startswith(name + ".") for name in aliases for row in rows)
         of_attention = any(isinstance(modules[name.rpartition(".")[0]], nn.MultiheadAttention) for name in aliases)
         if not inside and not of_attention:
             module = modules[aliases[0]]

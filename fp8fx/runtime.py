@@ -179,6 +179,8 @@ class Runtime:
         """Say what went wrong; the model's own errors pass through as they are."""
         problem = dynamo.explain(error)
         if problem is None:
+            if not self.graphs:  # Dynamo does not look again at a frame that raised while it was captured
+                self._forward = None
             raise error
         if self.options.on_capture_error != "eager" or isinstance(problem, RecipeError):
             raise problem from error

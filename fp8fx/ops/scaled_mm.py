@@ -60,8 +60,10 @@ def _blocked(left: Tensor, scale_a: Tensor | None, block_a: list[int], right: Te
     """Sum over blocks of K, each partial product scaled before it is added. The step divides both operands' blocks."""
     depth = left.shape[-1]
     step = math.gcd(block_a[1] if block_a else 0, block_b[0] if block_b else 0)
+    if depth == 0:  # an empty sum: there are no blocks either
+        return left @ right
     result = left.new_zeros(1)
-    for start in range(0, max(depth, 1), step):
+    for start in range(0, depth, step):
         part = left[..., start : start + step] @ right[..., start : start + step, :]
         part = part * _slice_scale(scale_a, block_a, start, part.shape[-2], contraction=-1)
         result = result + part * _slice_scale(scale_b, block_b, start, part.shape[-1], contraction=-2)
