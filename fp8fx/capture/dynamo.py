@@ -19,6 +19,7 @@ from torch._dynamo.source import LocalSource
 
 from fp8fx.capture.expand import expand_attention
 from fp8fx.capture.graph import MODULE, TENSOR_NAME, VAL, Captured, copy_graph
+from fp8fx.capture.regions import inline_regions
 from fp8fx.capture.naming import Numbering, RootNames, assign_site_names, join, split_source
 from fp8fx.errors import CaptureError, FP8Error
 
@@ -32,6 +33,7 @@ def from_dynamo(
     """
     numbering = numbering or Numbering()
     copied = copy_graph(module)
+    inline_regions(copied)
     names = RootNames(root)
     placeholders = copied.graph.find_nodes(op="placeholder")
     prefixes = _prefixes(placeholders, example_inputs, names)

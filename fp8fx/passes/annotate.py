@@ -123,7 +123,7 @@ def _applicable(call: SiteCall, spec: SiteSpec) -> SiteSpec:
         return spec.replace(input=None, output=None, grad_input=None, gemms=("output", "grad_weight"))
     if call.op == "attention":
         return spec.replace(weight=None, grad_weight=None)
-    if call.op in MATRIX and weight_source(call.w) is None and spec.input is not None and call.op != "linear":
+    if call.op in MATRIX and weight_source(call.w) is None and call.op != "linear":
         return spec.replace(weight=spec.input)  # a product of two activations: both are inputs
     if spec.save_for_backward == "high_precision" and spec.input is not None and spec.input.stochastic:
         return spec.replace(save_for_backward="fp8")  # random bits are not drawn twice

@@ -21,6 +21,7 @@ import torch
 from torch import fx
 
 from fp8fx.capture.graph import MODULE, SITE, VAL
+from fp8fx.capture.regions import REGION
 from fp8fx.recipe import Recipe
 from fp8fx.spec import SiteSpec
 
@@ -124,6 +125,11 @@ def _erase_dead(graph: fx.Graph) -> None:
         ours = node.op == "call_function" and (is_fp8(node) or node.target in (operator.getitem, torch.unbind))
         if ours and not node.users:
             graph.erase_node(node)
+
+
+def same_region(*nodes: fx.Node) -> bool:
+    """All nodes belong to one checkpointed region, or to none: only those may become one node."""
+    return len({node.meta.get(REGION) for node in nodes}) == 1
 
 
 def is_fp8(node: Any) -> bool:

@@ -19,7 +19,7 @@ from torch import fx
 from torch.nn import functional as F
 
 from fp8fx.capture.graph import VAL, tensor
-from fp8fx.passes.contract import Context, PassResult, Skip, emit, finish, is_item, item
+from fp8fx.passes.contract import Context, PassResult, Skip, emit, finish, is_item, item, same_region
 from fp8fx.passes.reads import read_only_as_anchor, reads_values
 from fp8fx.spec import GEMMS, SiteSpec, TensorSpec
 
@@ -64,6 +64,8 @@ def _mlp(graph: fx.Graph, node: fx.Node) -> str | None:
     if not isinstance(first, fx.Node) or first.target is not LINEAR:
         return ""
     assert isinstance(act, fx.Node)
+    if not same_region(first, act, node):
+        return "activation checkpointing begins or ends in between"
     quantized = list(node.args[3])  # type: ignore[arg-type]
     if len(quantized) != 2 or not is_item(quantized[0], QUANTIZE, 0) or quantized[0].args[0].args[0] is not act:
         return "the second linear does not quantize the activation itself"
@@ -113,6 +115,8 @@ def _layer_norm(graph: fx.Graph, node: fx.Node) -> str | None:
     (quantize,) = readers
     if quantize.args[0] is not node or not read_only_as_anchor(node, but=(quantize,)):
         return "its output is also read in high precision"
+    if not same_region(node, quantize):
+        return "activation checkpointing begins or ends in between"
     names = ("input", "normalized_shape", "weight", "bias", "eps")
     a: dict[str, Any] = {"weight": None, "bias": None, "eps": 1e-5} | dict(zip(names, node.args, strict=False)) | node.kwargs
     x, out = tensor(a["input"]), tensor(node)
@@ -136,6 +140,8 @@ def _linear_quantize(graph: fx.Graph, node: fx.Node) -> str | None:
     (quantize,) = readers
     if not read_only_as_anchor(node, but=(quantize,)):
         return "its output is also read in high precision"
+    if not same_region(node, quantize):
+        return "activation checkpointing begins or ends in between"
     if (quantize.args[4], quantize.args[5]) != (node.args[7], "output"):
         return "the quantize belongs to the next site"
     with graph.inserting_before(quantize):

@@ -113,10 +113,12 @@ class _Writer:
     def pair(self, call: SiteCall, x: Any, spec: TensorSpec | None, dims: tuple[list[int], list[int]], site: str, role: str) -> list[fx.Node]:
         """The operand's list: one quantization, or two where the two GEMMs that read it need different scales."""
         codes = self.quantize(call, x, spec, dims[0], site, role)
-        if spec is None or not needs_two(spec):
-            return codes
         value = tensor(x)
-        if call.op == "linear" and role == "input" and value is not None and value.dim() > 2:
+        tokens = call.op == "linear" and role == "input" and value is not None and value.dim() > 2
+        blocks_of_tokens = tokens and spec is not None and not isinstance(spec.granularity, str)
+        if spec is None or not (needs_two(spec) or blocks_of_tokens):
+            return codes
+        if tokens:
             x = self.flattened(call, x)
         return codes + self.quantize(call, x, turned(spec), dims[1], site, role)
 

@@ -4,7 +4,8 @@
     leaves   a graph the runtime calls; weights arrive quantized as further inputs
     holds    outputs and gradients bit for bit
 
-        q_w, s_w, _ = quantize(w)    ->    further inputs fc1_weight_q, fc1_weight_scale, made by the runtime
+        q_w, s_w, _ = quantize(w)    ->    further inputs fp8_weight_0_q, fp8_weight_0_scale, made by the runtime
+        nodes of a checkpointed part ->    one checkpoint call of a body that holds them
 
 Quantized weights come from outside so that they can be kept: for all of evaluation, or until the next optimizer step where the
 recipe says `weight_cache: step`. Everything else runs as the operators' registered implementations: on a CUDA device the Triton
@@ -21,6 +22,7 @@ import torch
 from torch import Tensor, fx
 
 from fp8fx.capture.graph import TENSOR_NAME
+from fp8fx.capture.regions import outline_regions
 from fp8fx.passes.contract import Context, PassResult, finish
 from fp8fx.spec import TensorSpec
 
@@ -62,7 +64,10 @@ def lower(module: fx.GraphModule, context: Context) -> PassResult:
         for output, suffix in ((0, "q"), (1, "scale")):
             _replace_output(module.graph, node, output, context.add_input(module.graph, f"fp8_weight_{index}_{suffix}"))
     module.meta[WEIGHTS] = weights
-    return finish(module, len(weights) != before)
+    finished = finish(module, len(weights) != before)
+    if outline_regions(module):  # after dead nodes are gone: a body's outputs are what is read outside of it
+        return finish(module, True)
+    return finished
 
 
 def _weight(node: fx.Node) -> tuple[fx.Node, tuple[tuple[Any, tuple[Any, ...]], ...]] | None:
