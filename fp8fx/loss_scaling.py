@@ -34,10 +34,11 @@ class GradScaler(torch.amp.GradScaler):
             "enabled": scaling.mode != "none",
         }
         settings.update(torch_kwargs)
-        super().__init__(device or ("cuda" if torch.cuda.is_available() else "cpu"), **settings)
-        self.static = fixed
         self.minimum: dict[int, float] = {int(step): float(value) for step, value in dict(scaling.minimum).items()}
+        self.static = fixed
         self.steps = 0
+        settings["init_scale"] = max(settings["init_scale"], self.minimum_at(0))
+        super().__init__(device or ("cuda" if torch.cuda.is_available() else "cpu"), **settings)
 
     def minimum_at(self, step: int) -> float:
         """The smallest scale allowed at `step`: the entry with the largest key that is not beyond it."""

@@ -86,7 +86,7 @@ class Runtime:
         self._forward: Callable[..., Any] | None = None
 
     def __getstate__(self) -> dict[str, Any]:
-        return {"recipe": self.recipe, "options": self.options, "stream": self.stream}
+        return {"recipe": self.recipe, "options": self.options, "stream": self._position()}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         self.__dict__.update(state)
@@ -198,12 +198,17 @@ class Runtime:
 
     def state(self) -> dict[str, Tensor]:
         """What a checkpoint must hold besides the model's own tensors: the position in the random stream."""
-        return {"stream": torch.tensor([self.stream.seed, self.stream.step], dtype=torch.int64)}
+        return {"stream": self._position().tensor(torch.device("cpu"))}
+
+    def _position(self) -> Stream:
+        """Where the next training forward stands: in a new step if an optimizer has stepped since the last."""
+        stream = self.stream
+        return Stream(stream.seed, stream.step + 1) if self._stepped else Stream(stream.seed, stream.step, stream.call)
 
     def load_state(self, state: dict[str, Tensor]) -> None:
         if "stream" in state:
-            seed, step = state["stream"].tolist()
-            self.stream = Stream(seed=seed, step=step)
+            self.stream = Stream(*state["stream"].tolist())
+            self._stepped = False
         self.weights.clear()
 
     def begin_call(self) -> None:
