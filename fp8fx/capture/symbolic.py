@@ -6,9 +6,10 @@ same site names. Parameters and buffers are lifted to inputs, as Dynamo does.
 
 from __future__ import annotations
 
+import contextlib
 import inspect
 from collections import Counter
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -22,11 +23,16 @@ from fp8fx.capture.naming import RootNames, assign_site_names
 from fp8fx.clone import base_class, runtime_of
 from fp8fx.errors import CaptureError
 
+_NORMS = (
+    nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d, nn.SyncBatchNorm, nn.InstanceNorm1d, nn.InstanceNorm2d, nn.InstanceNorm3d,
+)  # fmt: skip
 _LEAVES = (nn.RNNBase, nn.RNNCellBase)  # recurrent loops: no front end looks into them
 
 
 class _Tracer(fx.Tracer):
     """Traces through every module, so that a linear is F.linear wherever it stands."""
+
+    proxy_buffer_attributes = True  # a buffer that is written to (num_batches_tracked) is written to by the graph, not by the trace
 
     def is_leaf_module(self, m: nn.Module, module_qualified_name: str) -> bool:
         return isinstance(m, _LEAVES)
@@ -43,13 +49,27 @@ def trace(root: nn.Module, constants: Mapping[str, Any] | None = None) -> fx.Gra
         constants = {p.name: p.default for p in parameters if p.default is not p.empty}
     given = dict(constants)
     try:
-        graph = tracer.trace(_uncompiled(root), concrete_args=given or None)
+        with _without_dimension_checks():
+            graph = tracer.trace(_uncompiled(root), concrete_args=given or None)
     except Exception as error:
         raise CaptureError(
             f"{type(root).__name__} cannot be traced symbolically: {error}\nSymbolic tracing follows no Python that depends on data "
             "or shapes. Capture with TorchDynamo instead: give example_inputs, or leave capture='dynamo'."
         ) from error
     return fx.GraphModule(tracer.root, graph)
+
+
+@contextlib.contextmanager
+def _without_dimension_checks() -> Iterator[None]:
+    """torch's batch and instance norms branch on `input.dim()`, only to refuse a wrong one: a proxy has no dim."""
+    kept = [norm._check_input_dim for norm in _NORMS]
+    for norm in _NORMS:
+        setattr(norm, "_check_input_dim", lambda self, input: None)  # noqa: B010
+    try:
+        yield
+    finally:
+        for norm, check in zip(_NORMS, kept, strict=True):
+            setattr(norm, "_check_input_dim", check)  # noqa: B010
 
 
 def _uncompiled(root: nn.Module) -> nn.Module:
