@@ -403,23 +403,29 @@ def margin(fast: float, oracle: float) -> float:
 
 @dataclass(frozen=True)
 class Gradient:
-    """One parameter: SQNR in dB of the fast model's gradient and of the oracle's against the reference, and of fast against oracle."""
+    """One parameter: SQNR in dB of the fast model's gradient and of the oracle's against the reference, and of fast against oracle.
+
+    `zero`: the gradient vanishes in all three (the bias of attention keys: softmax does not see it), to float32's own rounding of the
+    terms it is summed from. Its SQNR is that of rounding noise and means nothing.
+    """
 
     name: str
     fast: float
     oracle: float
     agreement: float
     finite: bool
+    zero: bool = False
 
     @property
     def margin(self) -> float:
         """How much better (positive) or worse the fast model is than the oracle, in dB."""
-        return margin(self.fast, self.oracle)
+        return 0.0 if self.zero else margin(self.fast, self.oracle)
 
 
 def compare_gradients(reference: nn.Module, oracle: Oracle | nn.Module, fast: nn.Module) -> list[Gradient]:
     """One Gradient per parameter that has one in `reference`. A missing gradient is an error: it is never taken for a zero."""
     others = [dict((o.model if isinstance(o, Oracle) else o).named_parameters()) for o in (oracle, fast)]
+    largest = max((_rms(p.grad) for p in reference.parameters() if p.grad is not None), default=0.0)
     found = []
     for name, parameter in reference.named_parameters():
         wanted, (by_oracle, by_fast) = parameter.grad, (other[name].grad for other in others)
@@ -428,9 +434,14 @@ def compare_gradients(reference: nn.Module, oracle: Oracle | nn.Module, fast: nn
         if wanted is None or by_oracle is None or by_fast is None:
             missing = [who for who, g in (("reference", wanted), ("oracle", by_oracle), ("fast", by_fast)) if g is None]
             raise ValueError(f"{name} has no gradient in: {', '.join(missing)}")
+        zero = all(_rms(g) <= 1e-7 * largest for g in (wanted, by_oracle, by_fast))
         finite = bool(torch.isfinite(by_fast).all())
-        found.append(Gradient(name, sqnr(wanted, by_fast), sqnr(wanted, by_oracle), sqnr(by_oracle, by_fast), finite))
+        found.append(Gradient(name, sqnr(wanted, by_fast), sqnr(wanted, by_oracle), sqnr(by_oracle, by_fast), finite, zero))
     return found
+
+
+def _rms(x: Tensor) -> float:
+    return torch.linalg.vector_norm(x.detach().double()).item() / max(x.numel(), 1) ** 0.5
 
 
 def worst_margin(gradients: Iterable[Gradient]) -> float:

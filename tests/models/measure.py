@@ -1,0 +1,124 @@
+"""One model under one recipe, measured: executed coverage, and its distance from the plain model beside the oracle's.
+
+Distances are SQNRs in dB from the plain model in float64. The oracle runs in the model's own float32: its codes are then those of
+fp8fx almost always bit for bit. In float64 a single value that lies on the other side of a rounding boundary sets off a cascade
+(every later quantization turns a small difference into whole steps), and two runs that are equally accurate agree to 30 dB only.
+"""
+
+from __future__ import annotations
+
+import math
+import statistics
+from collections.abc import Iterable
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from coverage_meter import CoverageMeter, plain_flops
+from models.zoo import Case, build
+from oracle import Gradient, Oracle, compare_gradients, margin, plain, sqnr
+from torch import nn
+
+import fp8fx
+from fp8fx.plan import Plan
+
+NEAREST = {"rounding": "nearest_even"}
+# `direct` with gradients rounded to nearest, so that there is one right answer to compare with.
+RECIPES: dict[str, Any] = {
+    "hybrid": "hybrid",
+    "direct": {"extends": "direct", "defaults": {"grad_output": NEAREST, "grad_input": NEAREST, "grad_weight": NEAREST}},
+}
+LOSS_SCALE = {"hybrid": 1.0, "direct": 2.0**12}  # unscaled E5M2 gradients need a loss scale, as a GradScaler would give
+TOLERANCE = 0.5  # dB
+
+
+@dataclass(frozen=True)
+class Seed:
+    """Output SQNR in dB of the compiled model and of the oracle, how well they agree, and every parameter's gradient."""
+
+    fast: float
+    oracle: float
+    agreement: float
+    gradients: list[Gradient]
+
+    @property
+    def margin(self) -> float:
+        return margin(self.fast, self.oracle)
+
+
+@dataclass(frozen=True)
+class Measured:
+    """`share`: of the non-exempt FLOPs executed in forward and backward, on two FP8 operands. `executed`, `plain`: all FLOPs."""
+
+    name: str
+    plan: Plan
+    share: float
+    executed: int
+    plain: int
+    seeds: list[Seed]
+
+    @property
+    def output(self) -> float:
+        return statistics.mean(seed.fast for seed in self.seeds)
+
+    @property
+    def output_margin(self) -> float:
+        return min(seed.margin for seed in self.seeds)
+
+    @property
+    def worst(self) -> Gradient:
+        """The gradient that is furthest below the oracle's, of all parameters and seeds."""
+        return min((g for seed in self.seeds for g in seed.gradients), key=lambda g: g.margin if g.finite else -math.inf)
+
+    @property
+    def median_gradient(self) -> float:
+        return statistics.median(g.fast for seed in self.seeds for g in seed.gradients)
+
+
+def measure(name: str, recipe: str, seeds: Iterable[int]) -> Measured:
+    """Compile the model once; every further seed loads its weights into the same tensors."""
+    first, *rest = seeds
+    case, scale = build(name, first), LOSS_SCALE[recipe]
+    fast = fp8fx.compile(case.model, RECIPES[recipe])
+    fresh = plain(case.model, torch.float32)  # the buffers before any training forward
+    case.logits(fast)
+    case.model.load_state_dict(fresh.state_dict())
+    with CoverageMeter() as meter:
+        loss = case.loss(case.logits(fast)) * scale
+    meter.run_backward(loss)
+    case.model.load_state_dict(fresh.state_dict())
+    plan = fast.plan()  # type: ignore[operator]
+    found = [_seed(case, fast, plan, recipe)]
+    for seed in rest:
+        other = build(name, seed)
+        case.model.load_state_dict(other.model.state_dict())
+        found.append(_seed(Case(name, case.model, other.inputs, other.targets), fast, plan, recipe))
+    total = plain_flops(lambda: case.loss(case.logits(fresh)).backward())  # type: ignore[no-untyped-call]
+    return Measured(name, plan, meter.share(plan), meter.forward.total + meter.backward.total, total, found)
+
+
+def _seed(case: Case, fast: nn.Module, plan: Plan, recipe: str) -> Seed:
+    """One training forward and backward of the three models; `case.model` is the model that `fast` was made from."""
+    scale = LOSS_SCALE[recipe]
+    reference, oracle = plain(case.model), Oracle(case.model, recipe, plan, dtype=torch.float32)
+    fast.zero_grad()
+    wanted = case.logits(reference, torch.float64)
+    with oracle:
+        rounded = case.logits(oracle.model)
+    got = case.logits(fast)
+    for logits in (wanted, rounded, got):
+        (case.loss(logits) * scale).backward()
+    return Seed(sqnr(wanted, got), sqnr(wanted, rounded), sqnr(rounded, got), compare_gradients(reference, oracle, fast))
+
+
+def check(measured: Measured) -> None:
+    """What every model must show: coverage, the oracle's accuracy, and finite gradients of the oracle's accuracy."""
+    assert not measured.plan.not_captured
+    assert measured.plan.fp8_flops_share >= 0.95
+    assert measured.share >= 0.95
+    assert measured.executed == measured.plain  # nothing ran outside the captured graph, and nothing twice
+    assert measured.plan.flops <= measured.plain
+    for seed in measured.seeds:
+        assert seed.margin >= -TOLERANCE, (seed.fast, seed.oracle)
+        assert all(g.finite for g in seed.gradients)
+        assert [g for g in seed.gradients if not g.margin >= -TOLERANCE] == []
