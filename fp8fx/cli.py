@@ -51,6 +51,7 @@ class _Group(TyperGroup):
     def invoke(self, ctx: Any) -> Any:
         with warnings.catch_warnings():
             warnings.showwarning = _show_warning
+            warnings.simplefilter("always", FP8Warning)
             try:
                 return super().invoke(ctx)
             except FP8Error as error:
@@ -230,11 +231,12 @@ def _import(where: str) -> Any:
 def _import_file(path: Path) -> Any:
     if not path.is_file():
         raise ModelError(f"{path}: there is no such file")
-    spec = importlib.util.spec_from_file_location(path.stem, path)
+    name = f"fp8fx_target_{path.stem}"  # a name of its own, so that it hides no module that is called like the file
+    spec = importlib.util.spec_from_file_location(name, path)
     if spec is None or spec.loader is None:
         raise ModelError(f"{path}: not a Python file")
     module = importlib.util.module_from_spec(spec)
-    sys.modules.setdefault(path.stem, module)
+    sys.modules[name] = module
     sys.path.insert(0, str(path.resolve().parent))  # a script finds its neighbours
     spec.loader.exec_module(module)
     return module

@@ -1,0 +1,349 @@
+"""The command line: what it prints, writes and refuses."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import nn
+from typer.testing import CliRunner
+
+import fp8fx
+from fp8fx import cli, pipeline
+from fp8fx.demo import runner
+from fp8fx.demo.tasks import TASKS
+
+MODELS = """
+import torch
+from torch import nn
+
+class Net(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.fc1, self.fc2 = nn.Linear(8, 16), nn.Linear(16, 4)
+
+    def forward(self, x, mask=None):
+        y = self.fc2(torch.relu(self.fc1(x)))
+        return y if mask is None else y.masked_fill(mask, 0.0)
+
+class Tokens(nn.Module):
+    def __init__(self, vocabulary=10):
+        super().__init__()
+        self.embed, self.out = nn.Embedding(vocabulary, 8), nn.Linear(8, vocabulary)
+
+    def forward(self, index):
+        return self.out(self.embed(index))
+
+class Branch(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.a, self.b = nn.Linear(8, 8), nn.Linear(8, 8)
+
+    def forward(self, x):
+        x = self.a(x)
+        if x.sum() > 1e9:
+            return x
+        return self.b(x)
+
+def half():
+    return Net().half()
+
+def convolution():
+    return nn.Sequential(nn.Conv2d(3, 4, 3), nn.ReLU())
+
+def broken():
+    raise OSError("no weights here")
+
+def wide(width):
+    return nn.Linear(width, width)
+
+model = Net()
+number = 3
+"""
+
+
+@pytest.fixture
+def models(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> str:
+    """A file of models. What a target imports is looked for beside it too, which is undone after the test."""
+    monkeypatch.setattr(sys, "path", list(sys.path))
+    path = tmp_path / "tiny_models.py"
+    path.write_text(MODELS)
+    return str(path)
+
+
+def run(*args: str, code: int = 0) -> tuple[str, str]:
+    """stdout and stderr of `fp8fx <args>`, which must exit with `code` and without a traceback."""
+    result = CliRunner().invoke(cli.app, list(args))
+    assert result.exit_code == code, result.output + repr(result.exception)
+    assert result.exception is None or isinstance(result.exception, SystemExit)
+    assert "Traceback" not in result.output
+    return result.stdout, result.stderr
+
+
+def refused(*args: str) -> str:
+    """The message of a call that must fail."""
+    stdout, stderr = run(*args, code=2)
+    assert stdout == ""
+    assert stderr.startswith("error: ")
+    return stderr
+
+
+# -- the top --------------------------------------------------------------------------------------------------------------
+
+
+def test_help_and_version() -> None:
+    for args in [], ["--help"], ["-h"]:
+        out, _ = run(*args)
+        assert all(word in out for word in ("Usage: ", "plan", "recipe", "demo"))
+    out, _ = run("--version")
+    assert [line.split()[0] for line in out.splitlines()] == ["fp8fx", "torch", "triton", "python", "device"]
+    assert fp8fx.__version__ in out
+    assert torch.__version__ in out
+
+
+def test_the_installed_command_prints_one_message_and_no_traceback() -> None:
+    command = [sys.executable, "-c", "from fp8fx.cli import main; main()", "recipe", "show", "hybird"]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=120, check=False)
+    assert done.returncode == 2
+    assert done.stdout == ""
+    assert done.stderr.startswith("error: no shipped recipe is called 'hybird'")
+    assert done.stderr.count("\n") == 1
+
+
+def test_debug_shows_the_traceback() -> None:
+    result = CliRunner().invoke(cli.app, ["--debug", "recipe", "show", "hybird"])
+    assert isinstance(result.exception, fp8fx.RecipeError)
+
+
+def test_unknown_commands_and_options() -> None:
+    for args in ["plna"], ["plan"], ["plan", "x.py:f", "--capture", "magic"], ["recipe", "chek", "x"]:
+        _, err = run(*args, code=2)
+        assert "Usage: " in err
+
+
+# -- plan -----------------------------------------------------------------------------------------------------------------
+
+
+def test_plan_of_a_file(models: str) -> None:
+    out, _ = run("plan", f"{models}:Net", "-i", "2x8")
+    net = nn.Sequential(nn.Linear(8, 16), nn.Linear(16, 4))
+    assert "recipe hybrid" in out
+    assert "2x16x8" in out
+    assert "2 of 2 layers, 100.0% of non-exempt FLOPs in FP8; 0 exempt; 0 fell back" in out
+    assert f"{2 * 2 * sum(p.numel() for p in net.parameters() if p.dim() == 2):,}" in out
+
+
+def test_plan_without_inputs_and_with_options(models: str, tmp_path: Path) -> None:
+    out, _ = run("plan", f"{models}:model", "--recipe", "direct", "--exempt", "fc1", "--output-fused", "fc2")
+    assert "recipe direct" in out
+    assert "exempt 'fc1'" in out
+    assert "output fused" in out
+    assert "FLOPs not known" in out
+    mine = tmp_path / "mine.yaml"
+    mine.write_text("extends: hybrid\nexempt: [fc2]\n")
+    out, _ = run("plan", f"{models}:Net", "-r", str(mine), "-i", "2x8", "--capture", "symbolic")
+    assert "1 of 2 layers, 100.0% of non-exempt FLOPs in FP8; 1 exempt" in out
+
+
+def test_plan_of_a_module_by_name(models: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(Path(models).parent)
+    out, _ = run("plan", "tiny_models:Tokens", "-i", "2x5:int64")
+    assert "embed" in out
+    out, _ = run("plan", "torch.nn:Identity", "-i", "2x5")
+    assert "0 of 0 layers" in out
+
+
+def test_inputs_follow_the_model_s_dtype_and_names(models: str) -> None:
+    assert "2 of 2 layers" in run("plan", f"{models}:half", "-i", "2x8")[0]
+    assert "2 of 2 layers" in run("plan", f"{models}:Net", "-i", "2x8", "-i", "mask=2x4:bool")[0]
+    assert "2 of 2 layers" in run("plan", f"{models}:Net", "-i", "x=2x8:float32")[0]
+    assert "1x3x9x9" in run("plan", f"{models}:convolution", "-i", "1x3x9x9")[0]
+
+
+def test_json(models: str, tmp_path: Path) -> None:
+    file = tmp_path / "plan.json"
+    run("plan", f"{models}:Net", "-i", "2x8", "--exempt", "fc2", "--json", str(file))
+    saved = json.loads(file.read_text())
+    assert saved["totals"]["exempt_layers"] == 1
+    assert [row["decision"] for row in saved["rows"]] == ["fp8", "exempt"]
+    assert "cannot be written" in refused_after_plan("plan", f"{models}:Net", "--json", str(tmp_path / "no" / "plan.json"))
+
+
+def refused_after_plan(*args: str) -> str:
+    out, err = run(*args, code=2)
+    assert "fp8fx plan" in out
+    return err
+
+
+@pytest.mark.parametrize("capture", ["dynamo", "symbolic"])
+def test_graphs(models: str, tmp_path: Path, capture: str) -> None:
+    folder = tmp_path / "graphs"
+    arguments = ["plan", f"{models}:Net", "-i", "2x8", "--capture", capture]
+    out, _ = run(*arguments, "--graph", "insert_qdq", "--save-graphs", str(folder))
+    assert "# graph 0 of 1, after insert_qdq" in out
+    assert "torch.ops.fp8fx.linear" in out
+    names = [f"graph-0-{number}-{stage}.txt" for number, stage in enumerate(pipeline.STAGES)]
+    assert sorted(path.name for path in folder.iterdir()) == names
+    texts = {stage: (folder / name).read_text() for name, stage in zip(names, pipeline.STAGES, strict=True)}
+    assert "fp8fx" not in texts["capture"]
+    assert "# fc1: fp8, defaults (hybrid)" in texts["annotate"]
+    assert "fp8_weight_0_q" in texts["lower"]
+
+
+def test_every_graph_of_a_broken_capture_is_shown(models: str, tmp_path: Path) -> None:
+    out, _ = run("plan", f"{models}:Branch", "-i", "2x8", "--graph", "capture", "--save-graphs", str(tmp_path))
+    assert "# graph 1 of 2, after capture" in out
+    assert len(list(tmp_path.glob("graph-1-*.txt"))) == len(pipeline.STAGES)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["{models}:Nett"], "has no 'Nett'. Did you mean 'Net'?"),
+        (["{models}:number"], "is a int: a torch.nn.Module, or something that returns one, is needed"),
+        (["{models}:wide"], "needs arguments (width)"),
+        (["{models}:broken"], "failed when called: OSError: no weights here"),
+        (["{models}"], "write package.module:name or file.py:name"),
+        (["nowhere.py:Net"], "nowhere.py: there is no such file"),
+        (["no.such.package:Net"], "no.such.package cannot be imported: ModuleNotFoundError"),
+        (["builtins:dict"], "gave a dict, not a torch.nn.Module"),
+        (["{models}:Net", "-i", "2xa"], "write [name=]SHAPE[:dtype]"),
+        (["{models}:Net", "-i", ""], "write [name=]SHAPE[:dtype]"),
+        (["{models}:Net", "-i", "2x8:flaot32"], "there is no dtype 'flaot32'"),
+        (["{models}:Net", "-i", "y=2x8"], "--input does not fit Net.forward(x, mask=None)"),
+        (["{models}:Net", "-i", "x=2x8", "-i", "x=2x8"], "--input x is given twice"),
+        (["{models}:Net", "-i", "2x9"], "same reduction dim"),
+        (["{models}:Branch"], "cannot be traced symbolically"),
+        (["{models}:Net", "--capture", "dynamo"], "needs example_inputs"),
+        (["{models}:Net", "--graph", "lower"], "give --input"),
+        (["{models}:Net", "-i", "2x8", "--graph", "lowr"], "no stage 'lowr'; there are capture"),
+        (["{models}:Net", "--exempt", "fc3"], "no module matches 'fc3'. Did you mean 'fc"),
+        (["{models}:Net", "-r", "hybird"], "Did you mean 'hybrid'?"),
+    ],
+)
+def test_mistakes(models: str, arguments: list[str], message: str) -> None:
+    assert message in refused("plan", *(argument.format(models=models) for argument in arguments))
+
+
+def test_integer_inputs_stay_small() -> None:
+    (value,) = cli.sample_inputs(["50x50:int64"], nn.Linear(2, 2))
+    assert (value.min(), value.max()) == (0, 9)
+    (value,) = cli.sample_inputs(["50x50:int32"], nn.Linear(2, 2), high=2)
+    assert value.unique().tolist() == [0, 1, 2]
+    (value,) = cli.sample_inputs(["50:bool"], nn.Linear(2, 2))
+    assert value.unique().tolist() == [False, True]
+    assert torch.equal(cli.sample_inputs(["3"], nn.Linear(2, 2))[0], cli.sample_inputs(["3"], nn.Linear(2, 2))[0])
+    assert cli.sample_inputs(["0x8:bfloat16"], nn.Linear(2, 2))[0].shape == (0, 8)
+
+
+# -- recipe ---------------------------------------------------------------------------------------------------------------
+
+
+def test_recipe_list() -> None:
+    out, _ = run("recipe", "list")
+    assert [line.split()[0] for line in out.splitlines() if line[:1].strip()] == ["recipe", *fp8fx.Recipe.shipped()]
+    assert "Weights and inputs in E4M3, gradients in E5M2" in out
+
+
+@pytest.mark.parametrize("name", ["hybrid", "direct", "none", "emulation-direct"])
+def test_recipe_show_prints_an_equal_recipe(name: str, tmp_path: Path) -> None:
+    out, _ = run("recipe", "show", name)
+    path = tmp_path / "shown.yaml"
+    path.write_text(out)
+    assert fp8fx.Recipe.load(path) == fp8fx.Recipe.load(name)
+
+
+def test_recipe_check(models: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    path = tmp_path / "mine.yaml"
+    path.write_text("extends: hybrid\nexempt: [fc3]\n")
+    assert run("recipe", "check", str(path))[0] == f"{path}: ok, hybrid, 1 rule, 1 exempt\n"
+    assert f"{path}:2: exempt[0]: no module matches 'fc3'" in refused("recipe", "check", str(path), "--model", f"{models}:Net")
+    assert "ok for" in run("recipe", "check", "hybrid", "--model", f"{models}:Net")[0]
+    path.write_text("extends: hybrid\nexmpt: [fc3]\n")
+    assert f"{path}:2: exmpt: unknown key" in refused("recipe", "check", str(path))
+    assert "no shipped recipe is called 'hybird'" in refused("recipe", "check", "hybird")
+    monkeypatch.chdir(tmp_path)
+    Path("recipe.txt").write_text("extends: direct\n")
+    assert "ok, direct" in run("recipe", "check", "recipe.txt")[0]
+
+
+def test_recipe_check_shows_what_strict_false_lets_pass(tmp_path: Path) -> None:
+    path = tmp_path / "mine.yaml"
+    path.write_text("extends: hybrid\nstrict: false\nexmpt: [fc3]\n")
+    out, err = run("recipe", "check", str(path))
+    assert "ok" in out
+    assert err.startswith("warning: ")
+    assert "unknown key" in err
+
+
+def test_recipe_schema() -> None:
+    out, _ = run("recipe", "schema")
+    assert json.loads(out) == fp8fx.Recipe.schema()
+
+
+# -- demo -----------------------------------------------------------------------------------------------------------------
+
+
+def test_demo_passes_its_options_on(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    calls: list[dict[str, Any]] = []
+
+    def fake(**options: Any) -> int:
+        calls.append(options)
+        return len(calls) - 1
+
+    monkeypatch.setattr("fp8fx.demo.run", fake)
+    run("demo")
+    run("demo", "--quick", "-m", "digits", "-r", "direct", "-r", "none", "--seed", "3", "--steps", "5", "-o", str(tmp_path), code=1)
+    assert calls[0] == {
+        "out": Path("demo-out"), "quick": False, "recipes": runner.RECIPES, "models": tuple(TASKS), "steps": None, "seed": 0,
+    }  # fmt: skip
+    assert calls[1] == {
+        "out": tmp_path, "quick": True, "recipes": ("direct", "none"), "models": ("digits",), "steps": 5, "seed": 3,
+    }  # fmt: skip
+
+
+def test_demo_runs(tmp_path: Path) -> None:
+    out, _ = run("demo", "--steps", "2", "-m", "digits", "-r", "hybrid", "-o", str(tmp_path))
+    assert "digits / hybrid" in out
+    assert "PASS  digits hybrid" in out
+    assert {path.name for path in tmp_path.iterdir()} >= {"results.json", "curves.png", "graphs", "digits-hybrid-plan.txt"}
+
+
+def test_demo_refuses_what_it_does_not_know(tmp_path: Path) -> None:
+    assert "gpt" in run("demo", "-m", "gtp", code=2)[1]
+    _, err = run("demo", "--steps", "1", "-m", "digits", "-r", "hybird", "-o", str(tmp_path), code=2)
+    assert "Did you mean 'hybrid'?" in err
+
+
+def test_stages_are_the_pipeline_s() -> None:
+    assert cli.STAGES == pipeline.STAGES
+    assert tuple(cli.DemoModel) == tuple(TASKS)
+
+
+def names(parameters: Sequence[Any]) -> set[str]:
+    return {option for parameter in parameters for option in parameter.opts}
+
+
+def test_options_of_plan_are_those_documented() -> None:
+    from typer.main import get_command
+
+    command = get_command(cli.app).commands["plan"]  # type: ignore[attr-defined]
+    documented = {
+        "--recipe",
+        "--input",
+        "--exempt",
+        "--output-fused",
+        "--capture",
+        "--json",
+        "--graph",
+        "--save-graphs",
+        "--high",
+        "--seed",
+    }
+    assert documented <= names(command.params)
