@@ -66,10 +66,11 @@ def _site(node: fx.Node, call: SiteCall | None, context: Context) -> Site:
 def _decide(node: fx.Node, call: SiteCall | None, site: Site, wanted: Decision) -> SiteDecision:
     if wanted.mode == "exempt" or wanted.spec is None:
         return SiteDecision(site.name, site.op, "exempt", wanted.reason)
-    reason = unsupported(node) if call is None else _obstacle(call, wanted)
-    if reason or call is None:
-        return SiteDecision(site.name, site.op, "high_precision", reason or "not a site fp8fx knows")
+    if call is None:
+        return SiteDecision(site.name, site.op, "high_precision", unsupported(node) or "not a site fp8fx knows")
     spec, why = _applicable(call, wanted.spec), wanted.reason
+    if reason := _obstacle(call, spec, wanted.attention):
+        return SiteDecision(site.name, site.op, "high_precision", reason)
     if spec.output is not None and (reader := _fused_reader(node)):
         spec, why = spec.replace(output=None), f"{why}; output fused into {reader}"
     elif wanted.output_fused:
@@ -77,10 +78,8 @@ def _decide(node: fx.Node, call: SiteCall | None, site: Site, wanted: Decision) 
     return SiteDecision(site.name, site.op, "fp8", why, spec, emulate_attention=call.op == "attention")
 
 
-def _obstacle(call: SiteCall, wanted: Decision) -> str | None:
+def _obstacle(call: SiteCall, spec: SiteSpec, attention: str) -> str | None:
     """Why this call cannot run in FP8 here, or None."""
-    spec = wanted.spec
-    assert spec is not None
     operands = [call.w] if call.op == "embedding" else [call.x, call.w]
     values = [tensor(operand) for operand in operands if _known(operand)]
     if any(value is None for value in values):
@@ -89,7 +88,7 @@ def _obstacle(call: SiteCall, wanted: Decision) -> str | None:
     if not all(kind.is_floating_point for kind in kinds):
         return f"operands are {', '.join(str(kind).removeprefix('torch.') for kind in kinds)}, not floating point"
     if call.op == "attention":
-        return "fused attention stays in high precision (attention: high_precision)" if wanted.attention != "emulate" else None
+        return "fused attention stays in high precision (attention: high_precision)" if attention != "emulate" else None
     if call.op in ("matmul", "bmm") and any(value is not None and value.dim() < 2 for value in values):
         return "a product with a vector"
     if spec.input is None and spec.weight is None and spec.grad_output is None:

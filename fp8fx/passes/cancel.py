@@ -17,6 +17,7 @@ from typing import Any
 import torch
 from torch import fx
 
+from fp8fx import formats
 from fp8fx.capture.graph import VAL, tensor
 from fp8fx.passes.contract import Context, PassResult, Skip, emit, finish, item
 from fp8fx.passes.reads import read_only_as_anchor
@@ -64,7 +65,7 @@ def _cancel_pairs(graph: fx.Graph, skips: list[Skip]) -> bool:
         if source is None or source.target is not DEQUANTIZE:
             continue
         wanted, had = TensorSpec.parse(str(node.args[1])), TensorSpec.parse(str(source.args[3]))
-        if not (wanted.idempotent and had.scaling == "none" and wanted.format == had.format):
+        if not _equal_codes(wanted, had, source.args[4]):
             skips.append(Skip("quantize(dequantize(q)) = q", node.name, f"{had.text} and {wanted.text} do not give equal codes"))
             continue
         q, scale = source.args[1], source.args[2]
@@ -79,6 +80,14 @@ def _cancel_pairs(graph: fx.Graph, skips: list[Skip]) -> bool:
         graph.erase_node(node)
         modified = True
     return modified
+
+
+def _equal_codes(wanted: TensorSpec, had: TensorSpec, dtype: Any) -> bool:
+    """Quantizing decode(q) in `dtype` gives q: one grid, no scale, every value survives, and inf does not become the largest."""
+    format_, info = formats.get(had.format), torch.finfo(dtype)
+    fits = format_.max <= info.max and format_.min_subnormal >= info.smallest_normal * info.eps
+    inf_stays = had.overflow == "saturate" or wanted.overflow == "nonfinite"
+    return wanted.idempotent and had.scaling == "none" and wanted.format == had.format and fits and inf_stays
 
 
 def _shape_chain(node: Any) -> tuple[list[fx.Node], fx.Node | None]:

@@ -50,6 +50,13 @@ class Trace:
     def apply(self, name: str, module: fx.GraphModule) -> PassResult:
         return PASSES[name](module, self.record.context)
 
+    def values(self, module: fx.GraphModule) -> list[Any]:
+        """The values of the captured inputs of `module`: parameters and buffers by name, then the inputs in order."""
+        own = {**dict(self.model.named_parameters(remove_duplicate=False)), **dict(self.model.named_buffers(remove_duplicate=False))}
+        inputs = iter(self.inputs)
+        nodes = [node for node in module.graph.find_nodes(op="placeholder") if "extra" not in node.meta]
+        return [own[name] if (name := node.meta["tensor_name"]) else next(inputs) for node in nodes]
+
     def result(self, name: str) -> PassResult:
         """What pass `name` does to the graph before it."""
         return self.apply(name, self.graph(pipeline.STAGES[pipeline.STAGES.index(name) - 1]))

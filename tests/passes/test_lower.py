@@ -1,0 +1,138 @@
+"""lower: quantized weights become further inputs, made by the runtime."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+from passes.models import SINGLE, TOGETHER, Call
+from passes.trace import Trace, randn, seeded
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from fp8fx.clone import runtime_of
+from fp8fx.passes.lower import WEIGHTS, WeightInput
+from fp8fx.state import quantize_weight
+
+
+def together(name: str, recipe: Any) -> Trace:
+    make, inputs = TOGETHER[name]
+    return Trace(make(), recipe, *inputs())
+
+
+def weights(trace: Trace) -> list[WeightInput]:
+    found: list[WeightInput] = trace.graph("lower").meta[WEIGHTS]
+    return found
+
+
+@pytest.fixture(scope="module")
+def feed() -> Trace:
+    return together("feed gelu", "hybrid")
+
+
+def test_lower_golden(feed: Trace) -> None:
+    feed.check_golden("lower", "lower")
+
+
+def test_lower_modified_true(feed: Trace) -> None:
+    assert feed.result("lower").modified
+
+
+def test_lower_modified_false_without_weights() -> None:
+    assert not together("scores", "hybrid").result("lower").modified
+
+
+@pytest.mark.parametrize("name", ["feed gelu", "shared", "chain", "scores"])
+@pytest.mark.parametrize("recipe", ["hybrid", "direct"])
+def test_lower_is_idempotent(name: str, recipe: str) -> None:
+    together(name, recipe).assert_idempotent("lower")
+
+
+def test_quantized_weights_are_inputs_in_order(feed: Trace) -> None:
+    made = weights(feed)
+    assert [w.parameter for w in made] == ["up.weight", "down.weight"]
+    names = [node.name for node in feed.graph("lower").graph.find_nodes(op="placeholder")]
+    further = [f"fp8_weight_{i}_{suffix}" for i in range(2) for suffix in ("q", "scale")]
+    assert names[-4:] == further
+    assert feed.ops("lower")["fp8fx.quantize"] == 0
+
+
+@pytest.mark.parametrize("name", ["addmm with a weight", "linear", "conv2d", "embedding"])
+def test_the_weight_input_says_how_to_quantize(name: str) -> None:
+    make, inputs = SINGLE[name]
+    trace = Trace(make(), "hybrid", *inputs())
+    (made,) = weights(trace)
+    weight = dict(trace.model.named_parameters())[made.parameter]
+    q, scale = quantize_weight(weight, made)
+    viewed = weight.t() if name.startswith("addmm") else weight
+    assert q.shape == viewed.shape
+    error = (q.float() * scale - viewed).abs().max()
+    assert error <= weight.abs().max() * 2**-4
+
+
+def test_both_axes_of_a_weight_with_row_scales() -> None:
+    recipe = {"extends": "hybrid", "defaults": {"weight": {"granularity": "row"}}}
+    made = weights(together("chain", recipe))
+    assert [(w.parameter, w.dims) for w in made] == [
+        ("first.weight", (-1,)), ("first.weight", (0,)), ("second.weight", (-1,)), ("second.weight", (0,)),
+    ]  # fmt: skip
+
+
+# -- what stays in the graph ------------------------------------------------------------------------------------------------------
+
+
+def test_stochastic_weights_stay_in_the_graph() -> None:
+    """Their random bits belong to the call, so a weight that is kept between calls would be another one."""
+    recipe = {"extends": "hybrid", "defaults": {"weight": {"rounding": "stochastic"}}}
+    trace = together("chain", recipe)
+    assert weights(trace) == []
+    assert trace.ops("lower")["fp8fx.quantize"] == 4
+
+
+def test_activations_stay_in_the_graph() -> None:
+    trace = Trace(seeded(Call, torch.matmul, (4, 8)), "hybrid", randn(8, 6))
+    assert [w.parameter for w in weights(trace)] == ["parts.0"]
+    assert trace.ops("lower")["fp8fx.quantize"] == 1
+
+
+class Computed(nn.Module):
+    """A weight that is computed on the way is quantized where it is computed."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.randn(6, 8))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return F.linear(x, self.weight / self.weight.norm())
+
+
+def test_computed_weights_stay_in_the_graph() -> None:
+    trace = Trace(seeded(Computed), "hybrid", randn(4, 8))
+    assert weights(trace) == []
+    assert trace.ops("lower")["fp8fx.quantize"] == 2
+
+
+# -- the weight cache ----------------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(("cache", "kept"), [("none", 0), ("step", 2)])
+def test_weight_cache_in_training(cache: str, kept: int) -> None:
+    trace = together("feed gelu", {"extends": "hybrid", "defaults": {"weight_cache": cache}})
+    assert [w.cache for w in weights(trace)] == [cache] * 2
+    trace.fast(*trace.inputs)
+    assert len(runtime_of(trace.fast).weights) == kept
+
+
+def test_weights_are_kept_in_evaluation_and_follow_their_parameter(feed: Trace) -> None:
+    fast = feed.fast
+    fast.eval()
+    cache = runtime_of(fast).weights
+    cache.clear()
+    first = fast(*feed.inputs)
+    assert len(cache) == 2
+    with torch.no_grad():
+        feed.model.down.weight.mul_(2.0)  # type: ignore[operator,union-attr]
+        feed.model.down.bias.mul_(2.0)  # type: ignore[operator,union-attr]
+    assert torch.equal(fast(*feed.inputs), first * 2)
+    fast.train()
