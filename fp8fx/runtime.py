@@ -18,15 +18,14 @@ from torch import Tensor, fx, nn
 
 from fp8fx import pipeline
 from fp8fx.capture import dynamo, symbolic
-from fp8fx.capture.graph import TENSOR_NAME, Captured, copy_graph
-from fp8fx.capture.naming import Numbering, RootNames
+from fp8fx.capture.graph import Captured
+from fp8fx.capture.naming import Numbering
 from fp8fx.clone import base_class
 from fp8fx.errors import CaptureError, FP8Warning, RecipeError
+from fp8fx.graph_call import GraphCall, SharedGraph
 from fp8fx.monitor import UnderflowMonitor
-from fp8fx.ops.quantize import STATISTICS
-from fp8fx.passes.contract import METER, RNG, Context
-from fp8fx.passes.insert_qdq import SLOTS
-from fp8fx.passes.lower import WEIGHTS, WeightInput
+from fp8fx.passes.contract import Context
+from fp8fx.passes.lower import WeightInput
 from fp8fx.plan import Plan, SiteRow, build_plan, site_rows
 from fp8fx.recipe import Recipe
 from fp8fx.state import OPTIMIZER_STEPS, Stream, WeightCache
@@ -236,92 +235,6 @@ class Runtime:
             raise CaptureError(f"there is no graph {index}: the model was captured as {len(self.graphs)} graph(s), numbered from 0")
         record = self.graphs[index]
         return pipeline.run(record.captured, record.context, stage).module
-
-
-class SharedGraph:
-    """A graph Dynamo may run for several modules: two blocks of one class share one, as no guard tells them apart.
-
-    Names, and with them the recipe's decisions, differ between those blocks. So each call looks at which parameters it got, by
-    identity, and runs the version that was rewritten for them.
-    """
-
-    def __init__(self, runtime: Runtime, module: fx.GraphModule, example_inputs: Sequence[Any]) -> None:
-        self.runtime = runtime
-        self.module = copy_graph(module)
-        self.module.compile_subgraph_reason = getattr(module, "compile_subgraph_reason", None)  # type: ignore[assignment]
-        self.frame = dynamo.frame_key()
-        self.places: list[int] = []
-        self.first: Callable[..., Any] = self._rewrite(example_inputs)
-        self.by_identity: dict[tuple[int, ...], Callable[..., Any]] = {self._identity(example_inputs): self.first}
-
-    def __call__(self, *args: Any) -> Any:
-        call = self.by_identity.get(self._identity(args))
-        return (call or self._meet(args))(*args)
-
-    def _identity(self, args: Sequence[Any]) -> tuple[int, ...]:
-        return tuple(id(args[place]) for place in self.places)
-
-    def _meet(self, args: Sequence[Any]) -> Callable[..., Any]:
-        """Parameters not seen before: other parameters of this model get a version of their own.
-
-        Tensors that are none of the model's (torch.func.functional_call puts them in its place) run the first version.
-        """
-        names = RootNames(self.runtime.root)
-        if not all(names.of_tensor(args[place]) for place in self.places):
-            return self.first
-        made = self.by_identity[self._identity(args)] = self._rewrite(args)
-        return made
-
-    def _rewrite(self, inputs: Sequence[Any]) -> Callable[..., Any]:
-        captured = dynamo.from_dynamo(self.module, inputs, self.runtime.root, self.runtime.numbering, self.frame)
-        placeholders = captured.graph.find_nodes(op="placeholder")
-        self.places = [i for i, node in enumerate(placeholders) if node.meta[TENSOR_NAME]]
-        return self.runtime.rewrite(captured, inputs, dynamo.append_placeholder)
-
-
-class GraphCall:
-    """One rewritten graph as torch calls it: the user's inputs, then the meter, the rng and the quantized weights."""
-
-    def __init__(self, runtime: Runtime, module: fx.GraphModule) -> None:
-        self.runtime = runtime
-        self.inner: Callable[..., Any] = module
-        placeholders = module.graph.find_nodes(op="placeholder")
-        position = {node.name: i for i, node in enumerate(placeholders)}
-        self.names = [node.meta["extra"] for node in placeholders if "extra" in node.meta]
-        self.slots: list[str] = module.meta.get(SLOTS, [])
-        self.weights: list[tuple[int, WeightInput]] = [(position[w.placeholder], w) for w in module.meta.get(WEIGHTS, [])]
-
-    def __call__(self, *args: Any) -> Any:
-        self.runtime.begin_call()
-        extras = self.extras(args)
-        self.runtime.stream.call += 1
-        return self.inner(*args, *extras)
-
-    def extras(self, args: Sequence[Any]) -> list[Tensor]:
-        """The values of the further inputs for one call."""
-        device = next((a.device for a in args if isinstance(a, Tensor)), torch.device("cpu"))
-        found: dict[str, Tensor] = {}
-        if METER in self.names:
-            found[METER] = self._meter(device)
-        if RNG in self.names:
-            found[RNG] = self.runtime.stream.tensor(device)
-        for index, (place, wanted) in enumerate(self.weights):
-            q, scale = self.runtime.weights.get(args[place], wanted, self.runtime.keeps_weights(wanted))
-            found[f"fp8_weight_{index}_q"], found[f"fp8_weight_{index}_scale"] = q, scale
-        return [found[name] for name in self.names]
-
-    def _meter(self, device: torch.device) -> Tensor:
-        """A fresh leaf per call, so that two forwards in flight never meet; its "gradient" is the sites' statistics."""
-        meter = torch.zeros(len(self.slots), STATISTICS, device=device, requires_grad=True)
-        monitor, slots = self.runtime.monitor, self.slots
-
-        def fold(leaf: Tensor) -> None:
-            if leaf.grad is not None:
-                monitor.fold(slots, leaf.grad)
-                leaf.grad = None
-
-        meter.register_post_accumulate_grad_hook(fold)
-        return meter
 
 
 def _advice(recipe: Recipe) -> str:

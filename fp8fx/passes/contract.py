@@ -98,13 +98,10 @@ def item(graph: fx.Graph, node: fx.Node, index: int) -> fx.Node:
 
 def is_item(node: Any, of: Any, index: int) -> bool:
     """`node` is output `index` of a call to the operator `of`."""
-    return (
-        isinstance(node, fx.Node)
-        and node.target is operator.getitem
-        and node.args[1] == index
-        and isinstance(node.args[0], fx.Node)
-        and node.args[0].target is of
-    )
+    if not isinstance(node, fx.Node) or node.target is not operator.getitem:
+        return False
+    source = node.args[0]
+    return bool(node.args[1] == index) and isinstance(source, fx.Node) and source.target is of
 
 
 def input_node(graph: fx.Graph, name: str) -> fx.Node | None:

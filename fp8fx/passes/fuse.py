@@ -45,7 +45,7 @@ def _activation(node: Any) -> str | None:
     """The name of an activation that mlp knows, or None."""
     if not isinstance(node, fx.Node):
         return None
-    plain = not node.kwargs or set(node.kwargs) <= {"inplace"} and not node.kwargs.get("inplace")
+    plain = not node.kwargs or (set(node.kwargs) <= {"inplace"} and not node.kwargs.get("inplace"))
     if node.target is F.gelu:
         kind = node.kwargs.get("approximate", "none")
         return "gelu_tanh" if kind == "tanh" else "gelu"
@@ -155,7 +155,7 @@ def _replace_producer(graph: fx.Graph, producer: fx.Node, quantize: fx.Node, mad
     anchor = item(graph, made, 0)
     anchor.meta[VAL] = producer.meta.get(VAL)
     for user in list(quantize.users):
-        user.replace_all_uses_with(item(graph, made, 1 + int(user.args[1])))  # type: ignore[call-overload]
+        user.replace_all_uses_with(item(graph, made, 1 + int(user.args[1])))  # type: ignore[arg-type]
         graph.erase_node(user)
     graph.erase_node(quantize)
     # `made` stands where the quantize stood; anything that took the producer as an anchor earlier must still come after it

@@ -189,7 +189,7 @@ class _Writer:
     def attention(self, call: SiteCall, made: SiteDecision, spec: SiteSpec, dtype: torch.dtype) -> fx.Node:
         """Emulated fused attention: q, k, v (and its output) take values on the grid, gradients are rounded on the way."""
         operands = [call.x, call.w, call.options["value"]]
-        rounded = []
+        rounded: list[Any] = []
         for name, x in zip(("query", "key", "value"), operands, strict=True):
             if spec.grad_input is not None:
                 x = self.emit(call, ops.round_gradient.default, x, spec.grad_input.text, self.rng, f"{made.name}.{name}", "grad_input")

@@ -12,14 +12,14 @@ from fp8fx.spec import GEMMS, SiteSpec
 ops = torch.ops.fp8fx
 
 # operator -> for each anchor argument, the argument that holds its codes
-_CODES = {
+_CODES: dict[Any, dict[int, int]] = {
     ops.linear.default: {0: 3, 1: 4},
     ops.linear_quantize.default: {0: 3, 1: 4},
     ops.matmul.default: {0: 2, 1: 3},
     ops.conv.default: {0: 3, 1: 4},
     ops.mlp.default: {0: 5, 1: 6, 3: 7},
 }
-_BACKWARD_TEXT = {
+_BACKWARD_TEXT: dict[Any, int] = {
     ops.linear.default: 10,
     ops.linear_quantize.default: 10,
     ops.matmul.default: 9,

@@ -12,7 +12,7 @@ import fp8fx
 from fp8fx import pipeline
 from fp8fx.capture.dynamo import compile_with
 from fp8fx.clone import base_class, runtime_of
-from fp8fx.runtime import GraphCall
+from fp8fx.graph_call import GraphCall
 
 QUANTIZED_STAGES = ("insert_qdq", "cancel", "fuse", "lower")
 
