@@ -15,11 +15,33 @@ from torch.nn import functional as F
 
 from fp8fx.capture.graph import VAL, tensor
 
-_NAMES = (
-    "query key value embed_dim_to_check num_heads in_proj_weight in_proj_bias bias_k bias_v add_zero_attn dropout_p "
-    "out_proj_weight out_proj_bias training key_padding_mask need_weights attn_mask use_separate_proj_weight q_proj_weight "
-    "k_proj_weight v_proj_weight static_k static_v average_attn_weights is_causal"
-).split()
+_NAMES = [
+    "query",
+    "key",
+    "value",
+    "embed_dim_to_check",
+    "num_heads",
+    "in_proj_weight",
+    "in_proj_bias",
+    "bias_k",
+    "bias_v",
+    "add_zero_attn",
+    "dropout_p",
+    "out_proj_weight",
+    "out_proj_bias",
+    "training",
+    "key_padding_mask",
+    "need_weights",
+    "attn_mask",
+    "use_separate_proj_weight",
+    "q_proj_weight",
+    "k_proj_weight",
+    "v_proj_weight",
+    "static_k",
+    "static_v",
+    "average_attn_weights",
+    "is_causal",
+]
 _DEFAULTS: dict[str, Any] = {
     "training": True,
     "key_padding_mask": None,
@@ -76,12 +98,10 @@ def _fake_mode(values: Any) -> Any:
 
 def _expand(graph: fx.Graph, node: fx.Node, a: dict[str, Any]) -> None:
     call = _Recorder(graph, node)
-    query, key, heads = tensor(a["query"]), tensor(a["key"]), a["num_heads"]
-    assert query is not None and key is not None
-    length, batch, width = query.shape
-    depth = width // heads
-    q, k, v = (_heads(call, x, batch, heads, depth) for x in _project(call, a))
-    mask = _mask(call, a, batch, heads, length, key.shape[0])
+    heads = a["num_heads"]
+    depth = a["embed_dim_to_check"] // heads
+    q, k, v = (_heads(call, x, heads, depth) for x in _project(call, a))
+    mask = _mask(call, a, heads)
     dropout = a["dropout_p"] if a["training"] else 0.0
     if a["need_weights"]:
         scores = call(torch.matmul, call(torch.mul, q, math.sqrt(1.0 / depth)), call("transpose", k, -2, -1))
@@ -93,7 +113,7 @@ def _expand(graph: fx.Graph, node: fx.Node, a: dict[str, Any]) -> None:
     else:
         causal = bool(a["is_causal"]) and mask is None
         attended, shown = call(F.scaled_dot_product_attention, q, k, v, mask, dropout, causal), None
-    merged = call("reshape", call("permute", attended, 2, 0, 1, 3), length, batch, width)
+    merged = call("flatten", call("permute", attended, 2, 0, 1, 3), -2)
     output = call(F.linear, merged, a["out_proj_weight"], a["out_proj_bias"])
     for user in list(node.users):  # every user is a getitem of (output, weights)
         user.replace_all_uses_with(output if user.args[1] == 0 else shown)  # type: ignore[arg-type]
@@ -117,23 +137,22 @@ def _chunks(call: _Recorder, x: Any, dim: int = -1) -> tuple[Any, ...]:
     return tuple(call(torch.narrow, x, dim, i * size, size) for i in range(3))
 
 
-def _heads(call: _Recorder, x: Any, batch: Any, heads: int, depth: int) -> fx.Node:
-    """[length, batch, width] -> [batch, heads, length, depth]."""
-    value = tensor(x)
-    assert value is not None
-    return call("permute", call("reshape", x, value.shape[0], batch, heads, depth), 1, 2, 0, 3)
+def _heads(call: _Recorder, x: Any, heads: int, depth: int) -> fx.Node:
+    """[length, batch, width] -> [batch, heads, length, depth]. Length and batch may be symbolic, so no node names them."""
+    return call("permute", call("unflatten", x, -1, (heads, depth)), 1, 2, 0, 3)
 
 
-def _mask(call: _Recorder, a: dict[str, Any], batch: Any, heads: int, length: Any, source: Any) -> Any:
-    """One additive mask [batch or 1, heads or 1, length, source], or None."""
+def _mask(call: _Recorder, a: dict[str, Any], heads: int) -> Any:
+    """One additive mask that broadcasts to [batch, heads, length, source], or None."""
     masks = []
     if a["attn_mask"] is not None and not (a["is_causal"] and not a["need_weights"] and a["key_padding_mask"] is None):
         value = tensor(a["attn_mask"])
         assert value is not None
-        shape = (1, 1, length, source) if value.dim() == 2 else (batch, heads, length, source)
-        masks.append(call("reshape", _additive(call, a["attn_mask"], a["query"]), shape))
+        mask = _additive(call, a["attn_mask"], a["query"])
+        masks.append(mask if value.dim() == 2 else call("unflatten", mask, 0, (-1, heads)))
     if a["key_padding_mask"] is not None:
-        masks.append(call("reshape", _additive(call, a["key_padding_mask"], a["query"]), (batch, 1, 1, source)))
+        mask = _additive(call, a["key_padding_mask"], a["query"])
+        masks.append(call("unsqueeze", call("unsqueeze", mask, 1), 1))
     if not masks:
         return None
     return masks[0] if len(masks) == 1 else call(torch.add, masks[0], masks[1])
@@ -147,5 +166,3 @@ def _additive(call: _Recorder, mask: Any, like: Any) -> Any:
         return mask
     zeros = call(torch.zeros_like, mask, dtype=query.dtype)
     return call("masked_fill", zeros, mask, float("-inf"))
-
-
