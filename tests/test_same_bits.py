@@ -9,8 +9,6 @@ import torch
 from gate.stages import assert_same_bits, run_stages
 from passes.models import SINGLE, TOGETHER
 
-from fp8fx.errors import FP8Warning
-
 pytestmark = pytest.mark.filterwarnings("ignore:Using padding='same' with even kernel lengths")
 
 CASES = SINGLE | TOGETHER
@@ -30,7 +28,6 @@ RECIPES: dict[str, Any] = {
     "kept": {"extends": "direct", "defaults": {"save_for_backward": "high_precision"}},
     "attention": {"extends": "hybrid", "defaults": {"attention": "emulate"}},
 }
-MATRIX_ONLY = ("rows", "blocks")  # a convolution or an embedding refuses these scales and stays in high precision
 
 
 def inputs_of(name: str, dtype: torch.dtype) -> tuple[Any, ...]:
@@ -59,11 +56,6 @@ def test_every_operation(name: str, recipe: str) -> None:
 @pytest.mark.parametrize("name", [name for name in TOGETHER if name in WITH_PARAMETERS])
 @pytest.mark.parametrize("recipe", [name for name in RECIPES if name not in ("hybrid", "direct")])
 def test_operations_that_meet(name: str, recipe: str) -> None:
-    if recipe in MATRIX_ONLY and "conv" in name:
-        with pytest.warns(FP8Warning, match="no layer runs in FP8"):
-            fast_numbers = run_stages  # the plan says so; nothing is rewritten
-            assert_same_bits(fast_numbers(CASES[name][0](), RECIPES[recipe], inputs_of(name, torch.float32)))
-        return
     check(name, recipe)
 
 

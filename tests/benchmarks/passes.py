@@ -99,7 +99,9 @@ def report(rows: list[Figures]) -> list[dict[str, Any]]:
     print(" layers  capture s  front end s  passes s  us/layer  of capture   " + "".join(f"{name:>12}" for name in names) + "   us/layer")
     for row in rows:
         each = "".join(f"{row.seconds[name] / row.layers * 1e6:12.0f}" for name in names)
-        print(f"{row.layers:7}{row.capture:11.3f}{row.front_end:13.3f}{row.passes:10.3f}{row.per_layer * 1e6:10.0f}{row.share:12.1%}   {each}")
+        print(
+            f"{row.layers:7}{row.capture:11.3f}{row.front_end:13.3f}{row.passes:10.3f}{row.per_layer * 1e6:10.0f}{row.share:12.1%}   {each}"
+        )
     flat = max(row.per_layer for row in rows) / min(row.per_layer for row in rows)
     share = max(row.share for row in rows)
     bars = [

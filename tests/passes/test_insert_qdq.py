@@ -279,4 +279,4 @@ def test_a_rewritten_graph_runs_by_itself(feed: Trace) -> None:
     """The graph of any stage, called with the captured inputs and the runtime's, is the model."""
     module = feed.graph("insert_qdq")
     call = GraphCall(runtime_of(feed.fast), module)
-    assert torch.equal(call(*feed.values(module))[0], feed.fast(*feed.inputs))
+    assert torch.equal(call(*feed.values)[0], feed.fast(*feed.inputs))

@@ -1,12 +1,13 @@
 """One captured model under one recipe, to look at after every pass; and golden files of what that looks like.
 
-    FP8FX_UPDATE_GOLDEN=1 python -m pytest tests/passes      writes tests/passes/golden/*.txt again: read the diff before committing it
+FP8FX_UPDATE_GOLDEN=1 python -m pytest tests/passes      writes tests/passes/golden/*.txt again: read the diff before committing it
 """
 
 from __future__ import annotations
 
 import os
 from collections import Counter
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -40,6 +41,9 @@ class Trace:
         self.model = model
         self.fast = fp8fx.compile(model, recipe, fullgraph=True, **options)
         self.inputs = inputs
+        self.values: tuple[Any, ...] = ()  # of the captured graph's own inputs, at the latest call
+        runtime = runtime_of(self.fast)
+        runtime.backend = self._watched(runtime.backend)
         self.fast(*inputs)
         (self.record,) = runtime_of(self.fast).graphs
         self.plan = self.fast.plan()  # type: ignore[operator]
@@ -50,12 +54,17 @@ class Trace:
     def apply(self, name: str, module: fx.GraphModule) -> PassResult:
         return PASSES[name](module, self.record.context)
 
-    def values(self, module: fx.GraphModule) -> list[Any]:
-        """The values of the captured inputs of `module`: parameters and buffers by name, then the inputs in order."""
-        own = {**dict(self.model.named_parameters(remove_duplicate=False)), **dict(self.model.named_buffers(remove_duplicate=False))}
-        inputs = iter(self.inputs)
-        nodes = [node for node in module.graph.find_nodes(op="placeholder") if "extra" not in node.meta]
-        return [own[name] if (name := node.meta["tensor_name"]) else next(inputs) for node in nodes]
+    def _watched(self, backend: Callable[..., Any]) -> Callable[..., Any]:
+        def watching(module: fx.GraphModule, example_inputs: Any) -> Callable[..., Any]:
+            call = backend(module, example_inputs)
+
+            def run(*values: Any) -> Any:
+                self.values = values
+                return call(*values)
+
+            return run
+
+        return watching
 
     def result(self, name: str) -> PassResult:
         """What pass `name` does to the graph before it."""
