@@ -110,7 +110,9 @@ class _Writer:
             node.meta["weight_cache"] = made.spec.weight_cache
         return [item(self.graph, node, 0), item(self.graph, node, 1)]
 
-    def pair(self, call: SiteCall, x: Any, spec: TensorSpec | None, dims: tuple[list[int], list[int]], site: str, role: str) -> list[fx.Node]:
+    def pair(
+        self, call: SiteCall, x: Any, spec: TensorSpec | None, dims: tuple[list[int], list[int]], site: str, role: str
+    ) -> list[fx.Node]:
         """The operand's list: one quantization, or two where the two GEMMs that read it need different scales."""
         codes = self.quantize(call, x, spec, dims[0], site, role)
         value = tensor(x)

@@ -14,7 +14,10 @@ FORMATS = {"e4m3fn": (ml_dtypes.float8_e4m3fn, 448.0), "e5m2": (ml_dtypes.float8
 
 
 def quantized(x: Tensor, format: str, grain: Any, dim: int) -> Tensor:
-    """float64 values of `x` after quantization with current scales. grain: None (as it is), "tensor", "row" (shared along `dim`), [r, c]."""
+    """float64 values of `x` after quantization with current scales.
+
+    grain: None (as it is), "tensor", "row" (one scale along `dim`), or [rows, columns] of a block.
+    """
     values = x.detach().float().numpy()
     if grain is None:
         return torch.from_numpy(values.astype(np.float64))

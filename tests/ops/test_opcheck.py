@@ -1,0 +1,247 @@
+"""Every operator: torch's own checks of schema, fake and autograd registration, and gradients against float64.
+
+Codes are those of e4m3ieee, which has no torch dtype, so that they are uint8: opcheck's schema test cannot compare float8 tensors.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+from passes.trace import randn
+from torch import Tensor
+from torch.nn import functional as F
+
+from fp8fx import numerics
+from fp8fx.ops.library import REFERENCES
+from fp8fx.spec import TensorSpec
+
+ops = torch.ops.fp8fx
+SPEC = "e4m3ieee/current/tensor/nearest_even/saturate"
+RANDOM = "e4m3ieee/none/tensor/stochastic/saturate"
+BACKWARD = f"grad_output={SPEC};grad_input={RANDOM};grad_weight={SPEC};gemms=output,grad_input,grad_weight"
+PLAIN = "gemms=output,grad_input,grad_weight"  # dY as it is: gradients are those of the dequantized operands
+RNG = torch.tensor([3, 1, 4])
+
+
+def codes(x: Tensor, spec: str = SPEC) -> list[Tensor]:
+    return list(ops.quantize(x.detach(), spec, [-1])[:2])
+
+
+def values(pair: list[Tensor]) -> Tensor:
+    """float64 decode(q) * scale."""
+    return numerics.decode(pair[0], "e4m3ieee").double() * pair[1].double()
+
+
+def learned(*shape: int, seed: int = 1) -> Tensor:
+    return randn(*shape, seed=seed).requires_grad_()
+
+
+def meter() -> Tensor:
+    return torch.zeros(4, requires_grad=True)
+
+
+def linear_args(backward: str, x_shape: tuple[int, ...] = (3, 8)) -> tuple[Any, ...]:
+    x, w, b = learned(*x_shape), learned(6, 8, seed=2), learned(6, seed=3)
+    return x, w, b, codes(x), codes(w), meter(), RNG, "fc", SPEC, SPEC, backward, torch.float32
+
+
+def matmul_args(backward: str) -> tuple[Any, ...]:
+    a, b = learned(2, 3, 8), learned(8, 6, seed=2)
+    return a, b, codes(a), codes(b), meter(), RNG, "scores", SPEC, SPEC, backward, torch.float32
+
+
+GEOMETRY = ([2, 1], [1, 0], [1, 2], False, [0, 0], 2)
+
+
+def conv_args(backward: str) -> tuple[Any, ...]:
+    x, w, b = learned(2, 4, 7, 6), learned(6, 2, 3, 2, seed=2), learned(6, seed=3)
+    return x, w, b, codes(x), codes(w), meter(), RNG, *GEOMETRY, "conv", SPEC, SPEC, backward, torch.float32
+
+
+INDEX = torch.tensor([[0, 3, 3], [7, 1, 3]])
+
+
+def embedding_args(backward: str) -> tuple[Any, ...]:
+    w = learned(8, 6)
+    return INDEX, w, codes(w), meter(), RNG, 1, False, "embed", SPEC, backward, torch.float32
+
+
+def mlp_args(backward: str, act: str = "gelu") -> tuple[Any, ...]:
+    x, w1, b1 = learned(3, 8), learned(10, 8, seed=2), learned(10, seed=3)
+    w2, b2 = learned(6, 10, seed=4), learned(6, seed=5)
+    texts = ("up", SPEC, SPEC, backward, torch.float32, "down", SPEC, SPEC, backward, torch.float32)
+    return x, w1, b1, w2, b2, codes(x), codes(w1), codes(w2), meter(), meter(), RNG, act, *texts
+
+
+def norm_args() -> tuple[Any, ...]:
+    return learned(3, 8), learned(8, seed=2), learned(8, seed=3), [8], 1e-5, SPEC, [-1], None, "fc", "input"
+
+
+def scaled_mm_args(block: list[int]) -> tuple[Any, ...]:
+    spec = SPEC if not block else SPEC.replace("tensor", f"{block[0]}x{block[1]}")
+    a, b = codes(randn(6, 8), spec), codes(randn(4, 8, seed=2), spec)
+    right = (b[0].mT, b[1].mT if b[1].dim() else b[1], "e4m3ieee", block[::-1])
+    return a[0], a[1], "e4m3ieee", block, *right, randn(4), torch.float32
+
+
+def quantized() -> tuple[Tensor, Tensor, Tensor]:
+    x = learned(3, 8)
+    return x, *codes(x)  # type: ignore[return-value]
+
+
+def gradient_args(of_input: bool) -> tuple[Any, ...]:
+    grad, other = codes(randn(2, 6, 4, 4)), codes(randn(6, 2, 3, 2) if of_input else randn(2, 4, 7, 6))
+    size = [2, 4, 7, 6] if of_input else [6, 2, 3, 2]
+    return *grad, "e4m3ieee", *other, "e4m3ieee", size, of_input, *GEOMETRY, torch.float32
+
+
+def underflow_args() -> tuple[Any, ...]:
+    x = randn(3, 8)
+    q, _, amax = ops.quantize(x, SPEC, [-1])
+    return x, q, amax, SPEC
+
+
+SAMPLES: dict[str, list[Callable[[], tuple[Any, ...]]]] = {
+    "quantize": [lambda: (learned(3, 8), SPEC, [-1]), lambda: (learned(3, 8), RANDOM, [-1], RNG, "fc", "input")],
+    "dequantize": [lambda: (*quantized(), SPEC, torch.float32), lambda: (*quantized(), SPEC, torch.bfloat16)],
+    "anchor": [lambda: (learned(3, 8), torch.float32)],
+    "round_values": [lambda: (randn(3, 8), SPEC, None, "fc", "grad_input"), lambda: (randn(3, 8), RANDOM, RNG, "fc", "grad_input")],
+    "round_gradient": [lambda: (learned(3, 8), SPEC, None, "attn", "grad_output")],
+    "underflow": [underflow_args],
+    "scaled_mm": [lambda: scaled_mm_args([]), lambda: scaled_mm_args([1, 4]), lambda: scaled_mm_args([4, 4])],
+    "linear": [lambda: linear_args(BACKWARD), lambda: linear_args(BACKWARD, (2, 3, 8)), lambda: linear_args("gemms=grad_weight")],
+    "matmul": [lambda: matmul_args(BACKWARD), lambda: matmul_args("gemms=output")],
+    "conv": [lambda: conv_args(BACKWARD), lambda: conv_args("gemms=grad_input")],
+    "conv_gradient": [lambda: gradient_args(True), lambda: gradient_args(False)],
+    "embedding": [lambda: embedding_args(BACKWARD)],
+    "embedding_gradient": [lambda: (*codes(randn(2, 3, 6)), "e4m3ieee", INDEX, 8, -1, True)],
+    "layer_norm_quantize": [norm_args],
+    "linear_quantize": [lambda: (*linear_args(BACKWARD)[:-1], SPEC, torch.float32)],
+    "mlp": [lambda: mlp_args(BACKWARD)],
+}
+
+
+def test_every_operator_has_a_sample() -> None:
+    assert SAMPLES.keys() == REFERENCES.keys()
+
+
+@pytest.mark.parametrize(("name", "index"), [(name, i) for name, samples in SAMPLES.items() for i in range(len(samples))])
+def test_opcheck(name: str, index: int) -> None:
+    torch.library.opcheck(getattr(ops, name).default, SAMPLES[name][index]())
+
+
+# -- gradients against float64 autograd of the dequantized operands ----------------------------------------------------------------
+
+
+def gradients(name: str, args: tuple[Any, ...], output: Tensor) -> list[Tensor]:
+    """Of the leaves among `args`, for a fixed gradient of `output`."""
+    output.backward(randn(*output.shape, seed=9).to(output.dtype))
+    leaves = [a for a in args if isinstance(a, Tensor) and a.requires_grad and a.numel() != 4]
+    assert leaves, name
+    assert all(leaf.grad is not None for leaf in leaves), name
+    return [leaf.grad for leaf in leaves]  # type: ignore[misc]
+
+
+def exact(*operands: Tensor) -> list[Tensor]:
+    return [x.detach().double().requires_grad_() for x in operands]
+
+
+def assert_gradients(name: str, args: tuple[Any, ...], wanted: Tensor, leaves: list[Tensor]) -> None:
+    output = getattr(ops, name)(*args)
+    output = output[0] if isinstance(output, tuple) else output
+    ours = gradients(name, args, output)
+    wanted.backward(randn(*wanted.shape, seed=9).double())
+    for got, leaf in zip(ours, leaves, strict=True):
+        torch.testing.assert_close(got.double(), leaf.grad, rtol=1e-5, atol=1e-5)
+
+
+def test_linear_gradients() -> None:
+    args = linear_args(PLAIN, (2, 3, 8))
+    x, w, b = exact(values(args[3]), values(args[4]), args[2])
+    assert_gradients("linear", args, F.linear(x, w, b), [x, w, b])
+
+
+def test_linear_quantize_gradients() -> None:
+    args = (*linear_args(PLAIN)[:-1], SPEC, torch.float32)
+    x, w, b = exact(values(args[3]), values(args[4]), args[2])
+    assert_gradients("linear_quantize", args, F.linear(x, w, b), [x, w, b])
+
+
+def test_matmul_gradients() -> None:
+    args = matmul_args(PLAIN)
+    a, b = exact(values(args[2]), values(args[3]))
+    assert_gradients("matmul", args, a @ b, [a, b])
+
+
+@pytest.mark.parametrize("transposed", [False, True])
+def test_conv_gradients(transposed: bool) -> None:
+    args = list(conv_args(PLAIN))
+    if transposed:
+        args[1] = learned(4, 3, 3, 2, seed=2)
+        args[4], args[10] = codes(args[1]), True
+    x, w, b = exact(values(args[3]), values(args[4]), args[2])
+    assert_gradients("conv", tuple(args), torch.convolution(x, w, b, *args[7:13]), [x, w, b])
+
+
+@pytest.mark.parametrize("by_frequency", [False, True])
+def test_embedding_gradients(by_frequency: bool) -> None:
+    args = list(embedding_args(PLAIN))
+    args[6] = by_frequency
+    (w,) = exact(values(args[2]))
+    assert_gradients("embedding", tuple(args), F.embedding(INDEX, w, padding_idx=1, scale_grad_by_freq=by_frequency), [w])
+
+
+ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {
+    "gelu": F.gelu,
+    "gelu_tanh": lambda h: F.gelu(h, approximate="tanh"),
+    "relu": F.relu,
+    "silu": F.silu,
+}
+
+
+@pytest.mark.parametrize("act", ACTIVATIONS)
+def test_mlp_gradients(act: str) -> None:
+    """The hidden activation is rounded straight through: its value is the rounded one, its gradient the identity's."""
+    args = mlp_args(PLAIN, act)
+    x, w1, b1, w2, b2 = exact(values(args[5]), values(args[6]), args[2], values(args[7]), args[4])
+    a = ACTIVATIONS[act](F.linear(x, w1, b1))
+    rounded = values(list(ops.mlp(*args)[2:]))
+    assert_gradients("mlp", args, F.linear(a + (rounded - a).detach(), w2, b2), [x, w1, b1, w2, b2])
+
+
+def test_layer_norm_quantize_gradients() -> None:
+    args = norm_args()
+    x, w, b = exact(*args[:3])
+    assert_gradients("layer_norm_quantize", args, F.layer_norm(x, (8,), w, b), [x, w, b])
+
+
+def test_anchors_pass_the_gradient_on() -> None:
+    for args, name in (((*quantized(), SPEC, torch.bfloat16), "dequantize"), ((learned(3, 8), torch.bfloat16), "anchor")):
+        (got,) = gradients(name, args, getattr(ops, name)(*args))
+        assert torch.equal(got, randn(3, 8, seed=9).bfloat16().float())
+
+
+def test_round_gradient_rounds_what_passes() -> None:
+    x = learned(3, 8)
+    (got,) = gradients("round_gradient", (x,), ops.round_gradient(x, SPEC, None, "attn", "grad_output"))
+    assert torch.equal(got, values(codes(randn(3, 8, seed=9))).float())
+
+
+def test_meter_row_counts_what_became_zero() -> None:
+    """float32 [amax, non-zero elements, those that became zero, 0], as the "gradient" of the meter."""
+    args = list(linear_args(f"grad_output={SPEC.replace('current', 'none')};{PLAIN}"))
+    y = ops.linear(*args)
+    grad = torch.full_like(y, 2.0**-12)  # under half of the smallest e4m3ieee number, 2^-9
+    grad[0] = 0
+    grad[1, 0] = 1.5
+    y.backward(grad)
+    assert args[5].grad.tolist() == [1.5, 12, 11, 0]
+
+
+def test_quantize_is_outside_of_autograd() -> None:
+    outputs = ops.quantize(learned(3, 8), SPEC, [-1])
+    assert not any(out.requires_grad for out in outputs)
+    assert TensorSpec.parse(SPEC).text == SPEC
