@@ -126,7 +126,9 @@ class _Printer:
     def _wrapped(self, line: str) -> list[str]:
         if self.full:
             return [line]
-        return textwrap.wrap(line, WIDTH, subsequent_indent="    ", break_long_words=False, break_on_hyphens=False)
+        together = re.sub(r" ?\[[^\[\]]*\]", lambda found: found.group().replace(" ", "\0"), line)  # lists and shapes stay on a line
+        lines = textwrap.wrap(together, WIDTH, subsequent_indent="    ", break_long_words=False, break_on_hyphens=False)
+        return [text.replace("\0", " ") for text in lines]
 
     def _targets(self, node: fx.Node) -> str:
         prefixes = _OUTPUTS.get(_operator(node)) if is_fp8(node) else None
