@@ -58,7 +58,7 @@ def _make_class(base: type[nn.Module]) -> type[nn.Module]:
         return vars(self)[RUNTIME].call(self, args, kwargs)
 
     def reduce(self: nn.Module, protocol: Any = None) -> Any:
-        return _rebuild, (base,), vars(self).copy()
+        return _rebuild, (base,), self.__getstate__()  # type: ignore[operator]
 
     def save(self: nn.Module, destination: dict[str, Any], prefix: str, keep_vars: bool) -> None:
         base._save_to_state_dict(self, destination, prefix, keep_vars)

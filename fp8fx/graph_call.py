@@ -6,6 +6,7 @@ the meter, the rng and the quantized weights. Nothing here outlives a call but w
 
 from __future__ import annotations
 
+import weakref
 from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, Any
 
@@ -15,6 +16,7 @@ from torch import Tensor, fx
 from fp8fx.capture import dynamo
 from fp8fx.capture.graph import TENSOR_NAME, copy_graph
 from fp8fx.capture.naming import RootNames
+from fp8fx.errors import CaptureError
 from fp8fx.ops.quantize import STATISTICS
 from fp8fx.passes.contract import METER, RNG
 from fp8fx.passes.insert_qdq import SLOTS
@@ -22,6 +24,14 @@ from fp8fx.passes.lower import WEIGHTS, WeightInput
 
 if TYPE_CHECKING:
     from fp8fx.runtime import Runtime
+
+
+def alive(reference: weakref.ref[Runtime]) -> Runtime:
+    """The Runtime, which only its model keeps: Dynamo's caches hold what is in this file longer than anyone holds the model."""
+    runtime = reference()
+    if runtime is None:
+        raise CaptureError("the compiled model this graph belongs to is gone")
+    return runtime
 
 
 class SharedGraph:
@@ -32,13 +42,17 @@ class SharedGraph:
     """
 
     def __init__(self, runtime: Runtime, module: fx.GraphModule, example_inputs: Sequence[Any]) -> None:
-        self.runtime = runtime
+        self._runtime = weakref.ref(runtime)
         self.module = copy_graph(module)
         self.module.compile_subgraph_reason = getattr(module, "compile_subgraph_reason", None)  # type: ignore[assignment]
         self.frame = dynamo.frame_key()
         self.places: list[int] = []
         self.first: Callable[..., Any] = self._rewrite(example_inputs)
         self.by_identity: dict[tuple[int, ...], Callable[..., Any]] = {self._identity(example_inputs): self.first}
+
+    @property
+    def runtime(self) -> Runtime:
+        return alive(self._runtime)
 
     def __call__(self, *args: Any) -> Any:
         call = self.by_identity.get(self._identity(args))
@@ -69,13 +83,17 @@ class GraphCall:
     """One rewritten graph as torch calls it: the user's inputs, then the meter, the rng and the quantized weights."""
 
     def __init__(self, runtime: Runtime, module: fx.GraphModule) -> None:
-        self.runtime = runtime
+        self._runtime = weakref.ref(runtime)
         self.inner: Callable[..., Any] = module
         placeholders = module.graph.find_nodes(op="placeholder")
         position = {node.name: i for i, node in enumerate(placeholders)}
         self.names = [node.meta["extra"] for node in placeholders if "extra" in node.meta]
         self.slots: list[str] = module.meta.get(SLOTS, [])
         self.weights: list[tuple[int, WeightInput]] = [(position[w.placeholder], w) for w in module.meta.get(WEIGHTS, [])]
+
+    @property
+    def runtime(self) -> Runtime:
+        return alive(self._runtime)
 
     def __call__(self, *args: Any) -> Any:
         self.runtime.begin_call()

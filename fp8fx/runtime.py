@@ -22,7 +22,7 @@ from fp8fx.capture.graph import Captured
 from fp8fx.capture.naming import Numbering
 from fp8fx.clone import base_class
 from fp8fx.errors import CaptureError, FP8Warning, RecipeError
-from fp8fx.graph_call import GraphCall, SharedGraph
+from fp8fx.graph_call import GraphCall, SharedGraph, alive
 from fp8fx.monitor import UnderflowMonitor
 from fp8fx.passes.contract import Context
 from fp8fx.passes.lower import WeightInput
@@ -119,6 +119,15 @@ class Runtime:
         """torch.compile calls this with each captured graph; what it returns runs in the graph's place."""
         return SharedGraph(self, module, example_inputs)
 
+    def _weak_backend(self) -> Callable[..., Any]:
+        """`backend` without a reference to this Runtime: Dynamo's caches keep it for as long as the class of the model lives."""
+        reference = weakref.ref(self)
+
+        def fp8fx(module: fx.GraphModule, example_inputs: Sequence[Any]) -> Callable[..., Any]:
+            return alive(reference).backend(module, example_inputs)
+
+        return fp8fx
+
     def rewrite(
         self, captured: Captured, example_inputs: Sequence[Any], add_input: Callable[[fx.Graph, str], fx.Node]
     ) -> Callable[..., Any]:
@@ -171,7 +180,8 @@ class Runtime:
         if self.options.capture == "symbolic":
             self._forward = symbolic.SymbolicForward(self, root, original)
         else:
-            self._forward = dynamo.compile_with(original, self.backend, fullgraph=self.options.fullgraph, dynamic=self.options.dynamic)
+            options = {"fullgraph": self.options.fullgraph, "dynamic": self.options.dynamic}
+            self._forward = dynamo.compile_with(original, self._weak_backend(), **options)
         return self._forward
 
     def _failed(self, root: nn.Module, error: Exception, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:

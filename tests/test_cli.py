@@ -15,7 +15,7 @@ from torch import nn
 from typer.testing import CliRunner
 
 import fp8fx
-from fp8fx import cli, pipeline
+from fp8fx import cli, pipeline, targets
 from fp8fx.demo import runner
 from fp8fx.demo.tasks import TASKS
 
@@ -232,14 +232,14 @@ def test_mistakes(models: str, arguments: list[str], message: str) -> None:
 
 
 def test_integer_inputs_stay_small() -> None:
-    (value,) = cli.sample_inputs(["50x50:int64"], nn.Linear(2, 2))
+    (value,) = targets.sample_inputs(["50x50:int64"], nn.Linear(2, 2))
     assert (value.min(), value.max()) == (0, 9)
-    (value,) = cli.sample_inputs(["50x50:int32"], nn.Linear(2, 2), high=2)
+    (value,) = targets.sample_inputs(["50x50:int32"], nn.Linear(2, 2), high=2)
     assert value.unique().tolist() == [0, 1, 2]
-    (value,) = cli.sample_inputs(["50:bool"], nn.Linear(2, 2))
+    (value,) = targets.sample_inputs(["50:bool"], nn.Linear(2, 2))
     assert value.unique().tolist() == [False, True]
-    assert torch.equal(cli.sample_inputs(["3"], nn.Linear(2, 2))[0], cli.sample_inputs(["3"], nn.Linear(2, 2))[0])
-    assert cli.sample_inputs(["0x8:bfloat16"], nn.Linear(2, 2))[0].shape == (0, 8)
+    assert torch.equal(targets.sample_inputs(["3"], nn.Linear(2, 2))[0], targets.sample_inputs(["3"], nn.Linear(2, 2))[0])
+    assert targets.sample_inputs(["0x8:bfloat16"], nn.Linear(2, 2))[0].shape == (0, 8)
 
 
 # -- recipe ---------------------------------------------------------------------------------------------------------------

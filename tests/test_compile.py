@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 import copy
+import gc
 import inspect
 import io
 import logging
 import pickle
+import threading
 import warnings
+import weakref
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -16,6 +19,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
+from torch.nn.utils import parametrizations
 
 import fp8fx
 from fp8fx import state
@@ -217,6 +221,41 @@ def test_copies_stay_fp8(copied_by: Callable[[nn.Module], nn.Module], called: bo
     if copied_by is not copy.copy:
         assert copied.fc1.weight is not fast.fc1.weight
         assert plain.fc1.weight is copied.fc1.weight
+
+
+class Locked(nn.Linear):
+    """Copyable because it says how."""
+
+    def __init__(self) -> None:
+        super().__init__(8, 4)
+        self.lock = threading.Lock()
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {key: value for key, value in vars(self).items() if key != "lock"}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        super().__setstate__(state)
+        self.lock = threading.Lock()
+
+
+@pytest.mark.parametrize("copied_by", [copy.deepcopy, by_pickle])
+def test_copies_follow_the_model_s_own_getstate(copied_by: Callable[[nn.Module], nn.Module]) -> None:
+    fast = fp8fx.compile(Locked())
+    copied = copied_by(fast)
+    assert torch.equal(copied(rows()), fast(rows()))
+    assert copied.lock is not fast.lock
+
+
+@pytest.mark.parametrize("capture", ["dynamo", "symbolic"])
+def test_a_compiled_model_is_freed(capture: str) -> None:
+    """Dynamo's caches outlive it, and hold neither the model nor the clone."""
+    model = make()
+    fast = fp8fx.compile(model, capture=capture)
+    fast(rows()).sum().backward()
+    alive = [weakref.ref(model), weakref.ref(fast), weakref.ref(runtime_of(fast))]
+    del model, fast
+    gc.collect()
+    assert [reference() for reference in alive] == [None, None, None]
 
 
 # -- state_dict -----------------------------------------------------------------------------------------------------------
@@ -466,6 +505,18 @@ def test_plan_lists_what_was_not_called() -> None:
     assert "not called" in plan["unused"].reason
     assert plan["q"].calls == 2
     assert [row.name for row in plan.rows if row.op == "matmul"] == ["matmul", "matmul_1"]
+
+
+def test_names_of_torch_s_own_modules_and_of_parametrized_layers() -> None:
+    """torch.nn's forwards are captured through a wrapper, and a parametrized layer computes its weight: names stay theirs."""
+    encoder = nn.TransformerEncoderLayer(16, 2, 32, batch_first=True, dropout=0.0)
+    names = [row.name for row in fp8fx.plan(encoder, example_inputs=torch.randn(2, 5, 16)).rows]
+    expected = ["self_attn.in_proj_weight", "self_attn.attention", "self_attn.out_proj", "linear1", "linear2"]
+    assert names == expected
+    normed = nn.Sequential(parametrizations.weight_norm(nn.Linear(8, 8)), parametrizations.spectral_norm(nn.Linear(8, 4)))
+    plan = fp8fx.plan(normed, example_inputs=rows(), exempt=["1"])
+    assert (plan["0"].decision, plan["1"].decision) == ("fp8", "exempt")
+    assert plan.not_captured == []
 
 
 def test_exempt_and_output_fused_arguments() -> None:

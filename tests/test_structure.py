@@ -23,10 +23,10 @@ plan state monitor
 runtime graph_call
 compile backend
 loss_scaling
-demo cli
+demo cli targets
 """
 RANK = {name: rank for rank, line in enumerate(LAYERS.split("\n")) for name in line.split()}
-PEERS = {"plan", "state", "monitor", "runtime", "graph_call", "demo", "cli"}
+PEERS = {"plan", "state", "monitor", "runtime", "graph_call", "demo", "cli", "targets"}
 PASSES = {"annotate", "insert_qdq", "cancel", "fuse", "lower"}
 
 

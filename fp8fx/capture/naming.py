@@ -11,11 +11,12 @@ from collections import Counter
 from collections.abc import Iterable
 
 from torch import fx, nn
+from torch.nn.utils import parametrize
 
 from fp8fx.capture.graph import MODULE, SITE, TENSOR_NAME
 from fp8fx.capture.sites import SiteCall, read_site, unsupported
 
-_BASE = re.compile(r"^(?:L|G)\['[^']*'\]")
+_BASE = re.compile(r"^(?:L|G)\['[^']*'\](?:\.__self__)?")  # torch.nn's methods are compiled as L['fn'].__self__
 _ITEM = re.compile(r"\._(?:modules|parameters|buffers)\['([^']*)'\]|\['([^']*)'\]|\[(\d+)\]")
 
 
@@ -78,12 +79,17 @@ def _layer_name(call: SiteCall, names: RootNames) -> str | None:
     module = names.modules.get(path)
     source = weight_source(call.w)
     if source is None:
-        return path if path and isinstance(getattr(module, "weight", None), nn.Parameter) and _is_layer(module) else None
+        return path if path and module is not None and _is_layer(module) and _has_weight(module) else None
     name: str = source.meta[TENSOR_NAME]
     for attribute, value in (module._parameters if module is not None else {}).items():
         if value is not None and name in names.of_tensor(value):
             return path if attribute == "weight" else join(path, attribute)
     return name.removesuffix(".weight")
+
+
+def _has_weight(module: nn.Module) -> bool:
+    """Asked without reading it: to read a parametrized weight is to compute it, which moves spectral_norm's own state."""
+    return module._parameters.get("weight") is not None or parametrize.is_parametrized(module, "weight")
 
 
 def _is_layer(module: nn.Module | None) -> bool:
