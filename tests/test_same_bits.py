@@ -44,6 +44,7 @@ def gradients_exist(name: str) -> bool:
     return any(True for _ in CASES[name][0]().parameters())
 
 
+OTHER_ACTIVATIONS = ("feed tanh gelu", "feed relu", "feed silu")
 WITH_PARAMETERS = [name for name in CASES if gradients_exist(name)]
 
 
@@ -53,13 +54,13 @@ def test_every_operation(name: str, recipe: str) -> None:
     check(name, recipe)
 
 
-@pytest.mark.parametrize("name", [name for name in TOGETHER if name in WITH_PARAMETERS])
+@pytest.mark.parametrize("name", [name for name in TOGETHER if name in WITH_PARAMETERS and name not in OTHER_ACTIVATIONS])
 @pytest.mark.parametrize("recipe", [name for name in RECIPES if name not in ("hybrid", "direct")])
 def test_operations_that_meet(name: str, recipe: str) -> None:
     check(name, recipe)
 
 
-@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float64])
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 @pytest.mark.parametrize("recipe", ["hybrid", "direct"])
 @pytest.mark.parametrize("name", ["shared", "chain", "chain through shapes", "feed gelu", "attention", "conv and norm"])
 def test_other_dtypes(name: str, recipe: str, dtype: torch.dtype) -> None:

@@ -90,7 +90,7 @@ def test_causal_hint(need_weights: bool) -> None:
 def test_dynamic_sizes() -> None:
     """Another length and batch: Dynamo captures again with symbolic sizes, which no node of the expansion names."""
     model = seeded(SelfAttention)
-    trace = Trace(model, "none", randn(LENGTH, BATCH, WIDTH), None, boolean(BATCH, LENGTH))
+    trace = Trace(model, "none", randn(LENGTH, BATCH, WIDTH), None, boolean(BATCH, LENGTH), dynamic=None)
     for length, batch in ((7, 4), (9, 2)):
         inputs = randn(length, batch, WIDTH), None, boolean(batch, length)
         for ours, theirs in zip(trace.fast(*inputs), model(*inputs), strict=True):

@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable
 from typing import Any
 
 import torch
-from passes.trace import randn, seeded
+from passes.trace import Trace, randn, seeded
 from torch import Tensor, nn
 from torch.nn import functional as F
 
@@ -189,3 +190,16 @@ TOGETHER: dict[str, Case] = {
     "attention": (_module(Attention), _inputs((2, 4, 8))),
     "conv and norm": (_module(ConvNet), _inputs((2, 3, 6, 6))),
 }
+
+
+def together(name: str, recipe: Any) -> Trace:
+    """A model of TOGETHER under `recipe`; those under a shipped recipe are captured once for all tests, which only look at them."""
+    return _captured(name, recipe) if isinstance(recipe, str) else _trace(name, recipe)
+
+
+def _trace(name: str, recipe: Any) -> Trace:
+    make, inputs = TOGETHER[name]
+    return Trace(make(), recipe, *inputs())
+
+
+_captured = functools.cache(_trace)

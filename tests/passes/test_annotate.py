@@ -6,7 +6,7 @@ from typing import Any
 
 import pytest
 import torch
-from passes.models import TOGETHER, Attention, Call, ConvNet, Embedding
+from passes.models import Attention, Call, ConvNet, Embedding, together
 from passes.trace import Trace, randn, seeded
 from torch import Tensor, nn
 from torch.nn import functional as F
@@ -15,11 +15,6 @@ from fp8fx.passes.contract import decision
 from fp8fx.spec import ROLES
 
 ROW = {"granularity": "row"}
-
-
-def together(name: str, recipe: Any, **options: Any) -> Trace:
-    make, inputs = TOGETHER[name]
-    return Trace(make(), recipe, *inputs(), **options)
 
 
 @pytest.fixture(scope="module")

@@ -6,18 +6,13 @@ from typing import Any
 
 import pytest
 import torch
-from passes.models import TOGETHER, Chain, Shared
+from passes.models import Chain, Shared, together
 from passes.trace import Trace, randn, seeded
 from torch import Tensor, nn
 
 from fp8fx.passes.contract import Skip
 
 CHAIN_RULE = "quantize(dequantize(q)) = q"
-
-
-def together(name: str, recipe: Any) -> Trace:
-    make, inputs = TOGETHER[name]
-    return Trace(make(), recipe, *inputs())
 
 
 @pytest.fixture(scope="module")

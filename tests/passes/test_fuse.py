@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 import torch
-from passes.models import TOGETHER, Chain, Feed
+from passes.models import Chain, Feed, together
 from passes.trace import Trace, randn, seeded
 from torch import Tensor, nn
 from torch.nn import functional as F
@@ -15,11 +15,6 @@ from torch.nn import functional as F
 MLP = "linear(act(linear(x, w1)), w2) = mlp(x, w1, w2)"
 NORM = "quantize(layer_norm(x)) = layer_norm_quantize(x)"
 EPILOGUE = "quantize(linear(x, w)) = linear_quantize(x, w)"
-
-
-def together(name: str, recipe: Any) -> Trace:
-    make, inputs = TOGETHER[name]
-    return Trace(make(), recipe, *inputs())
 
 
 @pytest.fixture(scope="module")

@@ -14,8 +14,8 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from fp8fx.clone import runtime_of
+from fp8fx.graph_call import GraphCall
 from fp8fx.passes.contract import decision
-from fp8fx.runtime import GraphCall
 
 pytestmark = pytest.mark.filterwarnings("ignore:Using padding='same' with even kernel lengths")
 
@@ -268,7 +268,8 @@ def test_attention_emulated_rounds_queries_keys_and_values() -> None:
     grad = randn(*y.shape, seed=9)
     y.backward(grad)
     exact = [quantized(x, "e4m3fn", "tensor", dim=-1).requires_grad_() for x in inputs]
-    wanted = F.scaled_dot_product_attention(*exact)
+    q, k, v = exact
+    wanted = F.scaled_dot_product_attention(q, k, v)
     wanted.backward(quantized(grad, "e5m2", "tensor", dim=-1))
     torch.testing.assert_close(y.double(), wanted, rtol=1e-5, atol=1e-5)
     for ours, theirs in zip(given, exact, strict=True):

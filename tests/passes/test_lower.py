@@ -2,11 +2,9 @@
 
 from __future__ import annotations
 
-from typing import Any
-
 import pytest
 import torch
-from passes.models import SINGLE, TOGETHER, Call
+from passes.models import SINGLE, Call, together
 from passes.trace import Trace, randn, seeded
 from torch import Tensor, nn
 from torch.nn import functional as F
@@ -16,11 +14,6 @@ from fp8fx.passes.lower import WEIGHTS, WeightInput
 from fp8fx.state import quantize_weight
 
 
-def together(name: str, recipe: Any) -> Trace:
-    make, inputs = TOGETHER[name]
-    return Trace(make(), recipe, *inputs())
-
-
 def weights(trace: Trace) -> list[WeightInput]:
     found: list[WeightInput] = trace.graph("lower").meta[WEIGHTS]
     return found
@@ -28,7 +21,7 @@ def weights(trace: Trace) -> list[WeightInput]:
 
 @pytest.fixture(scope="module")
 def feed() -> Trace:
-    return together("feed gelu", "hybrid")
+    return together("feed gelu", {"extends": "hybrid"})  # its own: one test changes its weights
 
 
 def test_lower_golden(feed: Trace) -> None:

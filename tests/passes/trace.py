@@ -39,6 +39,7 @@ class Trace:
 
     def __init__(self, model: nn.Module, recipe: Any, *inputs: Any, **options: Any) -> None:
         self.model = model
+        options.setdefault("dynamic", False)  # else a second shape in another test would make the sizes symbolic
         self.fast = fp8fx.compile(model, recipe, fullgraph=True, **options)
         self.inputs = inputs
         self.values: tuple[Any, ...] = ()  # of the captured graph's own inputs, at the latest call
