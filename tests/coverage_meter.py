@@ -29,9 +29,9 @@ import torch
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
+from fp8fx.graph_call import GraphCall
 from fp8fx.ops.library import REFERENCES
 from fp8fx.plan import Plan
-from fp8fx.runtime import GraphCall
 
 aten = torch.ops.aten
 GRIDS = {"e4m3fn": ml_dtypes.float8_e4m3fn, "e5m2": ml_dtypes.float8_e5m2}

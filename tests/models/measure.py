@@ -15,7 +15,7 @@ from typing import Any
 
 import torch
 from coverage_meter import CoverageMeter, plain_flops
-from models.zoo import Case, build
+from models.zoo import ZOO, Case, build
 from oracle import Gradient, Oracle, compare_gradients, margin, plain, sqnr
 from torch import nn
 
@@ -28,7 +28,6 @@ RECIPES: dict[str, Any] = {
     "hybrid": "hybrid",
     "direct": {"extends": "direct", "defaults": {"grad_output": NEAREST, "grad_input": NEAREST, "grad_weight": NEAREST}},
 }
-LOSS_SCALE = {"hybrid": 1.0, "direct": 2.0**12}  # unscaled E5M2 gradients need a loss scale, as a GradScaler would give
 TOLERANCE = 0.5  # dB
 
 
@@ -75,10 +74,14 @@ class Measured:
         return statistics.median(g.fast for seed in self.seeds for g in seed.gradients)
 
 
+def _loss_scale(name: str, recipe: str) -> float:
+    return ZOO[name].loss_scale if recipe == "direct" else 1.0
+
+
 def measure(name: str, recipe: str, seeds: Iterable[int]) -> Measured:
     """Compile the model once; every further seed loads its weights into the same tensors."""
     first, *rest = seeds
-    case, scale = build(name, first), LOSS_SCALE[recipe]
+    case, scale = build(name, first), _loss_scale(name, recipe)
     fast = fp8fx.compile(case.model, RECIPES[recipe])
     fresh = plain(case.model, torch.float32)  # the buffers before any training forward
     case.logits(fast)
@@ -92,14 +95,14 @@ def measure(name: str, recipe: str, seeds: Iterable[int]) -> Measured:
     for seed in rest:
         other = build(name, seed)
         case.model.load_state_dict(other.model.state_dict())
-        found.append(_seed(Case(name, case.model, other.inputs, other.targets), fast, plan, recipe))
+        found.append(_seed(Case(case.name, case.model, other.inputs, other.targets), fast, plan, recipe))
     total = plain_flops(lambda: case.loss(case.logits(fresh)).backward())  # type: ignore[no-untyped-call]
     return Measured(name, plan, meter.share(plan), meter.forward.total + meter.backward.total, total, found)
 
 
 def _seed(case: Case, fast: nn.Module, plan: Plan, recipe: str) -> Seed:
     """One training forward and backward of the three models; `case.model` is the model that `fast` was made from."""
-    scale = LOSS_SCALE[recipe]
+    scale = _loss_scale(case.name, recipe)
     reference, oracle = plain(case.model), Oracle(case.model, recipe, plan, dtype=torch.float32)
     fast.zero_grad()
     wanted = case.logits(reference, torch.float64)

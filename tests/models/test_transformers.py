@@ -1,5 +1,7 @@
 from __future__ import annotations
 
+from typing import Any
+
 import pytest
 import torch
 from coverage_meter import CoverageMeter
@@ -23,7 +25,7 @@ def test_hybrid_is_as_accurate_as_the_oracle(name: str) -> None:
 
 @pytest.mark.parametrize("name", [name for name in NAMES if name.endswith("eager")])
 def test_direct_is_as_accurate_as_the_oracle(name: str) -> None:
-    measured = measure(name, "direct", seeds=range(2))
+    measured = measure(name, "direct", seeds=range(1))
     check(measured)
     scores = [row for row in measured.plan.fp8 if "softmax" in row.reason]
     assert len(scores) == 2  # one per layer: its output goes to the softmax as it is
@@ -48,7 +50,7 @@ def test_fused_attention_stays_in_high_precision_and_is_listed_apart(name: str) 
 @pytest.mark.parametrize("name", ["llama-sdpa", "gpt2-eager"])
 def test_generate_runs_the_compiled_forward(name: str) -> None:
     case = build(name)
-    fast = fp8fx.compile(case.model.eval(), "hybrid")
+    fast: Any = fp8fx.compile(case.model.eval(), "hybrid")
     prompt = case.inputs["input_ids"][:, :4]
     with CoverageMeter() as meter, torch.no_grad():
         out = fast.generate(

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -31,18 +32,22 @@ class Case:
 
 @dataclass(frozen=True)
 class Entry:
-    """How to make one case. `family`: timm or transformers. `attention`: the implementations of a transformer to try."""
+    """How to make one case. `family`: timm or transformers.
+
+    `loss_scale`: for recipes whose gradients have no scale, as a GradScaler would settle it: the largest of a few powers of 16 that
+    overflows nowhere.
+    """
 
     family: str
-    build: Callable[..., Case]
-    options: dict[str, Any] = field(default_factory=dict)
+    build: Callable[[], Case]
+    loss_scale: float = 4096.0
 
 
 def _timm(name: str, size: int, **options: Any) -> Case:
     import timm
 
-    model = timm.create_model(name, pretrained=False, num_classes=10, **options).train()
-    _wake_head(model.get_classifier())
+    model: Any = timm.create_model(name, pretrained=False, num_classes=10, **options).train()
+    _wake_head(model.get_submodule(model.default_cfg["classifier"]))
     return Case(name, model, {"x": torch.randn(2, 3, size, size)}, torch.randint(0, 10, (2,)))
 
 
@@ -54,22 +59,22 @@ def _wake_head(head: nn.Module) -> None:
             nn.init.normal_(module.bias, std=0.1)
 
 
-def _llama(attention: str) -> Case:
+def _llama(**options: Any) -> Case:
     from transformers import LlamaConfig, LlamaForCausalLM
 
     config = LlamaConfig(
         vocab_size=256, hidden_size=96, intermediate_size=256, num_hidden_layers=2, num_attention_heads=6, num_key_value_heads=2,
-        max_position_embeddings=64, attn_implementation=attention, use_cache=False, pad_token_id=None, bos_token_id=1, eos_token_id=2,
+        max_position_embeddings=64, use_cache=False, pad_token_id=None, bos_token_id=1, eos_token_id=2, **options,
     )  # fmt: skip
     return _tokens("llama", LlamaForCausalLM(config), 256)
 
 
-def _gpt2(attention: str) -> Case:
+def _gpt2(**options: Any) -> Case:
     from transformers import GPT2Config, GPT2LMHeadModel
 
     config = GPT2Config(
-        vocab_size=256, n_embd=96, n_layer=2, n_head=4, n_positions=64, attn_implementation=attention, use_cache=False,
-        resid_pdrop=0.0, embd_pdrop=0.0, attn_pdrop=0.0, bos_token_id=1, eos_token_id=2,
+        vocab_size=256, n_embd=96, n_layer=2, n_head=4, n_positions=64, use_cache=False,
+        resid_pdrop=0.0, embd_pdrop=0.0, attn_pdrop=0.0, bos_token_id=1, eos_token_id=2, **options,
     )  # fmt: skip
     return _tokens("gpt2", GPT2LMHeadModel(config), 256)
 
@@ -79,12 +84,12 @@ def _tokens(name: str, model: nn.Module, vocabulary: int) -> Case:
     return Case(name, model.train(), {"input_ids": tokens[:, :-1]}, tokens[:, 1:])
 
 
-def _bert(attention: str) -> Case:
+def _bert(**options: Any) -> Case:
     from transformers import BertConfig, BertForSequenceClassification
 
     config = BertConfig(
         vocab_size=256, hidden_size=96, num_hidden_layers=2, num_attention_heads=4, intermediate_size=256, max_position_embeddings=64,
-        hidden_dropout_prob=0.0, attention_probs_dropout_prob=0.0, num_labels=10, attn_implementation=attention,
+        hidden_dropout_prob=0.0, attention_probs_dropout_prob=0.0, **options,
     )  # fmt: skip
     model = BertForSequenceClassification(config).train()
     _wake_head(model.classifier)
@@ -97,15 +102,15 @@ def _bert(attention: str) -> Case:
 # timm's resnets start the last batch norm of a block at zero, which switches the block off: left out, as for a zero head.
 ZOO: dict[str, Entry] = {
     "resnet18": Entry("timm", lambda: _timm("resnet18", 96, zero_init_last=False)),
-    "mobilenetv2_100": Entry("timm", lambda: _timm("mobilenetv2_100", 96)),
+    "mobilenetv2_100": Entry("timm", lambda: _timm("mobilenetv2_100", 96), loss_scale=16.0),
     "vit_tiny_patch16_224": Entry("timm", lambda: _timm("vit_tiny_patch16_224", 64, img_size=64)),
     "convnext_atto": Entry("timm", lambda: _timm("convnext_atto", 64)),
-    "llama-eager": Entry("transformers", lambda: _llama("eager")),
-    "llama-sdpa": Entry("transformers", lambda: _llama("sdpa")),
-    "gpt2-eager": Entry("transformers", lambda: _gpt2("eager")),
-    "gpt2-sdpa": Entry("transformers", lambda: _gpt2("sdpa")),
-    "bert-eager": Entry("transformers", lambda: _bert("eager")),
-    "bert-sdpa": Entry("transformers", lambda: _bert("sdpa")),
+    "llama-eager": Entry("transformers", lambda: _llama(attn_implementation="eager")),
+    "llama-sdpa": Entry("transformers", lambda: _llama(attn_implementation="sdpa")),
+    "gpt2-eager": Entry("transformers", lambda: _gpt2(attn_implementation="eager")),
+    "gpt2-sdpa": Entry("transformers", lambda: _gpt2(attn_implementation="sdpa")),
+    "bert-eager": Entry("transformers", lambda: _bert(num_labels=10, attn_implementation="eager")),
+    "bert-sdpa": Entry("transformers", lambda: _bert(num_labels=10, attn_implementation="sdpa")),
 }
 
 
@@ -113,4 +118,4 @@ def build(name: str, seed: int = 0) -> Case:
     """The case `name` with weights and inputs from `seed`; the global random state is left as it was."""
     with torch.random.fork_rng():
         torch.manual_seed(seed)
-        return ZOO[name].build()
+        return dataclasses.replace(ZOO[name].build(), name=name)
