@@ -96,7 +96,9 @@ def measure(layers: int, recipe: str, repeat: int) -> Figures:
 def report(rows: list[Figures]) -> list[dict[str, Any]]:
     """Print the table; return the bars as data."""
     names = list(rows[0].seconds)
-    print(" layers  capture s  front end s  passes s  us/layer  of capture   " + "".join(f"{name:>12}" for name in names) + "   us/layer")
+    print(
+        " layers  capture s  front end s  passes s  us/layer  of capture   " + "".join(f"{name:>12}" for name in names) + "   wall us/layer"
+    )
     for row in rows:
         each = "".join(f"{row.seconds[name] / row.layers * 1e6:12.0f}" for name in names)
         print(
