@@ -186,7 +186,7 @@ class Runtime:
 
     def _failed(self, root: nn.Module, error: Exception, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         """Say what went wrong; the model's own errors pass through as they are."""
-        problem = dynamo.explain(error)
+        problem = dynamo.explain(error, self.options.fullgraph)
         if problem is None:
             if not self.graphs:  # Dynamo does not look again at a frame that raised while it was captured
                 self._forward = None

@@ -19,8 +19,8 @@ from torch._dynamo.source import LocalSource
 
 from fp8fx.capture.expand import expand_attention
 from fp8fx.capture.graph import MODULE, TENSOR_NAME, VAL, Captured, copy_graph
-from fp8fx.capture.regions import inline_regions
 from fp8fx.capture.naming import Numbering, RootNames, assign_site_names, join, split_source
+from fp8fx.capture.regions import inline_regions
 from fp8fx.errors import CaptureError, FP8Error
 
 
@@ -155,7 +155,7 @@ def static(values: list[Tensor]) -> list[Tensor]:
     return values
 
 
-def explain(error: Exception) -> FP8Error | None:
+def explain(error: Exception, fullgraph: bool = False) -> FP8Error | None:
     """What fp8fx should say about an exception that left a compiled forward; None if it is the model's own.
 
     An FP8Error raised inside the backend comes out of Dynamo wrapped; it is taken out again.
@@ -168,9 +168,13 @@ def explain(error: Exception) -> FP8Error | None:
     if not isinstance(error, TorchDynamoException):
         return None
     first = str(error).strip().split("\n\n")[0].strip()
+    own = re.search(r"got (\w+)\((['\"])(.*)\2\)", first)  # what an operation of the model itself raised, on shapes alone
+    if own is not None:
+        return CaptureError(f"the model's forward fails on these inputs: {own.group(1)}: {own.group(3)}\nThe model passed in is untouched.")
+    less = "; without fullgraph=True the rest of it may still be captured" if fullgraph else ""
     return CaptureError(
         f"TorchDynamo could not capture the model: {first}\nThe model passed in is untouched. "
-        "With on_capture_error='eager' it runs in high precision instead; without fullgraph=True the rest of it may still be captured."
+        f"With on_capture_error='eager' it runs in high precision instead{less}."
     )
 
 

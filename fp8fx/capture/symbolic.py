@@ -23,7 +23,7 @@ from fp8fx.capture.naming import RootNames, assign_site_names
 from fp8fx.clone import base_class, runtime_of
 from fp8fx.errors import CaptureError
 
-_NORMS = (
+_NORMS: tuple[Any, ...] = (
     nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d, nn.SyncBatchNorm, nn.InstanceNorm1d, nn.InstanceNorm2d, nn.InstanceNorm3d,
 )  # fmt: skip
 _LEAVES = (nn.RNNBase, nn.RNNCellBase)  # recurrent loops: no front end looks into them
