@@ -40,7 +40,7 @@ def check(name: str, recipe: str, dtype: torch.dtype = torch.float32) -> None:
 
 
 def gradients_exist(name: str) -> bool:
-    """The helper needs something to differentiate."""
+    """`run_stages` needs something to differentiate."""
     return any(True for _ in CASES[name][0]().parameters())
 
 

@@ -119,7 +119,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description="Time of fp8fx's passes per layer, and against Dynamo's capture.")
     parser.add_argument("--layers", type=int, nargs="+", default=[50, 200, 800, 1600])
     parser.add_argument("--recipe", default="hybrid")
-    parser.add_argument("--repeat", type=int, default=3)
+    parser.add_argument("--repeat", type=int, default=7)
     parser.add_argument("--json", type=Path, help="write the figures here")
     options = parser.parse_args(argv)
     measure(16, options.recipe, 1)  # imports and first-use caches of torch are not the passes'
