@@ -1,6 +1,6 @@
 """The order of the passes. One direction, no going back; each arrow is one module in `fp8fx.passes`.
 
-    captured graph --annotate--> decisions --insert_qdq--> quantize nodes --cancel--> --fuse--> --lower--> runnable
+captured graph --annotate--> decisions --insert_qdq--> quantize nodes --cancel--> --fuse--> --lower--> runnable
 """
 
 from __future__ import annotations
@@ -59,7 +59,9 @@ def run(captured: Captured, context: Context, stage: str = "lower") -> Compiled:
         try:
             made = function(result.module, context)
         except (PassError, AssertionError, RuntimeError) as error:
-            raise PassError(f"pass {name} failed: {error}. This is a bug in fp8fx or in a pass of yours; the model is untouched.") from error
+            raise PassError(
+                f"pass {name} failed: {error}. This is a bug in fp8fx or in a pass of yours; the model is untouched."
+            ) from error
         result.module = made.module
         result.skips += made.skips
         result.seconds[name] = time.perf_counter() - start

@@ -161,7 +161,8 @@ def _mask(call: _Recorder, a: dict[str, Any], heads: int) -> Any:
 def _additive(call: _Recorder, mask: Any, like: Any) -> Any:
     """A boolean mask (True is left out) as 0 and -inf; a float mask as it is."""
     value, query = tensor(mask), tensor(like)
-    assert value is not None and query is not None
+    assert value is not None
+    assert query is not None
     if value.dtype != torch.bool:
         return mask
     zeros = call(torch.zeros_like, mask, dtype=query.dtype)

@@ -1,13 +1,13 @@
 """cancel: no tensor is quantized twice, and nothing is dequantized that nobody reads.
 
-    enters   a graph with explicit quantize and dequantize nodes
-    leaves   the same numbers from fewer nodes
-    holds    codes that are kept are the codes that were there
+enters   a graph with explicit quantize and dequantize nodes
+leaves   the same numbers from fewer nodes
+holds    codes that are kept are the codes that were there
 
-        quantize(x); quantize(x)                  ->  quantize(x)                   shared inputs: q, k, v; gate, up
-        quantize(dequantize(q))                   ->  q                             chained linears (unscaled, deterministic)
-        quantize(view(dequantize(q)))             ->  view(q)                       the same through shape operations
-        linear(dequantize(q) as anchor, ...)      ->  linear(anchor of q's source)  the dequantized tensor is never made
+    quantize(x); quantize(x)                  ->  quantize(x)                   shared inputs: q, k, v; gate, up
+    quantize(dequantize(q))                   ->  q                             chained linears (unscaled, deterministic)
+    quantize(view(dequantize(q)))             ->  view(q)                       the same through shape operations
+    linear(dequantize(q) as anchor, ...)      ->  linear(anchor of q's source)  the dequantized tensor is never made
 """
 
 from __future__ import annotations
@@ -124,5 +124,3 @@ def _drop_unread(graph: fx.Graph) -> bool:
         graph.erase_node(node)
         modified = True
     return modified
-
-

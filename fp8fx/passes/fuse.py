@@ -1,12 +1,12 @@
 """fuse: producers that quantize what they compute, and compound operators with one autograd formula.
 
-    enters   a graph after cancel
-    leaves   the same numbers from fewer kernels and with less memory
-    holds    outputs and gradients bit for bit
+enters   a graph after cancel
+leaves   the same numbers from fewer kernels and with less memory
+holds    outputs and gradients bit for bit
 
-        linear(act(linear(x, w1)), w2)     ->  mlp(x, w1, w2)            hands FP8 gradients from one GEMM to the next
-        quantize(layer_norm(x))            ->  layer_norm_quantize(x)    the normalized tensor is never written
-        quantize(linear(x, w))             ->  linear_quantize(x, w)     the epilogue rounds
+    linear(act(linear(x, w1)), w2)     ->  mlp(x, w1, w2)            hands FP8 gradients from one GEMM to the next
+    quantize(layer_norm(x))            ->  layer_norm_quantize(x)    the normalized tensor is never written
+    quantize(linear(x, w))             ->  linear_quantize(x, w)     the epilogue rounds
 """
 
 from __future__ import annotations
