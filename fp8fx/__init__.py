@@ -15,6 +15,7 @@ from fp8fx.functional import compute_scale, dequantize, fake_quantize, quantize
 from fp8fx.loss_scaling import GradScaler
 from fp8fx.plan import Plan
 from fp8fx.recipe import Recipe
+from fp8fx.show import listing
 
 __version__ = "0.1.0"
 
@@ -35,6 +36,7 @@ __all__ = [
     "dequantize",
     "fake_quantize",
     "invalidate",
+    "listing",
     "plan",
     "quantize",
     "state_dict",

@@ -209,12 +209,10 @@ def _graphs(runtime: Any, stage: str | None, folder: Path | None) -> None:
 
 
 def _text(module: Any) -> str:
-    """The graph as code; after annotate also the decisions, which are on nodes that look as before."""
-    from fp8fx.passes.contract import decision
+    """The graph as a listing, one line per call; after annotate with the decision under each site."""
+    from fp8fx.show import listing
 
-    made = [d for node in module.graph.nodes if (d := decision(node)) is not None]
-    lines = [f"# {d.name}: {d.mode}, {d.reason}" for d in made]
-    return "\n".join([str(module.print_readable(print_output=False)).strip(), *lines])
+    return listing(module).strip()
 
 
 @contextlib.contextmanager

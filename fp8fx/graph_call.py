@@ -6,6 +6,7 @@ the meter, the rng and the quantized weights. Nothing here outlives a call but w
 
 from __future__ import annotations
 
+import contextlib
 import weakref
 from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, Any
@@ -24,6 +25,10 @@ from fp8fx.passes.lower import WEIGHTS, WeightInput
 
 if TYPE_CHECKING:
     from fp8fx.runtime import Runtime
+
+
+# Entered around every call of a rewritten graph: dispatch modes that look at what it executes (fp8fx.coverage).
+OBSERVERS: list[Callable[[], contextlib.AbstractContextManager[Any]]] = []
 
 
 def alive(reference: weakref.ref[Runtime]) -> Runtime:
@@ -99,7 +104,12 @@ class GraphCall:
         self.runtime.begin_call()
         extras = self.extras(args)
         self.runtime.stream.call += 1
-        return self.inner(*args, *extras)
+        if not OBSERVERS:
+            return self.inner(*args, *extras)
+        with contextlib.ExitStack() as stack:
+            for observe in OBSERVERS:
+                stack.enter_context(observe())
+            return self.inner(*args, *extras)
 
     def extras(self, args: Sequence[Any]) -> list[Tensor]:
         """The values of the further inputs for one call."""

@@ -1,39 +1,17 @@
-"""Coverage measured from executed operands: which multiplications really had both operands on an FP8 grid?
-
-    with CoverageMeter() as meter:
-        fast(x).sum().backward()
-    meter.coverage.share
-
-Inside `with`, every aten multiplication (mm, bmm, addmm, baddbmm, convolution and its backward) that a captured graph or the backward
-executes is seen by a dispatch mode. fp8fx's own operators are opened: their Python reference runs under the same mode, so that the
-multiplications inside are seen with the operands they really get. An operand counts as FP8 if every element survives a round trip
-through ml_dtypes' float8_e4m3fn or float8_e5m2; the plan is not asked. A multiplication outside fp8fx's operators is high precision,
-whatever its values.
-
-Dynamo compiles nothing while a dispatch mode is on, so the forward turns the mode on inside the captured graph's own call. What runs
-eagerly between two graphs is therefore not seen: compare `total` with that of the plain model under `plain_flops`.
-"""
+"""`fp8fx.coverage` with an independent judge: an operand is FP8 if every element survives a round trip through ml_dtypes."""
 
 from __future__ import annotations
-
-import math
-from collections import Counter
-from collections.abc import Callable
-from dataclasses import dataclass, field
-from typing import Any
-from unittest import mock
 
 import ml_dtypes
 import numpy as np
 import torch
 from torch import Tensor
-from torch.utils._python_dispatch import TorchDispatchMode
 
-from fp8fx.graph_call import GraphCall
-from fp8fx.ops.library import REFERENCES
-from fp8fx.plan import Plan
+from fp8fx import coverage
+from fp8fx.coverage import Coverage, plain_flops
 
-aten = torch.ops.aten
+__all__ = ["Coverage", "CoverageMeter", "grid", "plain_flops"]
+
 GRIDS = {"e4m3fn": ml_dtypes.float8_e4m3fn, "e5m2": ml_dtypes.float8_e5m2}
 
 
@@ -47,116 +25,6 @@ def grid(x: Tensor) -> str:
     return ""
 
 
-@dataclass
-class Coverage:
-    """FLOPs (a multiply-add is two) by the grids of the two operands; "" is high precision."""
-
-    flops: Counter[tuple[str, str]] = field(default_factory=Counter)
-
-    @property
-    def total(self) -> int:
-        return sum(self.flops.values())
-
-    @property
-    def on_grid(self) -> int:
-        return sum(count for grids, count in self.flops.items() if all(grids))
-
-    def share(self, exempt: int = 0) -> float:
-        """Share of the FLOPs that ran on two FP8 operands, of all but the `exempt` ones."""
-        return self.on_grid / (self.total - exempt)
-
-
-class CoverageMeter:
-    """Context manager; see the module docstring. `forward` and `backward` are filled while it is active."""
-
+class CoverageMeter(coverage.CoverageMeter):
     def __init__(self) -> None:
-        self.forward, self.backward = Coverage(), Coverage()
-        self._patch: Any = None
-        self._mode = _Counting(self.backward)
-
-    def __enter__(self) -> CoverageMeter:
-        original, forward = GraphCall.__call__, self.forward
-
-        def call(graph: GraphCall, *args: Any) -> Any:
-            with _Counting(forward):
-                return original(graph, *args)
-
-        self._patch = mock.patch.object(GraphCall, "__call__", call)
-        self._patch.start()
-        return self
-
-    def __exit__(self, *problem: Any) -> None:
-        self._patch.stop()
-
-    def run_backward(self, loss: Tensor) -> None:
-        with self._mode:
-            loss.backward()  # type: ignore[no-untyped-call]
-
-    def share(self, plan: Plan) -> float:
-        """Of forward and backward together, without the exempt layers' three GEMMs."""
-        both = Coverage(self.forward.flops + self.backward.flops)
-        return both.share(3 * plan.exempt_flops)
-
-
-def plain_flops(function: Callable[[], Any]) -> int:
-    """All multiplications' FLOPs of a high-precision `function`, counted the same way."""
-    with _Counting(Coverage()) as mode:
-        function()
-    return mode.coverage.total
-
-
-class _Counting(TorchDispatchMode):
-    def __init__(self, coverage: Coverage) -> None:
-        super().__init__()
-        self.coverage = coverage
-        self._inside = 0
-
-    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        kwargs = kwargs or {}
-        if func.namespace == "fp8fx":
-            with self:
-                self._inside += 1
-                try:
-                    return REFERENCES[func._schema.name.removeprefix("fp8fx::")](*_full(func, args, kwargs))
-                finally:
-                    self._inside -= 1
-        if func.namespace == "aten" and torch._C._dispatch_has_kernel_for_dispatch_key(func.name(), "CompositeImplicitAutograd"):
-            with self:
-                return func.decompose(*args, **kwargs)
-        for a, b, flops in _products(func.overloadpacket, args):
-            grids = (grid(a), grid(b)) if self._inside else ("", "")
-            self.coverage.flops[grids] += flops
-        return func(*args, **kwargs)
-
-
-def _full(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> list[Any]:
-    """All arguments of an operator in the order of its schema, defaults included: references take them by position."""
-    arguments = func._schema.arguments
-    return [
-        args[i] if i < len(args) else kwargs.get(arg.name, arg.default_value if arg.has_default_value() else None)
-        for i, arg in enumerate(arguments)
-    ]
-
-
-def _products(packet: Any, args: tuple[Any, ...]) -> list[tuple[Tensor, Tensor, int]]:
-    """(operand, operand, FLOPs) of each GEMM that this aten call performs."""
-    if packet in (aten.mm, aten.bmm):
-        a, b = args[:2]
-    elif packet in (aten.addmm, aten.baddbmm):
-        a, b = args[1:3]
-    elif packet is aten.convolution:
-        x, w, transposed = args[0], args[1], args[6]
-        return [(x, w, 2 * math.prod(x.shape if transposed else _output(args)) * math.prod(w.shape[1:]))]
-    elif packet is aten.convolution_backward:
-        dy, x, w, transposed, mask = args[0], args[1], args[2], args[7], args[10]
-        flops = 2 * math.prod(x.shape if transposed else dy.shape) * math.prod(w.shape[1:])
-        return [(dy, other, flops) for other, wanted in ((w, mask[0]), (x, mask[1])) if wanted]
-    else:
-        return []
-    return [(a, b, 2 * math.prod(a.shape) * b.shape[-1])]
-
-
-def _output(args: tuple[Any, ...]) -> tuple[int, ...]:
-    with torch.no_grad():
-        x, w, _, *geometry = args[:9]
-        return tuple(torch.convolution(x.to("meta"), w.to("meta"), None, *geometry).shape)
+        super().__init__(grid)

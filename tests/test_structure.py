@@ -21,6 +21,7 @@ passes
 pipeline show
 plan state monitor
 runtime graph_call
+coverage
 compile backend
 loss_scaling
 demo cli targets

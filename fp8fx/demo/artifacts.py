@@ -8,8 +8,9 @@ from typing import Any, Protocol
 
 from fp8fx.demo.report import Result
 from fp8fx.errors import FP8Error
+from fp8fx.pipeline import STAGES
+from fp8fx.show import listing
 
-STAGES = ("capture", "annotate", "insert_qdq", "cancel", "fuse", "lower")
 SMOOTH = 20  # steps a point of the drawn curve averages over
 
 
@@ -32,7 +33,7 @@ def write_graphs(folder: Path, name: str, model: Compiled) -> None:
     """One text per stage, numbered in pipeline order: what a pass did is the difference between two neighbours."""
     folder.mkdir(parents=True, exist_ok=True)
     for number, stage in enumerate(STAGES):
-        (folder / f"{name}-{number}-{stage}.txt").write_text(f"{model.graph(stage=stage).graph}\n")
+        (folder / f"{name}-{number}-{stage}.txt").write_text(listing(model.graph(stage=stage)))
 
 
 def smoothed(losses: list[float], window: int = SMOOTH) -> list[float]:

@@ -4,12 +4,14 @@ import io
 import json
 import math
 from pathlib import Path
-from types import SimpleNamespace
 from typing import Any
 
 import pytest
+import torch
 from rich.console import Console
+from torch import nn
 
+import fp8fx
 from fp8fx.demo import artifacts, report
 from fp8fx.demo.progress import progress
 from fp8fx.demo.report import Result
@@ -101,12 +103,13 @@ def test_curves_are_a_picture(tmp_path: Path) -> None:
 
 
 def test_plan_and_graphs_are_written(tmp_path: Path) -> None:
-    plan = SimpleNamespace(to_json=lambda: "{}")
-    model = SimpleNamespace(plan=lambda: plan, graph=lambda stage: SimpleNamespace(graph=f"graph after {stage}"))
-    artifacts.write_plan(tmp_path, "gpt-hybrid", model)
-    artifacts.write_graphs(tmp_path / "graphs", "gpt-hybrid", model)
-    assert (tmp_path / "gpt-hybrid-plan.json").read_text() == "{}\n"
-    assert (tmp_path / "graphs/gpt-hybrid-2-insert_qdq.txt").read_text() == "graph after insert_qdq\n"
+    fast = fp8fx.compile(nn.Sequential(nn.Linear(8, 8), nn.ReLU(), nn.Linear(8, 8)), "hybrid")
+    fast(torch.randn(4, 8))
+    artifacts.write_plan(tmp_path, "gpt-hybrid", fast)  # type: ignore[arg-type]
+    artifacts.write_graphs(tmp_path / "graphs", "gpt-hybrid", fast)  # type: ignore[arg-type]
+    assert "fp8" in (tmp_path / "gpt-hybrid-plan.txt").read_text()
+    assert json.loads((tmp_path / "gpt-hybrid-plan.json").read_text())["recipe"] == "hybrid"
+    assert "quantize(" in (tmp_path / "graphs/gpt-hybrid-2-insert_qdq.txt").read_text()
     assert len(list((tmp_path / "graphs").iterdir())) == len(artifacts.STAGES)
 
 
