@@ -696,3 +696,12 @@ def test_runtime_is_one_attribute() -> None:
     fast = fp8fx.compile(make())
     assert runtime_of(fast) is vars(fast)["_fp8fx_runtime"]
     assert "_fp8fx_runtime" not in vars(fp8fx.unwrap(fast))
+
+
+def test_more_models_of_one_class_than_dynamo_keeps_entries_for() -> None:
+    """Dynamo keeps at most 256 entries per code object, for all models of a class together; a model has a copy of its own."""
+    with torch._dynamo.config.patch(recompile_limit=2, accumulated_recompile_limit=4):
+        for _ in range(8):
+            fast = fp8fx.compile(nn.Sequential(nn.Linear(4, 4)), "hybrid", fullgraph=True)
+            fast(torch.randn(2, 4))
+            assert fast.plan().fp8

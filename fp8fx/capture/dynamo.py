@@ -10,6 +10,7 @@ import re
 import sys
 import types
 from collections.abc import Callable, Sequence
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -59,8 +60,10 @@ def from_dynamo(
 def _readable_names(graph: fx.Graph) -> None:
     """Inputs by the names a user knows: `fc1_weight` instead of `l_self_modules_fc1_parameters_weight_`."""
     for node in graph.find_nodes(op="placeholder"):
-        _, suffix = split_source(_source(node))
-        name = re.sub(r"\W+", "_", node.meta.get(TENSOR_NAME) or suffix or _local_name(_source(node)) or node.name)
+        base, suffix = split_source(_source(node))
+        if not suffix or suffix[0].isdigit():  # an argument, or an item of `*args`
+            suffix = join(_local_name(base), suffix)
+        name = re.sub(r"\W+", "_", node.meta.get(TENSOR_NAME) or suffix or node.name)
         node._rename(name)
         node.target = node.name
 
@@ -179,19 +182,26 @@ def explain(error: Exception, fullgraph: bool = False) -> FP8Error | None:
 
 
 def compile_with(function: Callable[..., Any], backend: Callable[..., Any], **options: Any) -> Callable[..., Any]:
-    """`torch.compile`, each call with its own cache entries: two models of one class never count against one limit."""
-    if "isolate_recompiles" in inspect.signature(torch.compile).parameters:
+    """`torch.compile`, each call with its own cache entries: models of one class never count against one limit."""
+    if "isolate_recompiles" in inspect.signature(torch.compile).parameters:  # frames inside the model, from torch 2.13 on
         options["isolate_recompiles"] = True
-    else:
-        function = _with_own_code(function)
-    return torch.compile(function, backend=backend, **options)
+    return torch.compile(_with_own_code(function), backend=backend, **options)
 
 
 def _with_own_code(function: Callable[..., Any]) -> Callable[..., Any]:
-    """Up to torch 2.12 cache entries hang on the code object, so each model gets a copy of its forward's."""
+    """Cache entries hang on the code object, at most 256 of them, so each model gets a copy of its forward's.
+
+    The entries go with the copy when the model does.
+    """
     inner = getattr(function, "__func__", function)
     if not isinstance(inner, types.FunctionType):
         return function
+    if inner.__code__.co_filename.startswith(str(Path(torch.__file__).parent)):  # Dynamo would wrap torch.nn's in one of its own
+
+        def run(*args: Any, **kwargs: Any) -> Any:
+            return function(*args, **kwargs)
+
+        return _with_own_code(run)
     copied = types.FunctionType(inner.__code__.replace(), inner.__globals__, inner.__name__, inner.__defaults__, inner.__closure__)
     copied.__kwdefaults__ = inner.__kwdefaults__
     copied.__dict__.update(inner.__dict__)
