@@ -187,12 +187,12 @@ def test_graphs(models: str, tmp_path: Path, capture: str) -> None:
     arguments = ["plan", f"{models}:Net", "-i", "2x8", "--capture", capture]
     out, _ = run(*arguments, "--graph", "insert_qdq", "--save-graphs", str(folder))
     assert "# graph 0 of 1, after insert_qdq" in out
-    assert "torch.ops.fp8fx.linear" in out
+    assert "y_fc1 = linear(x, fc1_weight, fc1_bias, input=[q_x, s_x]" in out
     names = [f"graph-0-{number}-{stage}.txt" for number, stage in enumerate(pipeline.STAGES)]
     assert sorted(path.name for path in folder.iterdir()) == names
     texts = {stage: (folder / name).read_text() for name, stage in zip(names, pipeline.STAGES, strict=True)}
-    assert "fp8fx" not in texts["capture"]
-    assert "# fc1: fp8, defaults (hybrid)" in texts["annotate"]
+    assert "quantize" not in texts["capture"]
+    assert "# site 'fc1': fp8 (defaults (hybrid))" in texts["annotate"]
     assert "fp8_weight_0_q" in texts["lower"]
 
 
