@@ -20,6 +20,7 @@ from torch import fx
 from fp8fx import formats
 from fp8fx.capture.graph import VAL, tensor
 from fp8fx.passes.contract import Context, PassResult, Skip, emit, finish, item
+from fp8fx.passes.effects import Effects
 from fp8fx.passes.reads import read_only_as_anchor
 from fp8fx.spec import TensorSpec
 
@@ -32,15 +33,19 @@ SHAPE_METHODS = {"view", "reshape", "transpose", "permute", "contiguous", "flatt
 
 def cancel(module: fx.GraphModule, context: Context) -> PassResult:
     skips: list[Skip] = []
-    modified = _merge_equal(module.graph)
-    modified |= _cancel_pairs(module.graph, skips)
-    modified |= _merge_equal(module.graph)
+    effects = Effects(module.graph)
+    modified = _merge_equal(module.graph, effects)
+    modified |= _cancel_pairs(module.graph, effects, skips)
+    modified |= _merge_equal(module.graph, effects)
     modified |= _drop_unread(module.graph)
     return finish(module, modified, skips)
 
 
-def _merge_equal(graph: fx.Graph) -> bool:
-    """`quantize(x); quantize(x) = quantize(x)`: equal arguments, random bits included, give equal codes."""
+def _merge_equal(graph: fx.Graph, effects: Effects) -> bool:
+    """`quantize(x); quantize(x) = quantize(x)`: equal arguments, random bits included, give equal codes.
+
+    Unless something writes x in between: then the later one stands for those that follow.
+    """
     seen: dict[tuple[Any, ...], fx.Node] = {}
     modified = False
     for node in list(graph.find_nodes(op="call_function", target=QUANTIZE)):
@@ -48,7 +53,9 @@ def _merge_equal(graph: fx.Graph) -> bool:
         spec = TensorSpec.parse(str(node.args[1]))
         key = key if spec.stochastic else key[:3]  # site and role only name random bits
         kept = seen.setdefault(key, node)
-        if kept is not node:
+        if kept is not node and effects.written_between(kept, node, node.args[0]):
+            seen[key] = node
+        elif kept is not node:
             for user in list(node.users):
                 user.replace_all_uses_with(item(graph, kept, user.args[1]))  # type: ignore[arg-type]
                 graph.erase_node(user)
@@ -57,7 +64,7 @@ def _merge_equal(graph: fx.Graph) -> bool:
     return modified
 
 
-def _cancel_pairs(graph: fx.Graph, skips: list[Skip]) -> bool:
+def _cancel_pairs(graph: fx.Graph, effects: Effects, skips: list[Skip]) -> bool:
     """`quantize(dequantize(q)) = q`, also through shape operations."""
     modified = False
     for node in list(graph.find_nodes(op="call_function", target=QUANTIZE)):
@@ -67,6 +74,9 @@ def _cancel_pairs(graph: fx.Graph, skips: list[Skip]) -> bool:
         wanted, had = TensorSpec.parse(str(node.args[1])), TensorSpec.parse(str(source.args[3]))
         if not _equal_codes(wanted, had, source.args[4]):
             skips.append(Skip("quantize(dequantize(q)) = q", node.name, f"{had.text} and {wanted.text} do not give equal codes"))
+            continue
+        if effects.written_between(source, node, source, *chain):
+            skips.append(Skip("quantize(dequantize(q)) = q", node.name, "the dequantized tensor is written in place before it is read"))
             continue
         q, scale = source.args[1], source.args[2]
         for step in reversed(chain):
@@ -93,15 +103,22 @@ def _equal_codes(wanted: TensorSpec, had: TensorSpec, dtype: Any) -> bool:
 def _shape_chain(node: Any) -> tuple[list[fx.Node], fx.Node | None]:
     """The shape operations from `node` up, nearest first, and what they start from."""
     chain: list[fx.Node] = []
-    while isinstance(node, fx.Node) and node.op == "call_method" and node.target in SHAPE_METHODS:
+    while _moves_elements(node):
         chain.append(node)
         node = node.args[0]
     return chain, node if isinstance(node, fx.Node) else None
 
 
+def _moves_elements(node: Any) -> bool:
+    """A shape operation; `view(dtype)` reads the same bytes as other numbers and is none."""
+    if not isinstance(node, fx.Node) or node.op != "call_method" or node.target not in SHAPE_METHODS:
+        return False
+    return not any(isinstance(arg, torch.dtype) for arg in (*node.args, *node.kwargs.values()))
+
+
 def _only_anchor(node: fx.Node) -> bool:
     """Read as an anchor only, directly or through shape operations."""
-    shaped = [user for user in node.users if user.op == "call_method" and user.target in SHAPE_METHODS and user.users]
+    shaped = [user for user in node.users if _moves_elements(user) and user.users]
     return read_only_as_anchor(node, but=shaped) and all(_only_anchor(user) for user in shaped)
 
 

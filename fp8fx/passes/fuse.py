@@ -20,21 +20,23 @@ from torch.nn import functional as F
 
 from fp8fx.capture.graph import VAL, tensor
 from fp8fx.passes.contract import Context, PassResult, Skip, emit, finish, is_item, item, same_region
+from fp8fx.passes.effects import Effects
 from fp8fx.passes.reads import read_only_as_anchor, reads_values
 from fp8fx.spec import GEMMS, SiteSpec, TensorSpec
 
 ops = torch.ops.fp8fx
 QUANTIZE, LINEAR = ops.quantize.default, ops.linear.default
 
-Rule = Callable[[fx.Graph, fx.Node], "str | None"]  # None: rewritten; "": no such pattern; else the reason it does not apply
+Rule = Callable[[fx.Graph, fx.Node, Effects], "str | None"]  # None: rewritten; "": no such pattern; else the reason it does not apply
 
 
 def fuse(module: fx.GraphModule, context: Context) -> PassResult:
     skips: list[Skip] = []
     modified = False
+    effects = Effects(module.graph)
     for name, target, rule in RULES:
         for node in list(module.graph.find_nodes(op="call_function", target=target)):
-            reason = rule(module.graph, node)
+            reason = rule(module.graph, node, effects)
             modified |= reason is None
             if reason:
                 skips.append(Skip(name, node.name, reason))
@@ -43,20 +45,20 @@ def fuse(module: fx.GraphModule, context: Context) -> PassResult:
 
 def _activation(node: Any) -> str | None:
     """The name of an activation that mlp knows, or None."""
-    if not isinstance(node, fx.Node):
+    if not isinstance(node, fx.Node) or len(node.args) != 1:
         return None
-    plain = not node.kwargs or (set(node.kwargs) <= {"inplace"} and not node.kwargs.get("inplace"))
+    plain = not node.kwargs or (set(node.kwargs) <= {"inplace"} and node.kwargs.get("inplace") is False)
     if node.target is F.gelu:
         kind = node.kwargs.get("approximate", "none")
         return "gelu_tanh" if kind == "tanh" else "gelu"
     if node.target in (F.relu, torch.relu, "relu"):
-        return "relu" if plain and len(node.args) == 1 else None
+        return "relu" if plain else None
     if node.target is F.silu:
-        return "silu" if plain and len(node.args) == 1 else None
+        return "silu" if plain else None
     return None
 
 
-def _mlp(graph: fx.Graph, node: fx.Node) -> str | None:
+def _mlp(graph: fx.Graph, node: fx.Node, effects: Effects) -> str | None:
     """`linear(act(linear(x, w1)), w2) = mlp(x, w1, w2)`; `node` is the second linear."""
     act = node.args[0]
     name = _activation(act)
@@ -76,7 +78,7 @@ def _mlp(graph: fx.Graph, node: fx.Node) -> str | None:
         return "the quantized activation is read elsewhere"
     if set(first.users) != {act}:
         return "the first linear's output is read elsewhere"
-    if problem := _mlp_obstacle(first, node, quantize):
+    if problem := _mlp_obstacle(first, node, quantize) or _cannot_move(effects, first, node, first.args[2], first):
         return problem
     x, w1, b1, input, weight1, row1, rng, site1, in1, wt1, back1, dtype1 = first.args
     _, w2, b2, _, weight2, row2, _, site2, in2, wt2, back2, dtype2 = node.args
@@ -105,7 +107,14 @@ def _mlp_obstacle(first: fx.Node, second: fx.Node, quantize: fx.Node) -> str:
     return ""
 
 
-def _layer_norm(graph: fx.Graph, node: fx.Node) -> str | None:
+def _cannot_move(effects: Effects, node: fx.Node, down_to: fx.Node, *read: Any) -> str:
+    """Why the work of `node`, which reads `read`, cannot be done at `down_to` instead; or nothing."""
+    if effects.mode_changes_between(node, down_to):
+        return "grad mode or autocast changes in between"
+    return "a tensor it reads is written in place in between" if effects.written_between(node, down_to, *read) else ""
+
+
+def _layer_norm(graph: fx.Graph, node: fx.Node, effects: Effects) -> str | None:
     """`quantize(layer_norm(x)) = layer_norm_quantize(x)`."""
     readers = [user for user in node.users if user.target is QUANTIZE]
     if not readers:
@@ -122,6 +131,8 @@ def _layer_norm(graph: fx.Graph, node: fx.Node) -> str | None:
     x, out = tensor(a["input"]), tensor(node)
     if x is None or out is None or x.dtype != out.dtype:
         return "autocast changes its dtype"
+    if problem := _cannot_move(effects, node, quantize, a["input"], a["weight"], a["bias"]):
+        return problem
     _, spec, dims, rng, site, role = quantize.args
     with graph.inserting_before(quantize):
         made = emit(
@@ -132,7 +143,7 @@ def _layer_norm(graph: fx.Graph, node: fx.Node) -> str | None:
     return None
 
 
-def _linear_quantize(graph: fx.Graph, node: fx.Node) -> str | None:
+def _linear_quantize(graph: fx.Graph, node: fx.Node, effects: Effects) -> str | None:
     """`quantize(linear(x, w)) = linear_quantize(x, w)`."""
     readers = [user for user in node.users if user.target is QUANTIZE]
     if len(readers) != 1 or node.args[11] is not torch.float32:
@@ -144,6 +155,8 @@ def _linear_quantize(graph: fx.Graph, node: fx.Node) -> str | None:
         return "activation checkpointing begins or ends in between"
     if (quantize.args[4], quantize.args[5]) != (node.args[7], "output"):
         return "the quantize belongs to the next site"
+    if problem := _cannot_move(effects, node, quantize, node.args[2], node):
+        return problem
     with graph.inserting_before(quantize):
         made = emit(graph, node, ops.linear_quantize.default, *node.args[:11], quantize.args[1], node.args[11])
     _replace_producer(graph, node, quantize, made)

@@ -24,6 +24,7 @@ from torch import Tensor, fx
 from fp8fx.capture.graph import TENSOR_NAME
 from fp8fx.capture.regions import outline_regions
 from fp8fx.passes.contract import Context, PassResult, finish
+from fp8fx.passes.effects import Effects
 from fp8fx.spec import TensorSpec
 
 WEIGHTS = "fp8_weights"  # module.meta: list[WeightInput], in the order of their inputs
@@ -50,8 +51,9 @@ class WeightInput:
 def lower(module: fx.GraphModule, context: Context) -> PassResult:
     weights: list[WeightInput] = list(module.meta.get(WEIGHTS, ()))
     before = len(weights)
+    effects = Effects(module.graph)
     for node in list(module.graph.find_nodes(op="call_function", target=torch.ops.fp8fx.quantize.default)):
-        found = _weight(node)
+        found = _weight(node, effects)
         if found is None:
             continue
         placeholder, views = found
@@ -70,18 +72,26 @@ def lower(module: fx.GraphModule, context: Context) -> PassResult:
     return finished
 
 
-def _weight(node: fx.Node) -> tuple[fx.Node, tuple[tuple[Any, tuple[Any, ...]], ...]] | None:
+def _weight(node: fx.Node, effects: Effects) -> tuple[fx.Node, tuple[tuple[Any, tuple[Any, ...]], ...]] | None:
     """The parameter that is quantized and the views between, or None for an activation or a stochastic rounding."""
     if TensorSpec.parse(str(node.args[1])).stochastic:
         return None
     views = []
     seen: Any = node.args[0]
-    while isinstance(seen, fx.Node) and seen.target in _VIEWS and all(isinstance(arg, int) for arg in seen.args[1:]):
+    while _is_view(seen):
         views.append((seen.target, tuple(seen.args[1:])))
         seen = seen.args[0]
     if not isinstance(seen, fx.Node) or seen.op != "placeholder" or not seen.meta.get(TENSOR_NAME):
         return None
+    if effects.written_before(node, seen):  # the graph itself changes it first: a cache, a weight that is clamped
+        return None
     return seen, tuple(reversed(views))
+
+
+def _is_view(node: Any) -> bool:
+    if not isinstance(node, fx.Node) or node.op not in ("call_function", "call_method") or node.kwargs:
+        return False
+    return node.target in _VIEWS and all(isinstance(arg, int) for arg in node.args[1:])
 
 
 def _replace_output(graph: fx.Graph, quantize: fx.Node, output: int, placeholder: fx.Node) -> None:
