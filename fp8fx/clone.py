@@ -17,6 +17,7 @@ from torch import nn
 from fp8fx.errors import CaptureError, ModelError
 
 RUNTIME = "_fp8fx_runtime"  # attribute of a compiled model
+BASE = "_fp8fx_base"  # attribute of its class: the class it was made from
 PREFIX = "_fp8fx."  # of fp8fx's own entries in a state_dict
 
 
@@ -71,6 +72,7 @@ def _make_class(base: type[nn.Module]) -> type[nn.Module]:
         base._load_from_state_dict(self, state_dict, prefix, *rest)
 
     members: dict[str, Any] = {
+        BASE: base,
         "forward": forward,
         "__reduce_ex__": reduce,
         "_save_to_state_dict": save,
@@ -101,8 +103,8 @@ def _rebuild(base: type[nn.Module]) -> nn.Module:
 
 
 def base_class(model: nn.Module) -> type[nn.Module]:
-    """The class the model had before it was compiled."""
-    return type(model).__mro__[1] if runtime_of(model) is not None else type(model)
+    """The class the model had before it was compiled, also where torch has made a subclass of the compiled one since."""
+    return getattr(type(model), BASE) if runtime_of(model) is not None else type(model)
 
 
 def check_model(model: object) -> nn.Module:

@@ -12,7 +12,7 @@ from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, Any
 
 import torch
-from torch import Tensor, fx
+from torch import Tensor, fx, nn
 
 from fp8fx.capture import dynamo
 from fp8fx.capture.graph import TENSOR_NAME, copy_graph
@@ -52,42 +52,59 @@ class SharedGraph:
         self.module.compile_subgraph_reason = getattr(module, "compile_subgraph_reason", None)  # type: ignore[assignment]
         self.frame = dynamo.frame_key()
         self.places: list[int] = []
+        self.by_names: dict[tuple[str, ...], Callable[..., Any]] = {}
+        self.by_identity: dict[tuple[int, ...], tuple[Callable[..., Any], list[weakref.ref[Any]]]] = {}
         self.first: Callable[..., Any] = self._rewrite(example_inputs)
-        self.by_identity: dict[tuple[int, ...], Callable[..., Any]] = {self._identity(example_inputs): self.first}
+        self._remember(example_inputs, self.first)
 
     @property
     def runtime(self) -> Runtime:
         return alive(self._runtime)
 
     def __call__(self, *args: Any) -> Any:
-        call = self.by_identity.get(self._identity(args))
-        return (call or self._meet(args))(*args)
+        known = self.by_identity.get(self._identity(args))
+        return (self._meet(args) if known is None else known[0])(*args)
 
     def _identity(self, args: Sequence[Any]) -> tuple[int, ...]:
         return tuple(id(args[place]) for place in self.places)
 
     def _meet(self, args: Sequence[Any]) -> Callable[..., Any]:
-        """Parameters not seen before: other parameters of this model get a version of their own.
+        """Parameters not seen before: those of other names get a version of their own.
 
-        Tensors that are none of the model's (torch.func.functional_call puts them in its place) run the first version.
+        Tensors under names already seen (a parameter was replaced, or torch.func.functional_call has put one in its place) run
+        the version of those names; tensors that are none of the model's run the first.
         """
         names = RootNames(self.runtime.root)
-        if not all(names.of_tensor(args[place]) for place in self.places):
+        found = [names.of_tensor(args[place]) for place in self.places]
+        if not all(found):
             return self.first
-        made = self.by_identity[self._identity(args)] = self._rewrite(args)
+        made = next((call for seen, call in self.by_names.items() if _are(found, seen)), None) or self._rewrite(args)
+        self._remember(args, made)
         return made
+
+    def _remember(self, args: Sequence[Any], call: Callable[..., Any]) -> None:
+        """Until one of the parameters is gone: its identity may be another's then."""
+        key, known = self._identity(args), self.by_identity
+        known[key] = (call, [weakref.ref(args[place], lambda _: known.pop(key, None)) for place in self.places])
 
     def _rewrite(self, inputs: Sequence[Any]) -> Callable[..., Any]:
         captured = dynamo.from_dynamo(self.module, inputs, self.runtime.root, self.runtime.numbering, self.frame)
         placeholders = captured.graph.find_nodes(op="placeholder")
         self.places = [i for i, node in enumerate(placeholders) if node.meta[TENSOR_NAME]]
-        return self.runtime.rewrite(captured, inputs, dynamo.append_placeholder)
+        made = self.runtime.rewrite(captured, inputs, dynamo.append_placeholder)
+        self.by_names.setdefault(tuple(placeholders[i].meta[TENSOR_NAME] for i in self.places), made)
+        return made
+
+
+def _are(found: list[list[str]], seen: tuple[str, ...]) -> bool:
+    return len(found) == len(seen) and all(name in names for names, name in zip(found, seen, strict=True))
 
 
 class GraphCall:
     """One rewritten graph as torch calls it: the user's inputs, then the meter, the rng and the quantized weights."""
 
-    def __init__(self, runtime: Runtime, module: fx.GraphModule) -> None:
+    def __init__(self, runtime: Runtime, module: fx.GraphModule, inputs: Sequence[Any]) -> None:
+        """inputs: those it was made for. Of the weights, parameters and the buffers among these are the model's own, and kept."""
         self._runtime = weakref.ref(runtime)
         self.inner: Callable[..., Any] = module
         placeholders = module.graph.find_nodes(op="placeholder")
@@ -95,6 +112,10 @@ class GraphCall:
         self.names = [node.meta["extra"] for node in placeholders if "extra" in node.meta]
         self.slots: list[str] = module.meta.get(SLOTS, [])
         self.weights: list[tuple[int, WeightInput]] = [(position[w.placeholder], w) for w in module.meta.get(WEIGHTS, [])]
+        buffers = {id(buffer) for buffer in runtime.root.buffers()} if self.weights else set()
+        self.buffers: list[weakref.ref[Any] | None] = [
+            weakref.ref(inputs[place]) if id(inputs[place]) in buffers else None for place, _ in self.weights
+        ]
 
     @property
     def runtime(self) -> Runtime:
@@ -120,7 +141,10 @@ class GraphCall:
         if RNG in self.names:
             found[RNG] = self.runtime.stream.tensor(device)
         for index, (place, wanted) in enumerate(self.weights):
-            q, scale = self.runtime.weights.get(args[place], wanted, self.runtime.keeps_weights(wanted))
+            buffer = self.buffers[index]
+            own = isinstance(args[place], nn.Parameter) or (buffer is not None and args[place] is buffer())
+            keep = own and self.runtime.keeps_weights(wanted)
+            q, scale = self.runtime.weights.get(args[place], wanted, keep)
             found[f"fp8_weight_{index}_q"], found[f"fp8_weight_{index}_scale"] = q, scale
         return [found[name] for name in self.names]
 

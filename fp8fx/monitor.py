@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import warnings
 
+import torch
 from torch import Tensor
 
 from fp8fx.errors import FP8Warning
@@ -18,7 +19,7 @@ STEPS = 5
 
 
 class UnderflowMonitor:
-    """Counts per site name. Off the hot path: rows stay on their device until the step is over."""
+    """Counts per site name. Off the hot path: they are summed on their device until the step is over."""
 
     def __init__(self, formats: dict[str, str], advice: str) -> None:
         """formats: site -> format of its gradient, for the message. advice: what to do about it."""
@@ -27,21 +28,23 @@ class UnderflowMonitor:
         self.running: dict[str, int] = {}
         self.last_share: dict[str, float] = {}
         self.warned: set[str] = set()
-        self._rows: list[tuple[list[str], Tensor]] = []
+        self._sums: dict[tuple[torch.device, tuple[str, ...]], Tensor] = {}
 
     def fold(self, slots: list[str], rows: Tensor) -> None:
         """Take the rows [len(slots), 4] of one backward pass."""
-        self._rows.append((slots, rows.detach()))
+        key = (rows.device, tuple(slots))
+        sums = rows.detach().double()  # a copy: the counts of many passes, exact
+        self._sums[key] = self._sums[key] + sums if key in self._sums else sums
 
     def end_step(self) -> None:
         """Judge the step that is over; called at the first training forward after an optimizer step."""
         counts: dict[str, list[float]] = {}
-        for slots, rows in self._rows:
+        for (_, slots), rows in self._sums.items():
             for name, (_, nonzero, flushed, _) in zip(slots, rows.tolist(), strict=True):
                 total = counts.setdefault(name, [0.0, 0.0])
                 total[0] += nonzero
                 total[1] += flushed
-        self._rows.clear()
+        self._sums.clear()
         for name, (nonzero, flushed) in counts.items():
             if nonzero == 0:
                 continue

@@ -12,7 +12,7 @@ from torch import fx
 
 from fp8fx.capture.graph import Captured, copy_graph
 from fp8fx.capture.sites import read_site
-from fp8fx.errors import PassError, allowed, nearest
+from fp8fx.errors import FP8Error, PassError, allowed, nearest
 from fp8fx.passes.annotate import annotate
 from fp8fx.passes.cancel import cancel
 from fp8fx.passes.contract import Context, Pass, SiteDecision, Skip, decision
@@ -58,7 +58,9 @@ def run(captured: Captured, context: Context, stage: str = "lower") -> Compiled:
         start = time.perf_counter()
         try:
             made = function(result.module, context)
-        except (PassError, AssertionError, RuntimeError) as error:
+        except FP8Error:
+            raise
+        except Exception as error:
             raise PassError(
                 f"pass {name} failed: {error}. This is a bug in fp8fx or in a pass of yours; the model is untouched."
             ) from error

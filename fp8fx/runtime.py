@@ -6,10 +6,11 @@ stream, and drops the graphs: a copy captures its own.
 
 from __future__ import annotations
 
+import contextlib
 import logging
 import warnings
 import weakref
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -62,6 +63,22 @@ def module_types(root: nn.Module) -> dict[str, tuple[str, ...]]:
         name: tuple(cls.__name__ for cls in type(module).__mro__ if cls not in (nn.Module, object))
         for name, module in root.named_modules(remove_duplicate=False)
     }
+
+
+@contextlib.contextmanager
+def without_fastpath() -> Iterator[None]:
+    """torch.nn's attention modules have a fused forward of their own for eval without gradients, which hides their layers.
+
+    Off at every call, so that what Dynamo saw of the switch at capture holds at later calls.
+    """
+    if not torch.backends.mha.get_fastpath_enabled():
+        yield
+        return
+    torch.backends.mha.set_fastpath_enabled(False)
+    try:
+        yield
+    finally:
+        torch.backends.mha.set_fastpath_enabled(True)
 
 
 class Runtime:
@@ -139,7 +156,7 @@ class Runtime:
         if self.options.plan_only:
             self.graphs.append(record)
             return captured.module
-        call = GraphCall(self, compiled.module)
+        call = GraphCall(self, compiled.module, example_inputs)
         call.inner = self._inner(compiled.module, [*example_inputs, *dynamo.static(call.extras(example_inputs))])
         self.graphs.append(record)
         self.monitor.formats.update({row.name: row.grad_format for row in record.rows})
@@ -167,7 +184,8 @@ class Runtime:
             self.attach(root)
         forward = self._forward or self._compile(root)
         try:
-            result = forward(*args, **kwargs)
+            with without_fastpath():
+                result = forward(*args, **kwargs)
         except Exception as error:
             return self._failed(root, error, args, kwargs)
         if not self._reported:

@@ -7,12 +7,11 @@ A step begins at the first training forward after an optimizer step, whichever o
 from __future__ import annotations
 
 import weakref
-from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from torch.optim.optimizer import register_optimizer_step_post_hook
 
 from fp8fx.passes.lower import WeightInput
@@ -49,7 +48,9 @@ class WeightCache:
         if found is not None and found[0]() is weight and found[1:3] == (weight._version, weight.data_ptr()):
             return found[3], found[4]
         q, scale = quantize_weight(weight, wanted)
-        self._entries[key] = (weakref.ref(weight), weight._version, weight.data_ptr(), q, scale)
+        entries = self._entries
+        gone = weakref.ref(weight, lambda _: entries.pop(key, None))  # an entry that is replaced takes its callback along
+        entries[key] = (gone, weight._version, weight.data_ptr(), q, scale)
         return q, scale
 
     def clear(self) -> None:
@@ -86,8 +87,3 @@ class OptimizerSteps:
 
 
 OPTIMIZER_STEPS = OptimizerSteps()
-
-
-def devices_of(model: nn.Module) -> set[torch.device]:
-    tensors: Iterable[Tensor] = [*model.parameters(), *model.buffers()]
-    return {t.device for t in tensors}
