@@ -9,6 +9,7 @@ until gradients overflow, settles there, and training succeeds. Prints a table a
 from __future__ import annotations
 
 import argparse
+import itertools
 import json
 import warnings
 from dataclasses import asdict, dataclass, field
@@ -55,7 +56,7 @@ def train(steps: int, scaled: bool) -> Outcome:
 def settled(scales: list[float]) -> bool:
     """In the second half the scale both grew and backed off, and stayed within a factor of 16."""
     half = scales[len(scales) // 2 :]
-    moved = {later > earlier for earlier, later in zip(half, half[1:], strict=False) if later != earlier}
+    moved = {later > earlier for earlier, later in itertools.pairwise(half) if later != earlier}
     return moved == {True, False} and max(half) / min(half) <= 16
 
 
