@@ -28,7 +28,9 @@ def fp8fx(module: fx.GraphModule, example_inputs: Sequence[Any], **kwargs: Any) 
     """What torch.compile calls with each captured graph. `options`: recipe, exempt, output_fused, inner, inner_mode."""
     given = _checked(kwargs)
     recipe = Recipe.load(given.pop("recipe", "hybrid")).with_overrides(given.pop("exempt", ()), given.pop("output_fused", ()))
-    return _runtime(recipe, Options(**given)).backend(module, example_inputs)
+    made = Options(**given)
+    made.check()
+    return _runtime(recipe, made).backend(module, example_inputs)
 
 
 def _checked(kwargs: Mapping[str, Any]) -> dict[str, Any]:

@@ -28,7 +28,6 @@ if TYPE_CHECKING:
     from torch import nn
 
 WIDTH = 160  # of tables that go to a file or a pipe
-STAGES = ("capture", "annotate", "insert_qdq", "cancel", "fuse", "lower")
 
 
 class Capture(StrEnum):
@@ -139,7 +138,9 @@ def plan(
         Capture | None, typer.Option("--capture", help="The front end. Default: dynamo with --input, symbolic without.")
     ] = None,
     json_file: Annotated[Path | None, typer.Option("--json", help="Write the plan as JSON to this file.")] = None,
-    graph: Annotated[str | None, typer.Option("--graph", help=f"Print the graph after a stage: {', '.join(STAGES)}.")] = None,
+    graph: Annotated[
+        str | None, typer.Option("--graph", help="Print the graph after a stage: capture, annotate, insert_qdq, cancel, fuse, lower.")
+    ] = None,
     save_graphs: Annotated[Path | None, typer.Option("--save-graphs", help="Write the graph after every stage to this folder.")] = None,
     high: Annotated[int, typer.Option("--high", min=0, help="Integer inputs are drawn from 0 to this number.")] = 9,
     seed: Annotated[int, typer.Option("--seed", help="Of the random inputs.")] = 0,
@@ -194,6 +195,8 @@ def _print_plan(made: Any) -> None:
 
 def _graphs(runtime: Any, stage: str | None, folder: Path | None) -> None:
     """Print the graphs after `stage`, and write those after every stage: `graph-0-2-insert_qdq.txt`."""
+    from fp8fx.pipeline import STAGES
+
     numbers = range(len(runtime.graphs))
     if stage is not None:
         for index in numbers:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 import os
 from collections.abc import Mapping, Sequence
 from typing import Any, TypeVar
@@ -11,18 +12,13 @@ from torch import Tensor, nn
 
 from fp8fx.capture import symbolic
 from fp8fx.clone import PREFIX, RUNTIME, check_model, clone, compiled_class, plain, runtime_of
-from fp8fx.errors import CaptureError, ModelError, allowed, nearest
+from fp8fx.errors import CaptureError, ModelError
 from fp8fx.plan import Plan
 from fp8fx.recipe import Recipe
 from fp8fx.runtime import Options, Runtime, module_types
 
 M = TypeVar("M", bound=nn.Module)
 RecipeLike = str | os.PathLike[str] | Mapping[str, Any] | Recipe
-_CHOICES = {
-    "inner": ("auto", "eager", "aot_eager", "inductor"),
-    "capture": ("dynamo", "symbolic"),
-    "on_capture_error": ("raise", "eager"),
-}
 
 
 def compile(
@@ -53,10 +49,10 @@ def compile(
     devices, cannot be copied); the first call raises CaptureError if the model cannot be captured.
     """
     check_model(model)
-    _check_choices(inner=inner, capture=capture, on_capture_error=on_capture_error)
+    options = Options(inner, inner_mode, fullgraph, dynamic, capture, on_capture_error)
+    options.check()
     loaded = Recipe.load(recipe).with_overrides(exempt=exempt, output_fused=output_fused)
     loaded.check_names(module_types(model))
-    options = Options(inner, inner_mode, fullgraph, dynamic, capture, on_capture_error)
     if capture == "symbolic" and on_capture_error == "raise":
         symbolic.trace(model)
     return _compiled(model, loaded, options)
@@ -71,12 +67,6 @@ def _compiled(model: M, recipe: Recipe, options: Options, share_buffers: bool = 
     runtime.attach(fast)
     runtime.original = model
     return fast  # type: ignore[return-value]
-
-
-def _check_choices(**given: str) -> None:
-    for key, value in given.items():
-        if value not in _CHOICES[key]:
-            raise ModelError(f"{key}={value!r}: allowed are {allowed(_CHOICES[key])}.{nearest(value, _CHOICES[key])}")
 
 
 def plan(
@@ -98,26 +88,33 @@ def plan(
         return runtime.plan()  # type: ignore[no-any-return]
     check_model(model)
     capture = capture or ("symbolic" if example_inputs is None else "dynamo")
-    _check_choices(capture=capture)
+    options = Options(capture=capture, plan_only=True)
+    options.check()
     loaded = Recipe.load(recipe).with_overrides(exempt=exempt, output_fused=output_fused)
     loaded.check_names(module_types(model))
     if example_inputs is None and capture == "dynamo":
         raise CaptureError("capture='dynamo' runs the model, so it needs example_inputs: a tensor, a tuple or a dict")
-    probe = _compiled(model, loaded, Options(capture=capture, plan_only=True), share_buffers=False)
+    probe = _compiled(model, loaded, options, share_buffers=False)
     if example_inputs is None:
         runtime = runtime_of(probe)
         captured, _ = symbolic.from_symbolic(symbolic.trace(model), (), probe)
         runtime.rewrite(captured, (), symbolic.append_placeholder)
         return runtime.plan()  # type: ignore[no-any-return]
-    args, kwargs = _arguments(example_inputs)
+    args, kwargs = _arguments(model, example_inputs)
     devices = [t.device for t in model.parameters() if t.is_cuda]
     with torch.random.fork_rng(devices=devices), torch.no_grad():
         probe(*args, **kwargs)
     return runtime_of(probe).plan()  # type: ignore[no-any-return]
 
 
-def _arguments(example_inputs: Any) -> tuple[tuple[Any, ...], dict[str, Any]]:
+def _arguments(model: nn.Module, example_inputs: Any) -> tuple[tuple[Any, ...], dict[str, Any]]:
     if isinstance(example_inputs, Mapping):
+        signature = inspect.signature(model.forward)
+        try:
+            signature.bind(**example_inputs)
+        except TypeError as error:
+            names = ", ".join(signature.parameters)
+            raise ModelError(f"example_inputs do not fit {type(model).__name__}.forward({names}): {error}") from None
         return (), dict(example_inputs)
     return (tuple(example_inputs), {}) if isinstance(example_inputs, (tuple, list)) else ((example_inputs,), {})
 

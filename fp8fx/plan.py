@@ -15,7 +15,7 @@ from torch import nn
 
 from fp8fx.passes.contract import Skip
 from fp8fx.pipeline import Annotated
-from fp8fx.recipe import Recipe
+from fp8fx.recipe import Recipe, Unmatched
 from fp8fx.spec import ROLES, SiteSpec
 
 QUANTIZABLE = (
@@ -37,6 +37,11 @@ class SiteRow:
     flops: int
     calls: int = 1
     spec: SiteSpec | None = None
+
+    @property
+    def key(self) -> tuple[str, str, str]:
+        """What makes a row of its own: a tied table is an embedding and a linear layer, under one name."""
+        return self.name, self.op, self.decision
 
     @property
     def grad_format(self) -> str:
@@ -66,28 +71,34 @@ def formats_of(spec: SiteSpec | None) -> str:
 
 
 def site_rows(annotated: Iterable[Annotated]) -> list[SiteRow]:
-    """Rows of one graph; a layer called several times is one row."""
-    rows: dict[str, SiteRow] = {}
+    """Rows of one graph; a layer called several times is one row, if every call does the same operation and is decided alike."""
+    rows: dict[tuple[str, str, str], SiteRow] = {}
     for site in annotated:
         made = site.decision
         row = SiteRow(made.name, made.op, site.shape, made.mode, formats_of(made.spec), made.reason, site.flops, 1, made.spec)
-        old = rows.get(made.name)
-        rows[made.name] = row if old is None else replace(old, flops=old.flops + row.flops, calls=old.calls + 1)
+        old = rows.get(row.key)
+        rows[row.key] = row if old is None else replace(old, flops=old.flops + row.flops, calls=old.calls + 1)
     return list(rows.values())
 
 
-def build_plan(graphs: Sequence[list[SiteRow]], skips: Sequence[list[Skip]], root: nn.Module, recipe: Recipe) -> Plan:
+def build_plan(
+    graphs: Sequence[list[SiteRow]], skips: Sequence[list[Skip]], root: nn.Module, recipe: Recipe, notes: Sequence[str] = ()
+) -> Plan:
     """Rows of all graphs in the order of capture. A graph captured again (other shapes, no_grad) adds no row twice."""
-    rows: dict[str, SiteRow] = {}
+    rows: dict[tuple[str, str, str], SiteRow] = {}
     for graph in graphs:
         for row in graph:
-            rows.setdefault(row.name, row)
-    notes = list(dict.fromkeys(skip.reason for group in skips for skip in group if skip.rule == "recipe"))
+            rows.setdefault(row.key, row)
+    said = [[skip.reason for skip in group if skip.rule == "recipe"] for group in skips]
+    of_graphs = [note for group in said for note in group if not isinstance(note, Unmatched) or all(note in other for other in said)]
+    notes = list(dict.fromkeys([*of_graphs, *notes]))
     left = list(dict.fromkeys(f"{skip.node}: {skip.rule}: {skip.reason}" for group in skips for skip in group if skip.rule != "recipe"))
-    return Plan(recipe.name, [*rows.values(), *_not_captured(root, rows)], notes, left, captured=bool(graphs))
+    return Plan(
+        recipe.name, [*rows.values(), *_not_captured(root, {row.name for row in rows.values()})], notes, left, captured=bool(graphs)
+    )
 
 
-def _not_captured(root: nn.Module, rows: dict[str, SiteRow]) -> list[SiteRow]:
+def _not_captured(root: nn.Module, rows: set[str]) -> list[SiteRow]:
     """Layers of the model that no captured graph holds: not called, or called where capture could not follow."""
     names: dict[int, list[str]] = {}
     modules = dict(root.named_modules(remove_duplicate=False))
@@ -116,7 +127,7 @@ class Plan:
     captured: bool = True
 
     def __getitem__(self, name: str) -> SiteRow:
-        """The row of one layer, by name."""
+        """The row of one layer, by name; the first, where it has several."""
         for row in self.rows:
             if row.name == name:
                 return row

@@ -19,16 +19,18 @@ from torch import Tensor, fx, nn
 
 from fp8fx import pipeline
 from fp8fx.capture import dynamo, symbolic
-from fp8fx.capture.graph import Captured
-from fp8fx.capture.naming import Numbering
+from fp8fx.capture.graph import SITE, Captured
+from fp8fx.capture.naming import Numbering, weight_source
+from fp8fx.capture.sites import read_site
 from fp8fx.clone import base_class
-from fp8fx.errors import CaptureError, FP8Warning, RecipeError
+from fp8fx.errors import CaptureError, FP8Warning, ModelError, RecipeError, allowed, nearest
 from fp8fx.graph_call import GraphCall, SharedGraph, alive
 from fp8fx.monitor import UnderflowMonitor
 from fp8fx.passes.contract import Context
 from fp8fx.passes.lower import WeightInput
 from fp8fx.plan import Plan, SiteRow, build_plan, site_rows
 from fp8fx.recipe import Recipe
+from fp8fx.recipe.resolve import BOUNDARY_OPS
 from fp8fx.state import OPTIMIZER_STEPS, Stream, WeightCache
 
 LOG = logging.getLogger("fp8fx")
@@ -46,6 +48,21 @@ class Options:
     on_capture_error: str = "raise"  # raise | eager
     plan_only: bool = False
 
+    def check(self) -> None:
+        """Raise ModelError for a word that is none of those allowed."""
+        choices: dict[str, tuple[str, ...]] = {
+            "inner": ("auto", "eager", "aot_eager", "inductor"),
+            "capture": ("dynamo", "symbolic"),
+            "on_capture_error": ("raise", "eager"),
+        }
+        if self.inner_mode is not None:
+            choices["inner_mode"] = tuple(torch._inductor.list_mode_options())
+        for key, words in choices.items():
+            value = getattr(self, key)
+            if value not in words:
+                close = nearest(value, words) if isinstance(value, str) else ""
+                raise ModelError(f"{key}={value!r}: allowed are {allowed(words)}.{close}")
+
 
 @dataclass
 class GraphRecord:
@@ -55,6 +72,7 @@ class GraphRecord:
     context: Context
     compiled: pipeline.Compiled
     rows: list[SiteRow] = field(default_factory=list)
+    layered: bool = False  # it has layers that `boundary` may mean
 
 
 def module_types(root: nn.Module) -> dict[str, tuple[str, ...]]:
@@ -63,6 +81,18 @@ def module_types(root: nn.Module) -> dict[str, tuple[str, ...]]:
         name: tuple(cls.__name__ for cls in type(module).__mro__ if cls not in (nn.Module, object))
         for name, module in root.named_modules(remove_duplicate=False)
     }
+
+
+def boundary_layers(graph: fx.Graph) -> list[str]:
+    """Names of the layers that a recipe's `boundary` may mean, in execution order."""
+    calls = [call for node in graph.nodes if SITE in node.meta and (call := read_site(node)) is not None]
+    return [call.node.meta[SITE] for call in calls if call.op in BOUNDARY_OPS and weight_source(call.w) is not None]
+
+
+_NO_LAST = (
+    "boundary.last was not applied: the model was captured as several graphs, and none that has a layer is known to end its forward; "
+    "name the last layer in a rule or under exempt"
+)
 
 
 @contextlib.contextmanager
@@ -96,6 +126,7 @@ class Runtime:
         self.numbering = Numbering()
         self.weights = WeightCache()
         self.monitor = UnderflowMonitor({}, _advice(self.recipe))
+        self._first_layer: str | None = None
         self._stepped = False
         self._reported = False  # the one line after the first call
         self._root: weakref.ref[nn.Module] | None = None
@@ -150,16 +181,21 @@ class Runtime:
     ) -> Callable[..., Any]:
         """Run the pipeline on a captured graph and compile the result with the inner compiler."""
         complete = captured.complete and not self.graphs
-        context = Context(self.recipe, module_types(self.root), complete, add_input)
+        layers = boundary_layers(captured.graph)
+        first = captured.starts or self._first_layer in (None, *layers[:1])
+        if layers and self._first_layer is None:
+            self._first_layer = layers[0]
+        recipe = self.recipe.with_boundary(first=first, last=captured.ends)
+        context = Context(recipe, module_types(self.root), complete, add_input)
         compiled = pipeline.run(captured, context, "annotate" if self.options.plan_only else "lower")
-        record = GraphRecord(captured, context, compiled, site_rows(compiled.annotated))
+        record = GraphRecord(captured, context, compiled, site_rows(compiled.annotated), bool(layers))
         if self.options.plan_only:
             self.graphs.append(record)
             return captured.module
         call = GraphCall(self, compiled.module, example_inputs)
         call.inner = self._inner(compiled.module, [*example_inputs, *dynamo.static(call.extras(example_inputs))])
         self.graphs.append(record)
-        self.monitor.formats.update({row.name: row.grad_format for row in record.rows})
+        self.monitor.formats.update({row.name: row.grad_format for row in record.rows if row.grad_format})
         return call
 
     def _inner(self, module: fx.GraphModule, example_inputs: list[Any]) -> Callable[..., Any]:
@@ -252,7 +288,9 @@ class Runtime:
 
     def plan(self) -> Plan:
         rows = [record.rows for record in self.graphs]
-        return build_plan(rows, [record.compiled.skips for record in self.graphs], self.root, self.recipe)
+        layered = [record.captured for record in self.graphs if record.layered]
+        notes = [_NO_LAST] if self.recipe.boundary.last and layered and not any(captured.ends for captured in layered) else []
+        return build_plan(rows, [record.compiled.skips for record in self.graphs], self.root, self.recipe, notes)
 
     def stage(self, stage: str, index: int = 0) -> fx.GraphModule:
         """Graph `index` of the model after `stage`, made again from what was captured."""

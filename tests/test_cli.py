@@ -188,7 +188,7 @@ def test_graphs(models: str, tmp_path: Path, capture: str) -> None:
     arguments = ["plan", f"{models}:Net", "-i", "2x8", "--capture", capture]
     out, _ = run(*arguments, "--graph", "insert_qdq", "--save-graphs", str(folder))
     assert "# graph 0 of 1, after insert_qdq" in out
-    assert re.search(r"= linear\(\w+, fc1_weight, fc1_bias, input=\[q_\w+, s_\w+\]", out)
+    assert re.search(r"= linear\(\w+, fc1_weight\w*, fc1_bias\w*, input=\[q_\w+, s_\w+\]", out)
     names = [f"graph-0-{number}-{stage}.txt" for number, stage in enumerate(pipeline.STAGES)]
     assert sorted(path.name for path in folder.iterdir()) == names
     texts = {stage: (folder / name).read_text() for name, stage in zip(names, pipeline.STAGES, strict=True)}
@@ -323,7 +323,8 @@ def test_demo_refuses_what_it_does_not_know(tmp_path: Path) -> None:
 
 
 def test_stages_are_the_pipeline_s() -> None:
-    assert cli.STAGES == pipeline.STAGES
+    out, _ = run("plan", "--help")
+    assert all(stage in out for stage in pipeline.STAGES)
     assert tuple(cli.DemoModel) == tuple(TASKS)
 
 

@@ -22,7 +22,11 @@ from fp8fx.capture.expand import expand_attention
 from fp8fx.capture.graph import MODULE, TENSOR_NAME, VAL, Captured, copy_graph
 from fp8fx.capture.naming import Numbering, RootNames, assign_site_names, join, split_source
 from fp8fx.capture.regions import inline_regions
+from fp8fx.clone import base_class
 from fp8fx.errors import CaptureError, FP8Error
+
+# The names of a forward's code: torch's own, and the wrappers that torch and `compile_with` put around one of torch.nn's.
+_FORWARDS = ("forward", "_call_impl", "_wrapped_call_impl", "inner", "run")
 
 
 def from_dynamo(
@@ -43,9 +47,10 @@ def from_dynamo(
         base, suffix = split_source(_source(node))
         wanted = join(prefixes.get(base, ""), suffix)
         node.meta[TENSOR_NAME] = wanted if wanted in found else (found[0] if found else "")
+    own = prefixes.get(_own_base(), "")
     for node in copied.graph.nodes:
         node.meta[VAL] = node.meta.get("example_value")
-        node.meta[MODULE] = _module_path(node, prefixes)
+        node.meta[MODULE] = _module_path(node, prefixes, own)
     _readable_names(copied.graph)
     expand_attention(copied)
     counts = numbering.start((frame, tuple(filter(None, (node.meta[TENSOR_NAME] for node in placeholders)))))
@@ -54,7 +59,19 @@ def from_dynamo(
     copied.recompile()
     reason = getattr(module, "compile_subgraph_reason", None)
     broken = bool(getattr(reason, "graph_break", False))
-    return Captured(copied, "dynamo", complete=not broken and set(prefixes.values()) <= {""})
+    of_root = set(prefixes.values()) <= {""}
+    resumed, forward = _forward_frame(frame, root)
+    starts, ends = of_root and forward and not resumed, of_root and forward and not broken
+    return Captured(copied, "dynamo", complete=not broken and of_root, starts=starts, ends=ends)
+
+
+def _forward_frame(frame: object, root: nn.Module) -> tuple[bool, bool]:
+    """(does it go on after a graph break, is it one of the root's forward and not of another method) of a frame_key()."""
+    if not isinstance(frame, tuple):
+        return False, True
+    resumed = re.fullmatch(r"torch_dynamo_resume_in_(.*)_at_\d+", frame[2])
+    code = getattr(base_class(root).forward, "__code__", None)
+    return resumed is not None, (resumed.group(1) if resumed else frame[2]) in {*_FORWARDS, getattr(code, "co_name", "forward")}
 
 
 def _readable_names(graph: fx.Graph) -> None:
@@ -125,10 +142,18 @@ def frame_key() -> tuple[str, int, str] | None:
     return None if code is None else (code.co_filename, code.co_firstlineno, code.co_name)
 
 
-def _module_path(node: fx.Node, prefixes: dict[str, str]) -> str:
+def _own_base() -> str:
+    """The base of the module whose method is compiled, whatever its first argument is called."""
+    found = _frame_locals()
+    name = "self" if isinstance(found.get("self"), nn.Module) else next((n for n, v in found.items() if isinstance(v, nn.Module)), "self")
+    return f"L['{name}']"
+
+
+def _module_path(node: fx.Node, prefixes: dict[str, str], own: str) -> str:
+    """The dotted path of the innermost module that made a node; `own` is that of the frame's own module."""
     stack = node.meta.get("nn_module_stack")
     if not stack:
-        return prefixes.get("L['self']", "")
+        return own
     path = next(reversed(stack.values()))[0]
     base, suffix = split_source(path)
     return join(prefixes.get(base, ""), suffix)

@@ -9,6 +9,6 @@
 
 from fp8fx.recipe.match import Site
 from fp8fx.recipe.recipe import Recipe
-from fp8fx.recipe.resolve import Decision, Resolution
+from fp8fx.recipe.resolve import Decision, Resolution, Unmatched
 
-__all__ = ["Decision", "Recipe", "Resolution", "Site"]
+__all__ = ["Decision", "Recipe", "Resolution", "Site", "Unmatched"]

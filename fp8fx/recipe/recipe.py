@@ -13,7 +13,7 @@ import yaml
 
 from fp8fx.errors import RecipeError
 from fp8fx.recipe import resolve as resolving
-from fp8fx.recipe.grammar import Delayed, Document, Layer, LossScaling, Match, Model, Rule, Scale
+from fp8fx.recipe.grammar import Boundary, Delayed, Document, Layer, LossScaling, Match, Model, Rule, Scale
 from fp8fx.recipe.load import Loaded, Merged, follow, is_path, load, merge_chain, shipped
 from fp8fx.recipe.match import Modules, Site
 from fp8fx.recipe.resolve import Resolution
@@ -71,6 +71,10 @@ class Recipe:
         return self._merged.document.scale
 
     @property
+    def boundary(self) -> Boundary:
+        return self._merged.document.boundary
+
+    @property
     def seed(self) -> int:
         return self._merged.document.seed
 
@@ -106,6 +110,14 @@ class Recipe:
             changes[key] = old + getattr(added.document, key)
             places |= {(key, len(old) + n): f"{key}[{n}] given beside the recipe" for n in range(len(extra[key]))}
         return Recipe(self.name, self.origin, Merged(document.model_copy(update=changes), places))
+
+    def with_boundary(self, *, first: bool, last: bool) -> Recipe:
+        """This recipe for a part of a model: without `boundary.first` or `boundary.last` where the part has not that end."""
+        boundary = self.boundary
+        kept = Boundary(first=boundary.first if first else None, last=boundary.last if last else None)
+        if kept == boundary:
+            return self
+        return Recipe(self.name, self.origin, Merged(self._merged.document.model_copy(update={"boundary": kept}), self._merged.places))
 
     def to_dict(self) -> dict[str, Any]:
         """The merged recipe as plain data, complete and without `extends`; `Recipe.load` reads it back."""
@@ -148,7 +160,10 @@ class Recipe:
 
 
 def _listed(patterns: Patterns) -> list[Any]:
-    return [patterns] if isinstance(patterns, str | Mapping) else list(patterns or ())
+    """Anything but a string, a mapping or an iterable becomes one entry, for the grammar to refuse."""
+    if patterns is None:
+        return []
+    return list(patterns) if isinstance(patterns, Iterable) and not isinstance(patterns, str | Mapping) else [patterns]
 
 
 def _checked(extra: dict[str, list[Any]]) -> Loaded:

@@ -34,6 +34,10 @@ class Decision:
     when_not_faster: str = "auto"
 
 
+class Unmatched(str):
+    """A note that a pattern matched none of the sites given: of a model captured as several graphs it holds if all of them say so."""
+
+
 @dataclass(frozen=True)
 class Resolution:
     """One decision per site, in the order of the sites, and notes for the plan."""
@@ -131,6 +135,7 @@ def resolve(merged: Merged, sites: Sequence[Site], modules: Modules | None = Non
         if key not in cache:
             cache[key] = _decide(document, [*first_last, *(ordered[n] for n in hits)], notes)
         decisions.append(cache[key])
+        notes += _without_effect(cache[key], site.op)
     notes += [note for n, step in enumerate(ordered) for note in _unused(step, n, used, modules, document.strict, partial)]
     return Resolution(decisions, list(dict.fromkeys(notes)))
 
@@ -184,6 +189,20 @@ def _decide(document: Document, applied: list[Step], notes: list[str]) -> Decisi
     return Decision(mode="fp8", spec=spec, output_fused=fused, reason=by, attention=layer.attention, when_not_faster=layer.when_not_faster)
 
 
+def _without_effect(made: Decision, op: str) -> Iterator[str]:
+    """Notes on what was asked for and only kernels on a GPU can do: the reference behaves as if it had its default."""
+    if made.spec is None:
+        return
+    if made.when_not_faster == "high_precision":
+        yield "when_not_faster: high_precision has no effect on the reference: nothing is timed, FP8 is emulated"
+    if made.spec.accumulate != SiteSpec().accumulate:
+        yield "accumulate has no effect on the reference: it always accumulates in fp32"
+    if made.spec.weight_transpose != SiteSpec().weight_transpose:
+        yield f"weight_transpose: {made.spec.weight_transpose} has no effect on the reference: it transposes as it goes"
+    if made.spec.save_for_backward == "high_precision" and op != "linear":
+        yield f"save_for_backward: high_precision has no effect on {op}: it keeps its quantized operands"
+
+
 def _settle(layer: Layer, where: str, by: str, notes: list[str], strict: bool) -> Layer:
     """One rule says delayed and another says blocks: refused. Blocks on an unscaled role mean nothing, so they are only noted:
     a rule for the blocks of all `*.down_proj` may well meet a layer that an earlier rule made direct.
@@ -234,11 +253,11 @@ def _unused(step: Step, n: int, used: set[tuple[int, int]], modules: Modules | N
         if _matches_modules(match, modules):
             regex = any(pattern.startswith("re:") for pattern in match.name)
             hint = " (a regular expression selects no subtree)" if regex else ""
-            yield f"{text}: matches modules but no quantizable site{hint}"
+            yield Unmatched(f"{text}: matches modules but no quantizable site{hint}")
         elif not step.rule.optional:
             if not partial:
                 complain(step.place, f"{matching.describe(match)} matches nothing in the model", strict)
-            yield f"{text}: matches nothing"
+            yield Unmatched(f"{text}: matches nothing")
 
 
 def _matches_modules(match: Match, modules: Modules | None) -> bool:
