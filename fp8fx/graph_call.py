@@ -103,7 +103,7 @@ def _are(found: list[list[str]], seen: tuple[str, ...]) -> bool:
 class GraphCall:
     """One rewritten graph as torch calls it: the user's inputs, then the meter, the rng and the quantized weights."""
 
-    def __init__(self, runtime: Runtime, module: fx.GraphModule, inputs: Sequence[Any]) -> None:
+    def __init__(self, runtime: Runtime, module: fx.GraphModule, inputs: Sequence[Any] = ()) -> None:
         """inputs: those it was made for. Of the weights, parameters and the buffers among these are the model's own, and kept."""
         self._runtime = weakref.ref(runtime)
         self.inner: Callable[..., Any] = module
@@ -112,9 +112,9 @@ class GraphCall:
         self.names = [node.meta["extra"] for node in placeholders if "extra" in node.meta]
         self.slots: list[str] = module.meta.get(SLOTS, [])
         self.weights: list[tuple[int, WeightInput]] = [(position[w.placeholder], w) for w in module.meta.get(WEIGHTS, [])]
-        buffers = {id(buffer) for buffer in runtime.root.buffers()} if self.weights else set()
+        buffers = {id(buffer) for buffer in runtime.root.buffers()} if self.weights and inputs else set()
         self.buffers: list[weakref.ref[Any] | None] = [
-            weakref.ref(inputs[place]) if id(inputs[place]) in buffers else None for place, _ in self.weights
+            weakref.ref(inputs[place]) if buffers and id(inputs[place]) in buffers else None for place, _ in self.weights
         ]
 
     @property

@@ -127,6 +127,7 @@ def resolve(merged: Merged, sites: Sequence[Site], modules: Modules | None = Non
     cache: dict[tuple[object, ...], Decision] = {}
     decisions: list[Decision] = []
     notes: list[str] = []
+    noted: set[tuple[int, str]] = set()
     for site in sites:
         types = matching.classes(site.name, modules, site.types) if modules and typed else site.types
         hits = _hits(ordered, site, types, used)
@@ -134,8 +135,11 @@ def resolve(merged: Merged, sites: Sequence[Site], modules: Modules | None = Non
         key = (hits, tuple(step.label for step in first_last))
         if key not in cache:
             cache[key] = _decide(document, [*first_last, *(ordered[n] for n in hits)], notes)
-        decisions.append(cache[key])
-        notes += _without_effect(cache[key], site.op)
+        made = cache[key]
+        decisions.append(made)
+        if (id(made), site.op) not in noted:
+            noted.add((id(made), site.op))
+            notes += _without_effect(made, site.op)
     notes += [note for n, step in enumerate(ordered) for note in _unused(step, n, used, modules, document.strict, partial)]
     return Resolution(decisions, list(dict.fromkeys(notes)))
 
