@@ -34,8 +34,26 @@ class _Tracer(fx.Tracer):
 
     proxy_buffer_attributes = True  # a buffer that is written to (num_batches_tracked) is written to by the graph, not by the trace
 
+    def __init__(self) -> None:
+        super().__init__()
+        self.modes = _modes()
+
     def is_leaf_module(self, m: nn.Module, module_qualified_name: str) -> bool:
         return isinstance(m, _LEAVES)
+
+    def create_node(self, kind: str, *args: Any, **kwargs: Any) -> fx.Node:
+        if kind.startswith("call_") and _modes() != self.modes:
+            raise CaptureError(
+                "its forward switches gradients or autocast (torch.no_grad, torch.enable_grad, torch.autocast), and a symbolic trace "
+                "records neither."
+            )
+        return super().create_node(kind, *args, **kwargs)
+
+
+def _modes() -> tuple[Any, ...]:
+    """What surrounds a call and changes what it computes: gradients, inference mode, autocast of each device."""
+    autocast = tuple((torch.is_autocast_enabled(device), torch.get_autocast_dtype(device)) for device in ("cpu", "cuda"))
+    return torch.is_grad_enabled(), torch.is_inference_mode_enabled(), *autocast
 
 
 def trace(root: nn.Module, constants: Mapping[str, Any] | None = None) -> fx.GraphModule:
@@ -52,9 +70,10 @@ def trace(root: nn.Module, constants: Mapping[str, Any] | None = None) -> fx.Gra
         with _without_dimension_checks():
             graph = tracer.trace(_uncompiled(root), concrete_args=given or None)
     except Exception as error:
+        why = "" if isinstance(error, CaptureError) else "Symbolic tracing follows no Python that depends on data or shapes. "
         raise CaptureError(
-            f"{type(root).__name__} cannot be traced symbolically: {error}\nSymbolic tracing follows no Python that depends on data "
-            "or shapes. Capture with TorchDynamo instead: give example_inputs, or leave capture='dynamo'."
+            f"{type(root).__name__} cannot be traced symbolically: {error}\n{why}Capture with TorchDynamo instead: give "
+            "example_inputs, or leave capture='dynamo'."
         ) from error
     return fx.GraphModule(tracer.root, graph)
 
@@ -184,7 +203,7 @@ class SymbolicForward:
         tensors = {name: value for name, value in bound.arguments.items() if isinstance(value, Tensor)}
         constants = {name: value for name, value in bound.arguments.items() if name not in tensors}
         own = dict([*self.root.named_parameters(), *self.root.named_buffers()])
-        modes = (tuple(m.training for m in self.root.modules()), torch.is_grad_enabled(), torch.is_autocast_enabled("cpu"))
+        modes = (tuple(m.training for m in self.root.modules()), *_modes())
         key = (self._describe(tensors), repr(constants), modes, tuple(map(id, own.values())), self._describe(own))
         if key not in self.graphs:
             self.graphs[key] = self._capture(tensors, constants)
