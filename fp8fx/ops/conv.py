@@ -13,6 +13,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch._prims_common import suggest_memory_format
 
 from fp8fx.ops.library import define
 from fp8fx.ops.linear import Saved
@@ -45,18 +46,31 @@ def conv_reference(
 ) -> Tensor:
     geometry: Geometry = (stride, padding, dilation, transposed, output_padding, groups)
     if "output" not in SiteSpec.parse_backward(backward).gemms:
-        return torch.convolution(x.to(dtype), w.to(dtype), None if b is None else b.to(dtype), *geometry).contiguous()
+        return _laid_out(torch.convolution(x.to(dtype), w.to(dtype), None if b is None else b.to(dtype), *geometry), layout(x, w))
     left, right = forward_operand(x, input, input_spec), forward_operand(w, weight, weight_spec)
     result = torch.convolution(operand(left.values, left.format), operand(right.values, right.format), None, *geometry)
     result = apply_scales(result, left.scale, right.scale)
     if b is not None:
         result = result + b.float().reshape(-1, *([1] * (w.dim() - 2)))
-    return result.to(dtype).contiguous()
+    return _laid_out(result.to(dtype), layout(x, w))
+
+
+def _laid_out(y: Tensor, format: torch.memory_format) -> Tensor:
+    """`y` with the very strides of `format`: where a size is 1, torch takes several strides for the same format."""
+    made = torch.empty(y.shape, dtype=y.dtype, device=y.device, memory_format=format)
+    return y if y.stride() == made.stride() else made.copy_(y)
+
+
+def layout(x: Tensor, w: Tensor) -> torch.memory_format:
+    """The memory format torch's own convolution of `x` and `w` returns: channels last where either is, never for float64."""
+    formats = {suggest_memory_format(t) for t in (x, w)} - {torch.contiguous_format}
+    return torch.contiguous_format if not formats or torch.float64 in (x.dtype, w.dtype) else formats.pop()
 
 
 def conv_fake(x: Tensor, w: Tensor, b: Tensor | None, input: list[Tensor], weight: list[Tensor], *rest: Any) -> Tensor:
     geometry = rest[2:8]
-    return torch.convolution(x.to(w.dtype), w, None, *geometry).to(rest[-1]).contiguous()
+    shape = torch.convolution(x.to(w.dtype), w, None, *geometry).shape
+    return torch.empty(shape, dtype=rest[-1], device=x.device, memory_format=layout(x, w))
 
 
 def conv_gradient_reference(

@@ -2,7 +2,8 @@
 
     embedding(index, w, weight, meter, rng, padding_idx, scale_grad_by_freq, site, weight_spec, backward, dtype) -> y
 
-dY is rounded on entry (`grad_output`), summed per row in fp32, and the sum rounded as `grad_weight` says.
+The lookup is the GEMM `output`: in high precision it reads the table itself. The sum is the GEMM `grad_weight`: dY is rounded on
+entry (`grad_output`) unless it runs in high precision, summed per row in fp32, and the sum rounded as the role `grad_weight` says.
 """
 
 from __future__ import annotations
@@ -14,7 +15,7 @@ from torch import Tensor
 
 from fp8fx import numerics
 from fp8fx.ops.library import define
-from fp8fx.ops.operands import Backward
+from fp8fx.ops.operands import Backward, Operand
 from fp8fx.ops.scaled_mm import apply_scales, operand
 from fp8fx.spec import SiteSpec, TensorSpec
 
@@ -32,7 +33,12 @@ def embedding_reference(
     backward: str,
     dtype: torch.dtype,
 ) -> Tensor:
-    """`index` integer [...], `w` [rows, D] -> [..., D] in `dtype`. A scale is per tensor () or per row [rows, 1]."""
+    """`index` integer [...], `w` [rows, D] -> [..., D] in `dtype`. A scale is per tensor () or per row [rows, 1].
+
+    `weight` is [] where the table stays in high precision.
+    """
+    if not weight or "output" not in SiteSpec.parse_backward(backward).gemms:
+        return torch.nn.functional.embedding(index, w).to(dtype)
     q, scale = weight
     codes = torch.nn.functional.embedding(index, q.view(torch.uint8)).view(q.dtype)
     picked = scale if scale.dim() == 0 else scale[index]
@@ -69,7 +75,7 @@ def _backward(ctx: Any, grad: Tensor) -> tuple[Any, ...]:
     index, rng = ctx.saved_tensors
     state = Backward(ctx.site, ctx.spec, rng)
     grad = grad.contiguous()
-    quantized, amax = state.quantize(grad, [-1])
+    quantized, amax = state.quantize(grad, [-1]) if state.fp8("grad_weight") else (Operand(grad), None)
     summed = embedding_gradient(quantized.values, quantized.scale, quantized.format, index, ctx.rows, ctx.padding_idx, ctx.by_freq)
     row = state.statistics(grad, quantized, amax) if ctx.needs_input_grad[3] else None
     return None, state.round(summed, "grad_weight", ctx.dtype), None, row, *([None] * 7)

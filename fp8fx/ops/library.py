@@ -14,6 +14,8 @@ from typing import Any
 
 import torch
 
+from fp8fx.errors import FP8Error
+
 LIBRARY = torch.library.Library("fp8fx", "DEF")
 
 # Operator name -> reference function. Tests read it to look inside an operator (which operands does it really multiply?).
@@ -27,16 +29,18 @@ def define(
     *,
     setup_context: Callable[..., None] | None = None,
     backward: Callable[..., Any] | None = None,
+    twice: bool = False,
 ) -> Any:
     """Register `fp8fx::<schema>` and return the callable operator.
 
     Without `backward` the operator is outside autograd: its outputs never require a gradient, whatever its inputs do.
+    `twice`: the backward formula is itself differentiable (it is plain torch), so that a second derivative is exact.
     """
     name = schema.split("(", 1)[0]
     LIBRARY.define(schema, tags=(torch.Tag.pt2_compliant_tag,))
     LIBRARY.impl(name, _without_autocast(reference), "CompositeExplicitAutograd")
     torch.library.register_fake(f"fp8fx::{name}", fake, lib=LIBRARY)
-    setup_context, backward = _with_lists(setup_context or _nothing_differentiable, backward or _no_gradient)
+    setup_context, backward = _with_lists(setup_context or _nothing_differentiable, backward or _no_gradient, name, twice)
     torch.library.register_autograd(f"fp8fx::{name}", backward, setup_context=setup_context, lib=LIBRARY)
     REFERENCES[name] = reference
     return getattr(torch.ops.fp8fx, name).default
@@ -52,7 +56,9 @@ def _no_gradient(ctx: Any, *grads: Any) -> tuple[None, ...]:
     return (None,) * ctx.arity
 
 
-def _with_lists(setup_context: Callable[..., None], backward: Callable[..., Any]) -> tuple[Callable[..., None], Callable[..., Any]]:
+def _with_lists(
+    setup_context: Callable[..., None], backward: Callable[..., Any], name: str, twice: bool
+) -> tuple[Callable[..., None], Callable[..., Any]]:
     """torch wants a list of None as the gradient of a Tensor[] argument; no list of ours carries a gradient."""
 
     def setup(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:
@@ -60,10 +66,27 @@ def _with_lists(setup_context: Callable[..., None], backward: Callable[..., Any]
         setup_context(ctx, inputs, output)
 
     def run(ctx: Any, *grads: Any) -> tuple[Any, ...]:
+        if not twice:
+            _refuse_second_derivative(name, grads)
         results = backward(ctx, *grads)
         return tuple(r if n is None else [None] * n for r, n in zip(results, ctx.lengths, strict=True))
 
     return setup, run
+
+
+def _refuse_second_derivative(name: str, grads: tuple[Any, ...]) -> None:
+    """The backward formulas call operators outside autograd: a graph of them would silently lack these sites.
+
+    The transforms of torch.func always record the backward, also for a first derivative; they are left alone.
+    """
+    if not torch.is_grad_enabled() or torch._C._are_functorch_transforms_active():
+        return
+    if any(isinstance(grad, torch.Tensor) and grad.requires_grad for grad in grads):
+        raise FP8Error(
+            f"fp8fx::{name}: fp8fx operators have no second derivative, and this backward runs with create_graph=True (a gradient "
+            "penalty, a Hessian). Exempt the layers it goes through (fp8fx.compile(model, exempt=[...])), or compute it on the "
+            "plain model (fp8fx.unwrap)."
+        )
 
 
 def _without_autocast(reference: Callable[..., Any]) -> Callable[..., Any]:

@@ -17,6 +17,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch._prims_common import suggest_memory_format
 
 from fp8fx import formats, numerics
 from fp8fx.ops.library import define
@@ -76,7 +77,8 @@ quantize = define(
 
 def dequantize_reference(anchor: Tensor, q: Tensor, scale: Tensor, spec: str, dtype: torch.dtype) -> Tensor:
     parsed = TensorSpec.parse(spec)
-    return numerics.dequantize_tensor(q, scale, parsed.format, parsed.granularity, dtype).contiguous()
+    values = numerics.dequantize_tensor(q, scale, parsed.format, parsed.granularity, dtype)
+    return values.contiguous(memory_format=suggest_memory_format(anchor))  # a convolution's output keeps channels last
 
 
 def _dequantize_setup(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
@@ -90,9 +92,10 @@ def _dequantize_backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None, None, No
 dequantize = define(
     "dequantize(Tensor anchor, Tensor q, Tensor scale, str spec, ScalarType dtype) -> Tensor",
     dequantize_reference,
-    lambda anchor, q, scale, spec, dtype: q.new_empty(q.shape, dtype=dtype),
+    lambda anchor, q, scale, spec, dtype: q.new_empty(q.shape, dtype=dtype).contiguous(memory_format=suggest_memory_format(anchor)),
     setup_context=_dequantize_setup,
     backward=_dequantize_backward,
+    twice=True,
 )
 
 
@@ -107,6 +110,7 @@ anchor = define(
     anchor_reference,
     setup_context=_dequantize_setup,
     backward=lambda ctx, grad: (grad.to(ctx.dtype), None),
+    twice=True,
 )
 
 
