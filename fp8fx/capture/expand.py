@@ -6,6 +6,7 @@ call, and the plan says so.
 
 from __future__ import annotations
 
+import contextlib
 import math
 from typing import Any
 
@@ -88,8 +89,6 @@ class _Recorder:
 
 
 def _fake_mode(values: Any) -> Any:
-    import contextlib
-
     for value in values:
         if isinstance(value, Tensor) and hasattr(value, "fake_mode"):
             return value.fake_mode

@@ -18,7 +18,6 @@ from torch.nn import functional as F
 
 from fp8fx.capture.graph import hints, tensor
 
-MATRIX = ("linear", "matmul", "bmm")
 CONVOLUTIONS = ("conv1d", "conv2d", "conv3d", "conv_transpose1d", "conv_transpose2d", "conv_transpose3d")
 
 
@@ -139,7 +138,9 @@ SITES: dict[Any, Callable[[fx.Node], SiteCall]] = {
     F.linear: _linear,
     torch.matmul: _matmul,
     torch.mm: _matmul,
+    torch.linalg.matmul: _matmul,
     operator.matmul: _matmul,
+    operator.imatmul: _matmul,  # a tensor has no product in place: `x @= w` is `x = x @ w`
     "matmul": _matmul,
     "mm": _matmul,
     "__matmul__": _matmul,
@@ -159,20 +160,37 @@ SITES: dict[Any, Callable[[fx.Node], SiteCall]] = {
     F.scaled_dot_product_attention: _attention,
 }
 
-# What multiplies but has no FP8 form: target -> reason.
+_VECTOR = "a product with a vector has no FP8 form"
+_IN_PLACE = "a product that writes in place has no FP8 form"
+_RECURRENT = "recurrent layers have no FP8 form"
+_CHAIN = "a chain of products has no FP8 form; write it with matmul"
+_FUSED = "fused inference kernels have no FP8 form"
+
+# What multiplies but has no FP8 form: target -> reason. A string is a method.
 UNSUPPORTED: dict[Any, str] = {
     torch.einsum: "einsum has no FP8 form; write it with matmul",
     F.bilinear: "bilinear has no FP8 form",
     F.multi_head_attention_forward: "this form of multi_head_attention_forward is not expanded",
     F.embedding_bag: "embedding_bag has no FP8 form",
     torch.tensordot: "tensordot has no FP8 form; write it with matmul",
-    torch.addbmm: "addbmm has no FP8 form; write it with bmm",
-    torch.mv: "a matrix times a vector has no FP8 form",
-    torch.lstm: "recurrent layers have no FP8 form",
-    torch.gru: "recurrent layers have no FP8 form",
-    torch.rnn_tanh: "recurrent layers have no FP8 form",
-    torch.rnn_relu: "recurrent layers have no FP8 form",
+    torch.linalg.multi_dot: _CHAIN,
+    torch.chain_matmul: _CHAIN,
+    torch.convolution: "torch.convolution has no FP8 form; write it with conv2d or its relatives",
+    torch.conv_tbc: "conv_tbc has no FP8 form; write it with conv1d",
+    torch._transformer_encoder_layer_fwd: _FUSED,
+    torch._native_multi_head_attention: _FUSED,
 }
+for _name, _why in {
+    "inner": "inner has no FP8 form; write it with matmul",
+    "addbmm": "addbmm has no FP8 form; write it with bmm",
+    **dict.fromkeys(("mv", "addmv", "outer", "ger", "addr", "dot", "vdot"), _VECTOR),
+    "matrix_power": _CHAIN,
+}.items():  # these are functions and methods
+    UNSUPPORTED[getattr(torch, _name)] = UNSUPPORTED[_name] = _why
+UNSUPPORTED |= {torch.linalg.vecdot: _VECTOR, torch.linalg.matrix_power: _CHAIN}
+UNSUPPORTED |= dict.fromkeys(("addmm_", "baddbmm_", "addbmm_", "addmv_", "addr_"), _IN_PLACE)
+for _name in ("lstm", "gru", "rnn_tanh", "rnn_relu", "lstm_cell", "gru_cell", "rnn_tanh_cell", "rnn_relu_cell"):
+    UNSUPPORTED[getattr(torch, _name)] = _RECURRENT
 for _name in ("_grouped_mm", "grouped_mm"):
     for _home in (torch, F):
         if hasattr(_home, _name):
@@ -191,7 +209,7 @@ def unsupported(node: fx.Node) -> str | None:
     """The reason why a node that multiplies has no FP8 form, or None."""
     if node.op == "call_module":
         return "a module that the front end does not look into"
-    return UNSUPPORTED.get(node.target) if node.op == "call_function" else None
+    return UNSUPPORTED.get(node.target) if node.op in ("call_function", "call_method") else None
 
 
 def _shapes(call: SiteCall) -> tuple[tuple[int, ...], tuple[int, ...]] | None:

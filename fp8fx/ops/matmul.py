@@ -2,8 +2,9 @@
 
     matmul(a, b, left, right, meter, rng, site, left_spec, right_spec, backward, dtype) -> y
 
-A takes the role `input`; B takes `weight` where it is a parameter and `input` elsewhere. dA is the GEMM and role `grad_input`,
-dB `grad_weight`; a gradient is summed over broadcast dimensions before its role rounds it.
+`left_spec` and `right_spec` say how A [M, K] and B [K, N] are quantized as they lie: a block of B is rows of K by columns of N.
+In `backward`, dA is the GEMM and role `grad_input`, dB `grad_weight`; a gradient is summed over broadcast dimensions before its
+role rounds it.
 """
 
 from __future__ import annotations

@@ -21,7 +21,7 @@ from torch.nn import functional as F
 
 from fp8fx.capture.graph import MODULE, SITE, VAL, tensor
 from fp8fx.capture.naming import weight_source
-from fp8fx.capture.sites import CONVOLUTIONS, MATRIX, SiteCall, read_site, unsupported
+from fp8fx.capture.sites import CONVOLUTIONS, SiteCall, read_site, unsupported
 from fp8fx.passes.contract import DECISION, Context, PassResult, SiteDecision, Skip
 from fp8fx.recipe import Decision, Site
 from fp8fx.spec import ROLES, SiteSpec
@@ -53,7 +53,7 @@ def annotate(module: fx.GraphModule, context: Context) -> PassResult:
 
 
 def _site(node: fx.Node, call: SiteCall | None, context: Context) -> Site:
-    weight = tensor(call.w) if call is not None and call.op != "attention" and weight_source(call.w) is not None else None
+    weight = tensor(_weight(call)) if call is not None else None
     return Site(
         name=node.meta[SITE],
         op=call.op if call is not None else str(getattr(node.target, "__name__", node.target)),
@@ -63,18 +63,24 @@ def _site(node: fx.Node, call: SiteCall | None, context: Context) -> Site:
     )
 
 
+def _weight(call: SiteCall) -> Any:
+    """The operand that is a parameter, or None. `W @ x` has it on the left."""
+    operands = [] if call.op == "attention" else [call.w, call.x] if call.op in ("matmul", "bmm") else [call.w]
+    return next((operand for operand in operands if weight_source(operand) is not None), None)
+
+
 def _decide(node: fx.Node, call: SiteCall | None, site: Site, wanted: Decision) -> SiteDecision:
     if wanted.mode == "exempt" or wanted.spec is None:
         return SiteDecision(site.name, site.op, "exempt", wanted.reason)
     if call is None:
         return SiteDecision(site.name, site.op, "high_precision", unsupported(node) or "not a site fp8fx knows")
     spec, why = _applicable(call, wanted.spec), wanted.reason
-    if reason := _obstacle(call, spec, wanted.attention):
-        return SiteDecision(site.name, site.op, "high_precision", reason)
     if spec.output is not None and (reader := _fused_reader(node)):
         spec, why = spec.replace(output=None), f"{why}; output fused into {reader}"
     elif wanted.output_fused:
         why = f"{why}; output fused"
+    if reason := _obstacle(call, spec, wanted.attention):
+        return SiteDecision(site.name, site.op, "high_precision", reason)
     return SiteDecision(site.name, site.op, "fp8", why, spec, emulate_attention=call.op == "attention")
 
 
@@ -88,12 +94,30 @@ def _obstacle(call: SiteCall, spec: SiteSpec, attention: str) -> str | None:
     if not all(kind.is_floating_point for kind in kinds):
         return f"operands are {', '.join(str(kind).removeprefix('torch.') for kind in kinds)}, not floating point"
     if call.op == "attention":
-        return "fused attention stays in high precision (attention: high_precision)" if attention != "emulate" else None
+        return "fused attention stays in high precision (attention: high_precision)" if attention != "emulate" else _idle(call, spec)
     if call.op in ("matmul", "bmm") and any(value is not None and value.dim() < 2 for value in values):
         return "a product with a vector"
-    if spec.input is None and spec.weight is None and spec.grad_output is None:
+    return _form_obstacle(call) or _geometry_obstacle(call, spec) or _idle(call, spec)
+
+
+def _form_obstacle(call: SiteCall) -> str | None:
+    """Forms of a call that its fp8fx operator does not have."""
+    weight = tensor(call.w)
+    if call.node.kwargs.get("out") is not None:
+        return "it writes its result to out="
+    if call.op == "linear" and weight is not None and weight.dim() != 2:
+        return f"a linear whose weight has {weight.dim()} dimension{'s' * (weight.dim() != 1)}"
+    return None
+
+
+def _idle(call: SiteCall, spec: SiteSpec) -> str | None:
+    """Why nothing of this site would be rounded, or None. A role that only GEMMs in high precision read rounds nothing."""
+    if all(getattr(spec, role) is None for role in ROLES):
         return "no role of this recipe applies here"
-    return _geometry_obstacle(call, spec)
+    results = (spec.output, spec.grad_input, spec.grad_weight)
+    if call.op != "attention" and not spec.gemms and all(role is None for role in results):
+        return "all of its products stay in high precision (gemms)"
+    return None
 
 
 def _known(operand: Any) -> bool:
@@ -109,8 +133,6 @@ def _geometry_obstacle(call: SiteCall, spec: SiteSpec) -> str | None:
     if call.op == "embedding":
         if call.options["max_norm"] is not None or call.options["sparse"]:
             return "an embedding with max_norm or sparse gradients"
-        if spec.weight is None:
-            return "the weight role is none, and an embedding has no other"
         if any(not isinstance(g, str) for g in granularities):
             return "an embedding has no block scales"
     return None
@@ -119,11 +141,16 @@ def _geometry_obstacle(call: SiteCall, spec: SiteSpec) -> str | None:
 def _applicable(call: SiteCall, spec: SiteSpec) -> SiteSpec:
     """Drop roles the operation does not have, so that the plan shows only what happens."""
     if call.op == "embedding":  # its output is a row of the quantized table: on the grid already
-        return spec.replace(input=None, output=None, grad_input=None, gemms=("output", "grad_weight"))
+        gemms = tuple(gemm for gemm in spec.gemms if gemm != "grad_input")
+        return spec.replace(input=None, output=None, grad_input=None, gemms=gemms)
     if call.op == "attention":
         return spec.replace(weight=None, grad_weight=None)
-    if call.op in MATRIX and weight_source(call.w) is None and call.op != "linear":
-        return spec.replace(weight=spec.input)  # a product of two activations: both are inputs
+    if call.op in ("matmul", "bmm"):
+        weights = [weight_source(operand) is not None for operand in (call.x, call.w)]
+        if all(weights):
+            return spec.replace(input=spec.weight)
+        if not any(weights):
+            return spec.replace(weight=spec.input)  # a product of two activations: both are inputs
     if spec.save_for_backward == "high_precision" and spec.input is not None and spec.input.stochastic:
         return spec.replace(save_for_backward="fp8")  # random bits are not drawn twice
     return spec

@@ -21,11 +21,12 @@ import torch
 from torch import fx
 
 from fp8fx.capture.graph import VAL, tensor
+from fp8fx.capture.naming import weight_source
 from fp8fx.capture.sites import CONVOLUTIONS, SiteCall, read_site
 from fp8fx.errors import PassError
 from fp8fx.ops.operands import needs_two, turned
 from fp8fx.passes.contract import METER, RNG, Context, PassResult, SiteDecision, decision, emit, finish, input_node, item
-from fp8fx.spec import ROLES, SiteSpec, TensorSpec
+from fp8fx.spec import GEMMS, ROLES, SiteSpec, TensorSpec
 
 ops = torch.ops.fp8fx
 SLOTS = "fp8_slots"  # module.meta: site name of each row of the meter
@@ -62,6 +63,7 @@ class _Writer:
         self.first: dict[tuple[Any, ...], tuple[str, str]] = {}
         self.rng: fx.Node | None = None
         self.rows: dict[fx.Node, fx.Node] = {}
+        self.matrices: dict[fx.Node, fx.Node] = {}  # a tensor of tokens -> its flattened form
         specs = [getattr(d.spec, role) for d in made for role in ROLES]
         if any(spec is not None and spec.stochastic for spec in specs):
             self.rng = self._input(context, RNG)
@@ -91,8 +93,17 @@ class _Writer:
         if call.add is not None:
             other, beta, alpha = call.add
             y = y if alpha == 1 else self.emit(call, torch.mul, y, alpha)
-            y = self.emit(call, torch.add, y, other if beta == 1 else self.emit(call, torch.mul, other, beta))
+            y = self.emit(call, torch.add, y, self.addend(call, other, beta, dtype))
         return y
+
+    def addend(self, call: SiteCall, other: Any, beta: float, dtype: torch.dtype) -> Any:
+        """beta * other in the site's own dtype. With beta = 0 torch ignores the values of `other`, NaN too: its anchor stands for it."""
+        value = tensor(other)
+        if beta == 0:
+            other = self.emit(call, ops.anchor.default, other, dtype)
+        elif value is not None and value.dtype != dtype:
+            other = self.emit(call, torch.Tensor.to, other, dtype)
+        return other if beta == 1 else self.emit(call, torch.mul, other, beta)
 
     def emit(self, call: SiteCall, target: Any, *args: Any) -> fx.Node:
         return emit(self.graph, call.node, target, *args)
@@ -126,8 +137,9 @@ class _Writer:
 
     def flattened(self, call: SiteCall, x: fx.Node) -> fx.Node:
         """[..., K] as [M, K]: the tokens that grad_weight sums over are one dimension."""
-        found = next((user for user in x.users if user.target is torch.flatten and user.args[1:] == (0, -2)), None)
-        return found if found is not None else self.emit(call, torch.flatten, x, 0, -2)
+        if x not in self.matrices:
+            self.matrices[x] = self.emit(call, torch.flatten, x, 0, -2)
+        return self.matrices[x]
 
     def product(self, call: SiteCall, made: SiteDecision, spec: SiteSpec, dtype: torch.dtype) -> fx.Node:
         row = self.rows.get(call.node)
@@ -146,8 +158,20 @@ class _Writer:
             left = self.pair(call, call.x, spec.input, ([-1], [0]), made.name, "input")
             right = self.pair(call, w, spec.weight, ([-1], [0]), made.name, "weight")
             return self.emit(call, ops.linear.default, call.x, w, call.bias, left, right, row, self.rng, *tail)
-        left = self.pair(call, call.x, spec.input, ([-1], [-2]), made.name, "input")
-        right = self.pair(call, call.w, spec.weight, ([-2], [-1]), made.name, "other")
+        return self.matmul(call, made, spec, row, dtype)
+
+    def matmul(self, call: SiteCall, made: SiteDecision, spec: SiteSpec, row: fx.Node | None, dtype: torch.dtype) -> fx.Node:
+        """A parameter on the left (`W @ x`) takes the role `weight`, and its gradient is `grad_weight`.
+
+        The right operand lies as [K, N], so its blocks (of N by K, as everywhere: the contraction last) are turned.
+        """
+        swapped = weight_source(call.x) is not None and weight_source(call.w) is None
+        a, b = (spec.weight, spec.input) if swapped else (spec.input, spec.weight)
+        b = None if b is None else turned(b)
+        left = self.pair(call, call.x, a, ([-1], [-2]), made.name, "weight" if swapped else "input")
+        right = self.pair(call, call.w, b, ([-2], [-1]), made.name, "other")
+        backward = exchanged(spec) if swapped else spec
+        tail = (made.name, *(s.text if s is not None else "" for s in (a, b)), backward.backward_text, dtype)
         return self.emit(call, ops.matmul.default, call.x, call.w, left, right, row, self.rng, *tail)
 
     def padding_row(self, call: SiteCall) -> Any:
@@ -213,6 +237,13 @@ class _Writer:
         if spec.grad_output is not None:
             y = self.emit(call, ops.round_gradient.default, y, spec.grad_output.text, self.rng, made.name, "grad_output")
         return y
+
+
+def exchanged(spec: SiteSpec) -> SiteSpec:
+    """`spec` for the operands in the other order: the gradient of the first is `grad_weight`, that of the second `grad_input`."""
+    other = {"output": "output", "grad_input": "grad_weight", "grad_weight": "grad_input"}
+    gemms = tuple(gemm for gemm in GEMMS if other[gemm] in spec.gemms)
+    return spec.replace(grad_input=spec.grad_weight, grad_weight=spec.grad_input, gemms=gemms)
 
 
 def _first_call(graph: fx.Graph) -> fx.Node:

@@ -83,11 +83,11 @@ REFUSED: dict[str, tuple[nn.Module, Any, tuple[Any, ...], str]] = {
     "vector": (Call(torch.matmul), "hybrid", (randn(4, 8), randn(8)), "a product with a vector"),
     "max_norm": (seeded(Embedding, max_norm=1.0), "hybrid", TABLE, "an embedding with max_norm or sparse gradients"),
     "sparse": (nn.Sequential(nn.Embedding(8, 6, sparse=True)), "hybrid", TABLE, "an embedding with max_norm or sparse gradients"),
-    "embedding without a weight role": (
+    "embedding without a role of its own": (
         nn.Sequential(nn.Embedding(8, 6)),
-        {"extends": "hybrid", "defaults": {"weight": "none"}},
+        {"extends": "hybrid", "defaults": {"weight": "none", "grad_output": "none"}},
         TABLE,
-        "the weight role is none, and an embedding has no other",
+        "no role of this recipe applies here",
     ),
     "embedding in blocks": (
         nn.Sequential(nn.Embedding(8, 6)),
@@ -108,9 +108,8 @@ REFUSED: dict[str, tuple[nn.Module, Any, tuple[Any, ...], str]] = {
         "fused attention stays in high precision (attention: high_precision)",
     ),
     "no role applies": (
-        nn.Sequential(nn.Linear(8, 6)),
-        {"defaults": {"mode": "exempt"}, "rules": [{"match": {"type": "Linear"}, "mode": "hybrid", "input": "none", "weight": "none",
-                                                     "grad_output": "none", "output": {"format": "e4m3fn"}}]},
+        nn.Sequential(nn.Linear(8, 6), nn.ReLU()),  # which reads the tensor of the only role in high precision
+        {"extends": "hybrid", "defaults": {"input": "none", "weight": "none", "grad_output": "none", "output": {"format": "e4m3fn"}}},
         (randn(4, 8),),
         "no role of this recipe applies here",
     ),

@@ -134,9 +134,9 @@ def test_matmul_granularity(grains: str) -> None:
     trace = Trace(make(), grained(input, input, grad_grain), *inputs())
     y, (db, da), grad = backward(trace, inputs())
     (a,), (b,) = trace.model.parameters(), inputs()
-    right = quantized(b, "e4m3fn", input, dim=-2)
+    right = quantized(b, "e4m3fn", turned, dim=-2)
     assert_close(y, quantized(a, "e4m3fn", input, dim=-1) @ right, a.detach().double().abs() @ b.double().abs() * 1.2, depth=8)
-    wanted = quantized(grad, "e5m2", grad_grain, dim=-1) @ quantized(b, "e4m3fn", turned_for(input), dim=-1).mT
+    wanted = quantized(grad, "e5m2", grad_grain, dim=-1) @ quantized(b, "e4m3fn", input, dim=-1).mT
     assert_close(da, wanted, grad.double().abs() @ b.double().abs().mT * 1.4, depth=6)
     wanted = quantized(a, "e4m3fn", turned, dim=-2).mT @ quantized(grad, "e5m2", turned_for(grad_grain), dim=-2)
     assert_close(db, wanted, a.detach().double().abs().mT @ grad.double().abs() * 1.4, depth=4)
