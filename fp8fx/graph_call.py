@@ -50,7 +50,7 @@ class SharedGraph:
         self._runtime = weakref.ref(runtime)
         self.module = copy_graph(module)
         self.module.compile_subgraph_reason = getattr(module, "compile_subgraph_reason", None)  # type: ignore[assignment]
-        self.frame = dynamo.frame_key()
+        self.frame, self.base = dynamo.frame_key(), dynamo.own_base()
         self.places: list[int] = []
         self.by_names: dict[tuple[str, ...], Callable[..., Any]] = {}
         self.by_identity: dict[tuple[int, ...], tuple[Callable[..., Any], list[weakref.ref[Any]]]] = {}
@@ -88,7 +88,7 @@ class SharedGraph:
         known[key] = (call, [weakref.ref(args[place], lambda _: known.pop(key, None)) for place in self.places])
 
     def _rewrite(self, inputs: Sequence[Any]) -> Callable[..., Any]:
-        captured = dynamo.from_dynamo(self.module, inputs, self.runtime.root, self.runtime.numbering, self.frame)
+        captured = dynamo.from_dynamo(self.module, inputs, self.runtime.root, self.runtime.numbering, self.frame, self.base)
         placeholders = captured.graph.find_nodes(op="placeholder")
         self.places = [i for i, node in enumerate(placeholders) if node.meta[TENSOR_NAME]]
         made = self.runtime.rewrite(captured, inputs, dynamo.append_placeholder)

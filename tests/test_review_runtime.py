@@ -237,10 +237,10 @@ class Odd(nn.Module):
 
 
 def test_functional_sites_are_named_after_the_module_whatever_self_is_called(x: torch.Tensor) -> None:
-    fast = fp8fx.compile(nn.Sequential(Odd(), Odd()))
+    fast = fp8fx.compile(nn.Sequential(Odd(), Odd(), Odd()))
     fast(x)
     names = [row.name for row in fast.plan().rows]
-    assert names == ["0.fc", "0.matmul", "0.matmul_1", "1.fc", "1.matmul", "1.matmul_1"]
+    assert names == ["0.fc", "0.matmul", "0.matmul_1", "1.fc", "1.matmul", "1.matmul_1", "2.fc", "2.matmul", "2.matmul_1"]
 
 
 def test_a_pattern_that_another_graph_matches_is_not_noted(x: torch.Tensor) -> None:

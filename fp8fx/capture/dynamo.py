@@ -30,11 +30,17 @@ _FORWARDS = ("forward", "_call_impl", "_wrapped_call_impl", "inner", "run")
 
 
 def from_dynamo(
-    module: fx.GraphModule, example_inputs: Sequence[Any], root: nn.Module, numbering: Numbering | None = None, frame: object = None
+    module: fx.GraphModule,
+    example_inputs: Sequence[Any],
+    root: nn.Module,
+    numbering: Numbering | None = None,
+    frame: object = None,
+    base: str = "",
 ) -> Captured:
     """The captured form of a graph that Dynamo hands to a backend. `module` is left as it is.
 
-    numbering: of the functional sites over all graphs of `root`; `frame` (frame_key()) says which frame this graph is of.
+    numbering: of the functional sites over all graphs of `root`; `frame` (frame_key()) says which frame this graph is of,
+    and `base` (own_base()) what that calls its module; both are known only while Dynamo compiles it.
     """
     numbering = numbering or Numbering()
     copied = copy_graph(module)
@@ -44,10 +50,10 @@ def from_dynamo(
     prefixes = _prefixes(placeholders, example_inputs, names)
     for node, value in zip(placeholders, example_inputs, strict=False):
         found = names.of_tensor(value)
-        base, suffix = split_source(_source(node))
-        wanted = join(prefixes.get(base, ""), suffix)
+        local, suffix = split_source(_source(node))
+        wanted = join(prefixes.get(local, ""), suffix)
         node.meta[TENSOR_NAME] = wanted if wanted in found else (found[0] if found else "")
-    own = prefixes.get(_own_base(), "")
+    own = prefixes.get(base or own_base(), "")
     for node in copied.graph.nodes:
         node.meta[VAL] = node.meta.get("example_value")
         node.meta[MODULE] = _module_path(node, prefixes, own)
@@ -142,7 +148,7 @@ def frame_key() -> tuple[str, int, str] | None:
     return None if code is None else (code.co_filename, code.co_firstlineno, code.co_name)
 
 
-def _own_base() -> str:
+def own_base() -> str:
     """The base of the module whose method is compiled, whatever its first argument is called."""
     found = _frame_locals()
     name = "self" if isinstance(found.get("self"), nn.Module) else next((n for n, v in found.items() if isinstance(v, nn.Module)), "self")
