@@ -75,13 +75,8 @@ def _with_lists(
 
 
 def _refuse_second_derivative(name: str, grads: tuple[Any, ...]) -> None:
-    """The backward formulas call operators outside autograd: a graph of them would silently lack these sites.
-
-    The transforms of torch.func always record the backward, also for a first derivative; they are left alone.
-    """
-    if not torch.is_grad_enabled() or torch._C._are_functorch_transforms_active():
-        return
-    if any(isinstance(grad, torch.Tensor) and grad.requires_grad for grad in grads):
+    """The backward formulas call operators outside autograd: a graph of them would silently lack these sites."""
+    if torch.is_grad_enabled() and any(isinstance(grad, torch.Tensor) and grad.requires_grad for grad in grads):
         raise FP8Error(
             f"fp8fx::{name}: fp8fx operators have no second derivative, and this backward runs with create_graph=True (a gradient "
             "penalty, a Hessian). Exempt the layers it goes through (fp8fx.compile(model, exempt=[...])), or compute it on the "
