@@ -8,8 +8,8 @@
         nodes of a checkpointed part ->    one checkpoint call of a body that holds them
 
 Quantized weights come from outside so that they can be kept: for all of evaluation, or until the next optimizer step where the
-recipe says `weight_cache: step`. Everything else runs as the operators' registered implementations: on a CUDA device the Triton
-kernels of `fp8fx.kernels` where there is one, elsewhere the exact reference.
+recipe says `weight_cache: step`. Everything else runs as the operators' registered implementations: today the exact reference on every
+device; this is where the kernels of `fp8fx.kernels` will be named.
 """
 
 from __future__ import annotations
