@@ -8,6 +8,7 @@ from __future__ import annotations
 import contextlib
 import importlib
 import json
+import logging
 import platform
 import sys
 import warnings
@@ -81,6 +82,9 @@ app.add_typer(recipes, name="recipe")
 
 def main() -> None:
     """The entry point `fp8fx`."""
+    # torch logs the traceback of every operation that fails on shapes; the error it becomes is told in one message (`--debug`: all).
+    if "--debug" not in sys.argv:
+        logging.getLogger("torch._subclasses.fake_tensor").setLevel(logging.CRITICAL)
     app(prog_name="fp8fx")
 
 
