@@ -68,7 +68,7 @@ def from_dynamo(
     of_root = set(prefixes.values()) <= {""}
     resumed, forward = _forward_frame(frame, root)
     starts, ends = of_root and forward and not resumed, of_root and forward and not broken
-    return Captured(copied, "dynamo", complete=not broken and of_root, starts=starts, ends=ends)
+    return Captured(copied, complete=not broken and of_root, starts=starts, ends=ends)
 
 
 def _forward_frame(frame: object, root: nn.Module) -> tuple[bool, bool]:

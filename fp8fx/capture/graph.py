@@ -25,13 +25,12 @@ SITE = "site"  # canonical site name, written by naming.assign_site_names
 
 @dataclass
 class Captured:
-    """A captured graph. `front_end` is "dynamo" or "symbolic"; `complete` says that nothing of its frame is missing.
+    """A captured graph. `complete` says that nothing of its frame is missing.
 
     starts, ends: it is known to begin where the model's forward begins, and to end where that ends.
     """
 
     module: fx.GraphModule
-    front_end: str
     complete: bool
     starts: bool = True
     ends: bool = True

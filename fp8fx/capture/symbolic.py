@@ -117,7 +117,7 @@ def from_symbolic(module: fx.GraphModule, inputs: Sequence[Any], root: nn.Module
     assign_site_names(module.graph, names, Counter())
     module.graph.lint()
     module.recompile()
-    return Captured(module, "symbolic", complete=True), lifted
+    return Captured(module, complete=True), lifted
 
 
 def _lift(module: fx.GraphModule, root: nn.Module) -> list[Tensor]:
