@@ -7,6 +7,7 @@ stream, and drops the graphs: a copy captures its own.
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 import logging
 import warnings
 import weakref
@@ -18,19 +19,21 @@ import torch
 from torch import Tensor, fx, nn
 
 from fp8fx import pipeline
+from fp8fx.autocast import CALIBRATING
 from fp8fx.capture import dynamo, symbolic
 from fp8fx.capture.graph import SITE, Captured
 from fp8fx.capture.naming import Numbering, weight_source
 from fp8fx.capture.sites import read_site
 from fp8fx.clone import base_class
 from fp8fx.errors import CaptureError, FP8Warning, ModelError, RecipeError, allowed, nearest
-from fp8fx.graph_call import GraphCall, SharedGraph, alive
+from fp8fx.graph_call import GraphCall, SharedGraph, Version, alive
 from fp8fx.monitor import UnderflowMonitor
 from fp8fx.passes.contract import Context
 from fp8fx.passes.lower import WeightInput
 from fp8fx.plan import Plan, SiteRow, build_plan, site_rows
 from fp8fx.recipe import Recipe
 from fp8fx.recipe.resolve import BOUNDARY_OPS
+from fp8fx.scaling import ScalingState, other_recipe
 from fp8fx.state import OPTIMIZER_STEPS, Stream, WeightCache
 
 LOG = logging.getLogger("fp8fx")
@@ -125,6 +128,9 @@ class Runtime:
         self.graphs: list[GraphRecord] = []
         self.numbering = Numbering()
         self.weights = WeightCache()
+        self.scaling = ScalingState(self.recipe.delayed)
+        self._eval_only: bool | None = None  # since the last optimizer step, forwards with gradients ran in eval() only
+        self._told_eval_only = False
         self.monitor = UnderflowMonitor({}, _advice(self.recipe))
         self._first_layer: str | None = None
         self._stepped = False
@@ -133,12 +139,15 @@ class Runtime:
         self._forward: Callable[..., Any] | None = None
 
     def __getstate__(self) -> dict[str, Any]:
-        return {"recipe": self.recipe, "options": self.options, "stream": self._position()}
+        return {"recipe": self.recipe, "options": self.options, "stream": self._position(), "scaling": self.scaling_state()}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
-        self.__dict__.update(state)
+        kept = dict(state)
+        scaling = kept.pop("scaling")
+        self.__dict__.update(kept)
         self.original = None
         self._reset()
+        self.scaling.load(scaling)
 
     # -- the model ------------------------------------------------------------------------------------------------------
 
@@ -158,8 +167,12 @@ class Runtime:
         return [] if root is None else list(root.parameters())
 
     def optimizer_stepped(self) -> None:
-        self._stepped = True
+        self._stepped = self.scaling.due = True
         self.weights.clear()
+        if self._eval_only and not self._told_eval_only:
+            self._told_eval_only = True
+            warnings.warn(_EVAL_ONLY, FP8Warning, stacklevel=5)
+        self._eval_only = None
 
     # -- capture --------------------------------------------------------------------------------------------------------
 
@@ -192,10 +205,19 @@ class Runtime:
         if self.options.plan_only:
             self.graphs.append(record)
             return captured.module
-        call = GraphCall(self, compiled.module, example_inputs)
-        call.inner = self._inner(compiled.module, [*example_inputs, *dynamo.static(call.extras(example_inputs))])
         self.graphs.append(record)
         self.monitor.formats.update({row.name: row.grad_format for row in record.rows if row.grad_format})
+        return Version(self, record, self._graph_call(compiled.module, example_inputs, example_inputs))
+
+    def make(self, record: GraphRecord, mode: str, inputs: Sequence[Any], examples: Sequence[Any]) -> GraphCall:
+        """The graph of `record` as fp8fx.autocast's `mode` runs it. examples: `inputs` for the inner compiler, symbolic where sizes are."""
+        changes: dict[str, Any] = {"calibrating": True} if mode == CALIBRATING else {"recipe": Recipe.load("none")}
+        module = pipeline.run(record.captured, dataclasses.replace(record.context, **changes)).module
+        return self._graph_call(module, inputs, examples, mode == CALIBRATING)
+
+    def _graph_call(self, module: fx.GraphModule, inputs: Sequence[Any], examples: Sequence[Any], calibrating: bool = False) -> GraphCall:
+        call = GraphCall(self, module, inputs, calibrating)
+        call.inner = self._inner(module, [*examples, *dynamo.static(call.extras(inputs))])
         return call
 
     def _inner(self, module: fx.GraphModule, example_inputs: list[Any]) -> Callable[..., Any]:
@@ -260,8 +282,17 @@ class Runtime:
             warnings.warn(f"fp8fx: no layer runs in FP8: {plan.summary}. print(model.plan()) gives the reasons.", FP8Warning, stacklevel=4)
 
     def state(self) -> dict[str, Tensor]:
-        """What a checkpoint must hold besides the model's own tensors: the position in the random stream."""
-        return {"stream": self._position().tensor(torch.device("cpu"))}
+        """What a checkpoint must hold besides the model's own tensors: the position in the random stream, and scales that are kept."""
+        return {"stream": self._position().tensor(torch.device("cpu"))} | self.scaling_state()
+
+    def scaling_state(self) -> dict[str, Tensor]:
+        if self.scaling.calibrated:
+            self._end_calibration()
+        return self.scaling.state() if self.recipe.keeps_scales else {}
+
+    def _end_calibration(self) -> None:
+        self.scaling.step(at_once=True)
+        self.weights.clear()
 
     def _position(self) -> Stream:
         """Where the next training forward stands: in a new step if an optimizer has stepped since the last."""
@@ -269,18 +300,43 @@ class Runtime:
         return Stream(stream.seed, stream.step + 1) if self._stepped else Stream(stream.seed, stream.step, stream.call)
 
     def load_state(self, state: dict[str, Tensor]) -> None:
+        """Take what `state` gave, all of it or, with ModelError, nothing. An original checkpoint has no entries: all stays as it is."""
+        if not state:
+            self.weights.clear()
+            return
+        kept = {key: value for key, value in state.items() if key != "stream"}
+        if bool(kept) != self.recipe.keeps_scales:
+            there, here = ("holds", "keeps none") if kept else ("holds no", "keeps them")
+            raise other_recipe(f"it {there} delayed scales, and recipe {self.recipe.name!r} {here}")
+        if kept:
+            self.scaling.load(kept)
         if "stream" in state:
             self.stream = Stream(*state["stream"].tolist())
             self._stepped = False
         self.weights.clear()
 
-    def begin_call(self) -> None:
-        """Advance the step if an optimizer stepped since the last training forward; number the call within the step."""
-        if self._stepped and torch.is_grad_enabled():
+    def begin_call(self, calibrating: bool) -> bool:
+        """Advance the step if an optimizer stepped since the last training forward. True if this call's amax counts.
+
+        Steps of the random stream ask for gradients only, those of the scales for train() too: evaluation leaves scales as they are.
+        """
+        training = torch.is_grad_enabled()
+        if self._stepped and training:
             self._stepped = False
             self.stream.step += 1
             self.stream.call = 0
             self.monitor.end_step()
+        if not len(self.scaling):
+            return False
+        if self.scaling.calibrated and not calibrating:
+            self._end_calibration()
+        if training and not calibrating:
+            self._eval_only = self._eval_only is not False and not self.root.training
+        training = training and self.root.training
+        if training and self.scaling.due:
+            self.scaling.step()
+            self.weights.clear()
+        return training or calibrating
 
     def keeps_weights(self, wanted: WeightInput) -> bool:
         """Quantized weights are kept under no_grad and in eval, and until the next optimizer step if the recipe says so."""
@@ -301,6 +357,12 @@ class Runtime:
             raise CaptureError(f"there is no graph {index}: the model was captured as {len(self.graphs)} graph(s), numbered from 0")
         record = self.graphs[index]
         return pipeline.run(record.captured, record.context, stage).module
+
+
+_EVAL_ONLY = (
+    "fp8fx: the model trains in eval(), where delayed scales stand still: they will not follow the tensors. Call train() (layers such as "
+    "dropout and batch norm can be put into eval() one by one), or use current scaling, such as recipe hybrid."
+)
 
 
 def _advice(recipe: Recipe) -> str:

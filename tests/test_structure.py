@@ -19,7 +19,7 @@ recipe ops functional
 capture
 passes
 pipeline show
-plan state monitor
+plan state scaling monitor autocast
 runtime graph_call
 coverage
 compile backend

@@ -20,10 +20,10 @@ _CODES: dict[Any, dict[int, int]] = {
     ops.mlp.default: {0: 5, 1: 6, 3: 7},
 }
 _BACKWARD_TEXT: dict[Any, int] = {
-    ops.linear.default: 10,
-    ops.linear_quantize.default: 10,
-    ops.matmul.default: 9,
-    ops.conv.default: 16,
+    ops.linear.default: 11,
+    ops.linear_quantize.default: 11,
+    ops.matmul.default: 10,
+    ops.conv.default: 17,
 }
 
 

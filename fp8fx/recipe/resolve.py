@@ -245,7 +245,10 @@ def tensor_spec(role: Role, scale: Scale) -> TensorSpec:
         rounding=role.rounding,
         overflow=role.overflow,
     )
-    return spec if role.scaling == "none" else dataclasses.replace(spec, power_of_two=scale.power_of_two, eps=scale.eps)
+    if role.scaling == "none":
+        return spec
+    spec = dataclasses.replace(spec, power_of_two=scale.power_of_two)
+    return spec if role.scaling == "delayed" else dataclasses.replace(spec, eps=scale.eps)
 
 
 def _unused(step: Step, n: int, used: set[tuple[int, int]], modules: Modules | None, strict: bool, partial: bool) -> Iterator[str]:
