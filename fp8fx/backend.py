@@ -16,8 +16,9 @@ from torch import fx, nn
 
 from fp8fx.capture.dynamo import captured_module
 from fp8fx.errors import CaptureError, ModelError, RecipeError, allowed, nearest
+from fp8fx.options import Options
 from fp8fx.recipe import Recipe
-from fp8fx.runtime import Options, Runtime, module_types
+from fp8fx.runtime import Runtime, module_types
 
 _OPTIONS = ("recipe", "exempt", "output_fused", "inner", "inner_mode")
 # Root module -> (recipe, options) -> Runtime. Weak: a model that is gone takes its state along.

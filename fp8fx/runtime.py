@@ -25,9 +25,10 @@ from fp8fx.capture.graph import SITE, Captured
 from fp8fx.capture.naming import Numbering, weight_source
 from fp8fx.capture.sites import read_site
 from fp8fx.clone import base_class
-from fp8fx.errors import CaptureError, FP8Warning, ModelError, RecipeError, allowed, nearest
+from fp8fx.errors import CaptureError, FP8Warning, RecipeError
 from fp8fx.graph_call import GraphCall, SharedGraph, Version, alive
 from fp8fx.monitor import UnderflowMonitor
+from fp8fx.options import Options
 from fp8fx.passes.contract import Context
 from fp8fx.passes.lower import WeightInput
 from fp8fx.plan import Plan, SiteRow, build_plan, site_rows
@@ -37,34 +38,6 @@ from fp8fx.scaling import ScalingState, other_recipe
 from fp8fx.state import OPTIMIZER_STEPS, Stream, WeightCache
 
 LOG = logging.getLogger("fp8fx")
-
-
-@dataclass(frozen=True)
-class Options:
-    """How a model is compiled, apart from the recipe."""
-
-    inner: str = "auto"  # auto | eager | aot_eager | inductor
-    inner_mode: str | None = None  # a torch.compile mode for Inductor: reduce-overhead, max-autotune
-    fullgraph: bool = False
-    dynamic: bool | None = None
-    capture: str = "dynamo"  # dynamo | symbolic
-    on_capture_error: str = "raise"  # raise | eager
-    plan_only: bool = False
-
-    def check(self) -> None:
-        """Raise ModelError for a word that is none of those allowed."""
-        choices: dict[str, tuple[str, ...]] = {
-            "inner": ("auto", "eager", "aot_eager", "inductor"),
-            "capture": ("dynamo", "symbolic"),
-            "on_capture_error": ("raise", "eager"),
-        }
-        if self.inner_mode is not None:
-            choices["inner_mode"] = tuple(torch._inductor.list_mode_options())
-        for key, words in choices.items():
-            value = getattr(self, key)
-            if value not in words:
-                close = nearest(value, words) if isinstance(value, str) else ""
-                raise ModelError(f"{key}={value!r}: allowed are {allowed(words)}.{close}")
 
 
 @dataclass
