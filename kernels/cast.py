@@ -21,14 +21,14 @@ from typing import NamedTuple
 import torch
 import triton
 import triton.language as tl
-from torch import Tensor
-
-from fp8fx.errors import KernelError
-from fp8fx.formats import Format
 from fp8fx.kernels.amax import amax_each, merge_amax
 from fp8fx.kernels.codes import encode, finite_magnitude_bits, hardware_format, random_tile
 from fp8fx.kernels.layout import AXES, axis_shape, axis_size, batches, check_input, transposed_shape, widest
 from fp8fx.kernels.scale import compute_scale, current_scale, inverse
+from torch import Tensor
+
+from fp8fx.errors import KernelError
+from fp8fx.formats import Format
 
 # what is written -> BLOCK_M, BLOCK_K, num_warps; `flat`: any contiguous tensor with one scale, as long rows
 _CONFIGS = {"rows": (64, 128, 4), "transposed": (64, 128, 4), "flat": (1, 4096, 4)}
@@ -164,7 +164,7 @@ def cast(
     scale: Tensor | None = None,
     granularity: str = "tensor",
     layout: str = "rows",
-    how: Rounding = Rounding(),  # noqa: B008 - frozen
+    how: Rounding = Rounding(),
     amax: Tensor | None = None,
 ) -> tuple[Tensor | None, Tensor | None]:
     """(q [..., M, K], qT [..., K, M]) of bf16, fp16 or fp32 `x`, the one that `layout` (rows, transposed, both) leaves out None.
@@ -191,7 +191,7 @@ def cast_current(
     granularity: str = "tensor",
     granularity_t: str | None = None,
     layout: str = "rows",
-    how: Rounding = Rounding(),  # noqa: B008 - frozen
+    how: Rounding = Rounding(),
     power_of_two: bool = False,
     eps: float = 1e-12,
 ) -> Quantized:

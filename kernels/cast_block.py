@@ -15,14 +15,14 @@ from __future__ import annotations
 import torch
 import triton
 import triton.language as tl
-from torch import Tensor
-
-from fp8fx.errors import KernelError
-from fp8fx.formats import Format
 from fp8fx.kernels.cast import Quantized, Rounding
 from fp8fx.kernels.codes import encode, finite_magnitude_bits, hardware_format, random_tile
 from fp8fx.kernels.layout import batches, check_input, transposed_shape
 from fp8fx.kernels.scale import current_scale, inverse
+from torch import Tensor
+
+from fp8fx.errors import KernelError
+from fp8fx.formats import Format
 
 # largest block side along M -> BLOCK_M, BLOCK_K, num_warps
 _CONFIGS = {32: (32, 128, 4), 128: (128, 128, 8)}

@@ -14,10 +14,10 @@ from __future__ import annotations
 import torch
 import triton
 import triton.language as tl
+from fp8fx.kernels.scale import divide, inverse
 from torch import Tensor
 
 from fp8fx.errors import KernelError
-from fp8fx.kernels.scale import divide, inverse
 
 _INF_BITS = tl.constexpr(0x7F800000)
 _SMALLEST = tl.constexpr(2.0**-126)
@@ -94,7 +94,7 @@ def delayed_update(
     n, length = history.shape
     tensors = (history, scale, amax, fmax)
     if any(t.dtype != torch.float32 or not t.is_contiguous() for t in tensors) or any(t.shape != (n,) for t in tensors[1:]):
-        raise KernelError(f"delayed_update: expected contiguous float32 [n, H], [n], [n], [n], got {[(t.dtype, *t.shape) for t in tensors]}")
+        raise KernelError(f"delayed_update: expected contiguous float32 [n, H] and three [n], got {[(t.dtype, *t.shape) for t in tensors]}")
     if n == 0:
         return
     block = triton.next_power_of_2(length)

@@ -23,12 +23,12 @@ from dataclasses import dataclass
 import torch
 import triton
 import triton.language as tl
+from fp8fx.kernels.codes import INTERPRET
+from fp8fx.kernels.scaled_mm_kernels import blocked_mm_kernel, scaled_mm_kernel
 from torch import Tensor
 from triton.tools.tensor_descriptor import TensorDescriptor
 
 from fp8fx.errors import KernelError
-from fp8fx.kernels.codes import INTERPRET
-from fp8fx.kernels.scaled_mm_kernels import blocked_mm_kernel, scaled_mm_kernel
 
 _DTYPES = {torch.bfloat16: tl.bfloat16, torch.float16: tl.float16, torch.float32: tl.float32}
 _FP8 = (torch.float8_e4m3fn, torch.float8_e5m2)
@@ -102,7 +102,10 @@ def scaled_mm(
         return c
     if k == 0:
         return c.zero_() if bias is None else c.copy_(bias)
-    left, right = _Operand.of(a, batch, scale_a, block_a), _Operand.of(b.mT, batch, scale_b.mT if scale_b.dim() > 1 else scale_b, _turn(block_b))
+    left, right = (
+        _Operand.of(a, batch, scale_a, block_a),
+        _Operand.of(b.mT, batch, scale_b.mT if scale_b.dim() > 1 else scale_b, _turn(block_b)),
+    )
     c3 = c.view(count, m, n)
     if m <= 64 and n > m:  # few rows: C^T = B^T A^T
         _launch(right, left, c3.mT, bias, 2, accumulate == "precise", config)
@@ -143,13 +146,15 @@ class _Operand:
         if not shared:
             x = x.expand(*batch, *x.shape[-2:])
         flat = x.reshape(-1, *x.shape[-2:])
-        count, rows, k = flat.shape
+        rows, k = flat.shape[1:]
         if scale.dtype != torch.float32:
             raise KernelError(f"scaled_mm: scales must be float32, got {scale.dtype}")
         if scale.numel() != 1:
             wanted = (rows, 1) if block is None else (triton.cdiv(rows, block[0]), triton.cdiv(k, block[1]))
             if tuple(scale.shape[-2:]) != wanted:
-                raise KernelError(f"scaled_mm: scale of shape {tuple(scale.shape)} for {rows} rows of {k}, block {block}: expected {wanted}")
+                raise KernelError(
+                    f"scaled_mm: scale of shape {tuple(scale.shape)} for {rows} rows of {k}, block {block}: expected {wanted}"
+                )
             scale = scale.expand(*batch, *wanted).reshape(-1, *wanted)
         return cls(_stacked(flat), rows, 0 if shared else rows, scale, block)
 

@@ -9,7 +9,7 @@ the compiler for Hopper, no GPU test_compiles.py: the launchers are called with 
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from typing import Any
 
 import pytest
@@ -32,7 +32,7 @@ def device() -> str:
 
 
 @pytest.fixture
-def compiled(monkeypatch: pytest.MonkeyPatch) -> Iterator[Callable[[], list[Any]]]:
+def compiled(monkeypatch: pytest.MonkeyPatch) -> Callable[[], list[Any]]:
     """Launches inside the test compile for Hopper instead of running; the fixture returns the kernels compiled since the last call."""
     import triton
     from triton.backends.compiler import GPUTarget
@@ -64,4 +64,4 @@ def compiled(monkeypatch: pytest.MonkeyPatch) -> Iterator[Callable[[], list[Any]
         taken, done[:] = list(done), []
         return taken
 
-    yield take
+    return take
