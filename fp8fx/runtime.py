@@ -94,6 +94,7 @@ class Runtime:
         self.recipe = recipe
         self.options = options
         self.stream = Stream(seed=recipe.seed)
+        self.scaling = ScalingState(recipe.delayed)
         self.original: nn.Module | None = None  # the model passed to compile; a copy has none
         self._reset()
 
@@ -101,7 +102,6 @@ class Runtime:
         self.graphs: list[GraphRecord] = []
         self.numbering = Numbering()
         self.weights = WeightCache()
-        self.scaling = ScalingState(self.recipe.delayed)
         self._eval_only: bool | None = None  # since the last optimizer step, forwards with gradients ran in eval() only
         self._told_eval_only = False
         self.monitor = UnderflowMonitor({}, _advice(self.recipe))
@@ -120,6 +120,7 @@ class Runtime:
         self.__dict__.update(kept)
         self.original = None
         self._reset()
+        self.scaling = ScalingState(self.recipe.delayed)
         self.scaling.load(scaling)
 
     # -- the model ------------------------------------------------------------------------------------------------------
@@ -178,9 +179,10 @@ class Runtime:
         if self.options.plan_only:
             self.graphs.append(record)
             return captured.module
-        self.graphs.append(record)
+        call = self._graph_call(compiled.module, example_inputs, example_inputs)
+        self.graphs.append(record)  # only now: Dynamo may interrupt the inner compiler, and capture anew
         self.monitor.formats.update({row.name: row.grad_format for row in record.rows if row.grad_format})
-        return Version(self, record, self._graph_call(compiled.module, example_inputs, example_inputs))
+        return Version(self, record, call)
 
     def make(self, record: GraphRecord, mode: str, inputs: Sequence[Any], examples: Sequence[Any]) -> GraphCall:
         """The graph of `record` as fp8fx.autocast's `mode` runs it. examples: `inputs` for the inner compiler, symbolic where sizes are."""
