@@ -12,7 +12,7 @@ from __future__ import annotations
 import torch
 import triton
 import triton.language as tl
-from fp8fx.kernels.codes import finite_magnitude_bits
+from fp8fx.kernels.codes import finite_magnitude
 from fp8fx.kernels.layout import AXES, axis_shape, axis_size, batches, check_input, widest
 from torch import Tensor
 
@@ -24,11 +24,11 @@ _FLAT = (4, 4096, 8)
 
 
 @triton.jit
-def merge_amax(amax_ptr, value):
-    """Atomic max of one float32 bit pattern into `amax_ptr` (int32), skipped where the stored value is as large already."""
-    # A stale read is only ever too small, so it costs an atomic, never a result.
-    seen = tl.load(amax_ptr)
-    tl.atomic_max(amax_ptr, value, mask=value > seen, sem="relaxed")
+def merge_amax(amax_ptr, seen, value):
+    """Atomic max of float32 `value` >= 0 into `amax_ptr` (int32), skipped where `seen`, read there before, is as large already."""
+    # A stale `seen` is only ever too small, so it costs an atomic, never a result.
+    bits = value.to(tl.int32, bitcast=True)
+    tl.atomic_max(amax_ptr, bits, mask=bits > seen, sem="relaxed")
 
 
 @triton.jit
@@ -55,13 +55,16 @@ def _amax_kernel(
     columns = pid % tiles_k * BLOCK_K + tl.arange(0, BLOCK_K)
     inside = (rows < M)[:, None] & (columns < K)[None, :]
     at = b * stride_xb + rows.to(tl.int64)[:, None] * stride_xm + columns.to(tl.int64)[None, :] * stride_xk
-    bits = finite_magnitude_bits(tl.load(x_ptr + at, mask=inside, other=0.0).to(tl.float32))
+    seen = tl.load(amax_ptr)
+    magnitude = finite_magnitude(tl.load(x_ptr + at, mask=inside, other=0.0).to(tl.float32))
     if ROW:
-        tl.atomic_max(row_ptr + b * M + rows, tl.max(bits, 1), mask=rows < M, sem="relaxed")
+        largest = tl.max(magnitude, 1).to(tl.int32, bitcast=True)
+        tl.atomic_max(row_ptr + b * M + rows, largest, mask=rows < M, sem="relaxed")
     if COLUMN:
-        tl.atomic_max(column_ptr + b * K + columns, tl.max(bits, 0), mask=columns < K, sem="relaxed")
+        largest = tl.max(magnitude, 0).to(tl.int32, bitcast=True)
+        tl.atomic_max(column_ptr + b * K + columns, largest, mask=columns < K, sem="relaxed")
     if TENSOR:
-        merge_amax(amax_ptr, tl.max(tl.max(bits, 1), 0))
+        merge_amax(amax_ptr, seen, tl.max(tl.max(magnitude, 1), 0))
 
 
 def amax(x: Tensor, granularity: str = "tensor") -> Tensor:

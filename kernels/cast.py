@@ -10,7 +10,8 @@ different axes, so each operand is wanted in both layouts. With one scale per te
 contraction (`row` for q, `column` for qT) give each its own. Scales are read, or made from an amax that was just measured, in
 this kernel. The random bits of stochastic rounding belong to the element of x, so q and qT share each decision.
 
-Reference: `fp8fx.numerics.quantize_scaled`, equal byte for byte. A tile is read once, encoded in registers and stored twice.
+Reference: `fp8fx.numerics.quantize_scaled`, equal byte for byte. A tile is read once, in four quarters (see
+`quarters`), encoded in registers and stored twice.
 """
 
 from __future__ import annotations
@@ -22,8 +23,9 @@ import torch
 import triton
 import triton.language as tl
 from fp8fx.kernels.amax import amax_each, merge_amax
-from fp8fx.kernels.codes import encode, finite_magnitude_bits, hardware_format, random_tile
+from fp8fx.kernels.codes import encode, finite_magnitude, hardware_format, random_tile
 from fp8fx.kernels.layout import AXES, axis_shape, axis_size, batches, check_input, transposed_shape, widest
+from fp8fx.kernels.quarters import byte_views, load_quarter, locate, store_quarter, store_transposed, zero_codes
 from fp8fx.kernels.scale import compute_scale, current_scale, inverse
 from torch import Tensor
 
@@ -31,7 +33,7 @@ from fp8fx.errors import KernelError
 from fp8fx.formats import Format
 
 # what is written -> BLOCK_M, BLOCK_K, num_warps; `flat`: any contiguous tensor with one scale, as long rows
-_CONFIGS = {"rows": (64, 128, 4), "transposed": (64, 128, 4), "flat": (1, 4096, 4)}
+_CONFIGS = {"rows": (64, 128, 4), "transposed": (64, 128, 4), "flat": (4, 4096, 8)}
 
 LAYOUTS = ("rows", "transposed", "both")
 
@@ -69,23 +71,56 @@ class Rounding:
 
 
 @triton.jit
-def _read_inverse(
-    scale_ptr,
-    made_ptr,
-    eps,
-    index,
-    inside,
-    first,
-    FMAX: tl.constexpr,
-    FROM_AMAX: tl.constexpr,
-    POWER_OF_TWO: tl.constexpr,
-):
-    """inv_scale at `index`. FROM_AMAX: scale_ptr holds amax; the programs that come `first` along the axis store the scale they made."""
-    scale = tl.load(scale_ptr + index, mask=inside, other=1.0)
+def _read_inverse(source, index, inside, first, E5M2: tl.constexpr, FROM_AMAX: tl.constexpr, POWER_OF_TWO: tl.constexpr):
+    """inv_scale at `index` of source = (scale or amax, made scale, eps). FROM_AMAX: the scale is made from amax, and the programs that
+    come `first` along its axis store it."""
+    ptr, made_ptr, eps = source
+    scale = tl.load(ptr + index, mask=inside, other=1.0)
     if FROM_AMAX:
-        scale = current_scale(scale, eps, FMAX, POWER_OF_TWO)
+        scale = current_scale(scale, eps, 57344.0 if E5M2 else 448.0, POWER_OF_TWO)
         tl.store(made_ptr + index, scale, mask=inside & first)
     return inverse(scale)
+
+
+@triton.jit
+def _common_inverse(source, place, columns, AXIS: tl.constexpr, E5M2: tl.constexpr, FROM_AMAX: tl.constexpr, POWER_OF_TWO: tl.constexpr):
+    """inv_scale as far as all rows of the tile share it: a scalar, [1, BLOCK_K] for scales per column, else 1."""
+    b, tile_m, tile_k, _, K = place
+    if AXIS == 0:
+        return _read_inverse(source, 0, True, (b + tile_m + tile_k) == 0, E5M2, FROM_AMAX, POWER_OF_TWO)
+    elif AXIS == 2:
+        return _read_inverse(source, b * K + columns, columns < K, tile_m == 0, E5M2, FROM_AMAX, POWER_OF_TWO)[None, :]
+    else:
+        return 1.0
+
+
+@triton.jit
+def _encode_quarter(
+    x,
+    common,
+    source,
+    random,
+    place,
+    rows,
+    AXIS: tl.constexpr,
+    FROM_AMAX: tl.constexpr,
+    POWER_OF_TWO: tl.constexpr,
+    E5M2: tl.constexpr,
+    STOCHASTIC: tl.constexpr,
+    NONFINITE: tl.constexpr,
+    GROUPED: tl.constexpr,
+):
+    """uint8 codes of one quarter under the scales of one side."""
+    b, _, tile_k, M, K = place
+    y = x
+    if AXIS == 1:
+        y = x * _read_inverse(source, b * M + rows, rows < M, tile_k == 0, E5M2, FROM_AMAX, POWER_OF_TWO)[:, None]
+    elif AXIS != 3:
+        y = x * common
+    bits = x.to(tl.int32, bitcast=True)
+    if STOCHASTIC:
+        bits = random_tile(random, b * M + rows.to(tl.int64), tile_k * x.shape[1], K, x.shape[0], x.shape[1], GROUPED)
+    return encode(y, x, bits, E5M2, STOCHASTIC, NONFINITE)
 
 
 @triton.jit(do_not_specialize=["key"])
@@ -103,6 +138,7 @@ def _cast_kernel(
     eps,
     M,
     K,
+    M_WORDS,
     stride_xb,
     stride_xm,
     stride_xk,
@@ -115,47 +151,64 @@ def _cast_kernel(
     NONFINITE: tl.constexpr,
     GROUPED: tl.constexpr,
     AMAX: tl.constexpr,
+    PACKED: tl.constexpr,
     BLOCK_M: tl.constexpr,
     BLOCK_K: tl.constexpr,
 ):
-    FMAX: tl.constexpr = 57344.0 if E5M2 else 448.0
-    tiles_k, tiles_m = tl.cdiv(K, BLOCK_K), tl.cdiv(M, BLOCK_M)
-    pid = tl.program_id(0)
-    b = (pid // (tiles_k * tiles_m)).to(tl.int64)
-    tile_m, tile_k = (pid // tiles_k) % tiles_m, pid % tiles_k
-    rows, columns = tile_m * BLOCK_M + tl.arange(0, BLOCK_M), tile_k * BLOCK_K + tl.arange(0, BLOCK_K)
-    row_inside, column_inside = rows < M, columns < K
-    inside = row_inside[:, None] & column_inside[None, :]
-    rows_64, columns_64 = rows.to(tl.int64), columns.to(tl.int64)
-    at = b * stride_xb + rows_64[:, None] * stride_xm + columns_64[None, :] * stride_xk
-    x = tl.load(x_ptr + at, mask=inside, other=0.0).to(tl.float32)
-    bits = x.to(tl.int32, bitcast=True)
-    if STOCHASTIC:
-        bits = random_tile(rng_ptr, key, b * M + rows_64, tile_k * BLOCK_K, K, BLOCK_M, BLOCK_K, GROUPED)
+    place, rows, words, columns = locate(M, K, BLOCK_M, BLOCK_K)
+    seen = tl.load(amax_ptr) if AMAX else 0
+    strides = (stride_xb, stride_xm, stride_xk)
+    x0 = load_quarter(x_ptr, place, rows, columns, strides)
+    x1 = load_quarter(x_ptr, place, rows + 1, columns, strides)
+    x2 = load_quarter(x_ptr, place, rows + 2, columns, strides)
+    x3 = load_quarter(x_ptr, place, rows + 3, columns, strides)
 
-    codes = tl.zeros([BLOCK_M, BLOCK_K], tl.uint8)
-    for side in tl.static_range(2):
-        axis = AXIS if side == 0 else AXIS_T
-        if axis >= 0:
-            from_ptr, to_ptr = (scale_ptr, made_ptr) if side == 0 else (scale_t_ptr, made_t_ptr)
-            if axis == 0:
-                y = x * _read_inverse(from_ptr, to_ptr, eps, 0, True, pid == 0, FMAX, FROM_AMAX, POWER_OF_TWO)
-            elif axis == 1:
-                index = b * M + rows
-                y = x * _read_inverse(from_ptr, to_ptr, eps, index, row_inside, tile_k == 0, FMAX, FROM_AMAX, POWER_OF_TWO)[:, None]
-            elif axis == 2:
-                index = b * K + columns
-                y = x * _read_inverse(from_ptr, to_ptr, eps, index, column_inside, tile_m == 0, FMAX, FROM_AMAX, POWER_OF_TWO)[None, :]
-            else:
-                y = x
-            codes = encode(y, x, bits, E5M2, STOCHASTIC, NONFINITE)
-        if side == 0 and axis >= 0:
-            tl.store(q_ptr + (b * M + rows_64)[:, None] * K + columns[None, :], codes, mask=inside)
-        if side == 1 and axis != -1:
-            at_t = (b * K + columns_64)[:, None] * M + rows[None, :]
-            tl.store(t_ptr + at_t, tl.trans(codes), mask=column_inside[:, None] & row_inside[None, :])
+    random = (rng_ptr, key)
+    c0, c1, c2, c3 = zero_codes(x0)
+    if AXIS >= 0:
+        source = (scale_ptr, made_ptr, eps)
+        inv = _common_inverse(source, place, columns, AXIS, E5M2, FROM_AMAX, POWER_OF_TWO)
+        c0 = _encode_quarter(x0, inv, source, random, place, rows, AXIS, FROM_AMAX, POWER_OF_TWO, E5M2, STOCHASTIC, NONFINITE, GROUPED)
+        store_quarter(q_ptr, c0, place, rows, columns)
+        c1 = _encode_quarter(x1, inv, source, random, place, rows + 1, AXIS, FROM_AMAX, POWER_OF_TWO, E5M2, STOCHASTIC, NONFINITE, GROUPED)
+        store_quarter(q_ptr, c1, place, rows + 1, columns)
+        c2 = _encode_quarter(x2, inv, source, random, place, rows + 2, AXIS, FROM_AMAX, POWER_OF_TWO, E5M2, STOCHASTIC, NONFINITE, GROUPED)
+        store_quarter(q_ptr, c2, place, rows + 2, columns)
+        c3 = _encode_quarter(x3, inv, source, random, place, rows + 3, AXIS, FROM_AMAX, POWER_OF_TWO, E5M2, STOCHASTIC, NONFINITE, GROUPED)
+        store_quarter(q_ptr, c3, place, rows + 3, columns)
+    if AXIS_T >= 0:
+        turned = (scale_t_ptr, made_t_ptr, eps)
+        inv_t = _common_inverse(turned, place, columns, AXIS_T, E5M2, FROM_AMAX, POWER_OF_TWO)
+        c0 = _encode_quarter(x0, inv_t, turned, random, place, rows, AXIS_T, FROM_AMAX, POWER_OF_TWO, E5M2, STOCHASTIC, NONFINITE, GROUPED)
+        c1 = _encode_quarter(
+            x1, inv_t, turned, random, place, rows + 1, AXIS_T, FROM_AMAX, POWER_OF_TWO, E5M2, STOCHASTIC, NONFINITE, GROUPED
+        )
+        c2 = _encode_quarter(
+            x2, inv_t, turned, random, place, rows + 2, AXIS_T, FROM_AMAX, POWER_OF_TWO, E5M2, STOCHASTIC, NONFINITE, GROUPED
+        )
+        c3 = _encode_quarter(
+            x3, inv_t, turned, random, place, rows + 3, AXIS_T, FROM_AMAX, POWER_OF_TWO, E5M2, STOCHASTIC, NONFINITE, GROUPED
+        )
+    if AXIS_T != -1:
+        store_transposed(t_ptr, c0, c1, c2, c3, place, rows, words, columns, M_WORDS, PACKED)
     if AMAX:
-        merge_amax(amax_ptr, tl.max(tl.max(finite_magnitude_bits(x), 1), 0))
+        merge_amax(amax_ptr, seen, _amax_of(x0, x1, x2, x3))
+
+
+@triton.jit
+def _amax_of(x0, x1, x2, x3):
+    """max |x| over the finite elements of the quarters; a scalar."""
+    # The plain maximum costs one instruction per element. A NaN may or may not get lost in it, so the tile is looked at again if the
+    # result is not finite; if it is, a NaN that got lost does not count anyway.
+    largest = _max_of(tl.abs(x0), tl.abs(x1), tl.abs(x2), tl.abs(x3))
+    if not largest < float("inf"):
+        largest = _max_of(finite_magnitude(x0), finite_magnitude(x1), finite_magnitude(x2), finite_magnitude(x3))
+    return largest
+
+
+@triton.jit
+def _max_of(a0, a1, a2, a3):
+    return tl.max(tl.max(tl.maximum(tl.maximum(a0, a1), tl.maximum(a2, a3)), 1), 0)
 
 
 def cast(
@@ -238,7 +291,7 @@ def _launch(
     block_m, block_k, warps = _CONFIGS["flat" if flat and grid_x.shape[-1] == 4096 else "rows" if t is None else "transposed"]
     count, m, k = grid_x.shape
     # A pointer that the constexprs switch off is never read: any tensor stands in.
-    codes = [x if part is None else part.view(torch.uint8) for part in (q, t)]
+    codes, packed = byte_views(x, q, t)
     pointers = [x if part is None else part for pair in zip(scales, made, strict=True) for part in pair]
     _cast_kernel[(count * triton.cdiv(m, block_m) * triton.cdiv(k, block_k),)](
         grid_x,
@@ -250,6 +303,7 @@ def _launch(
         eps,
         m,
         k,
+        m // 4,
         *grid_x.stride(),
         AXIS=axes[0],
         AXIS_T=axes[1],
@@ -260,6 +314,7 @@ def _launch(
         NONFINITE=how.overflow == "nonfinite",
         GROUPED=k % 4 == 0,
         AMAX=amax is not None,
+        PACKED=packed,
         BLOCK_M=block_m,
         BLOCK_K=block_k,
         num_warps=warps,

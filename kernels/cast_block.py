@@ -16,50 +16,81 @@ import torch
 import triton
 import triton.language as tl
 from fp8fx.kernels.cast import Quantized, Rounding
-from fp8fx.kernels.codes import encode, finite_magnitude_bits, hardware_format, random_tile
+from fp8fx.kernels.codes import encode, finite_magnitude, hardware_format, random_tile
 from fp8fx.kernels.layout import batches, check_input, transposed_shape
+from fp8fx.kernels.quarters import byte_views, load_quarter, locate, store_quarter, store_transposed, zero_codes
 from fp8fx.kernels.scale import current_scale, inverse
 from torch import Tensor
 
 from fp8fx.errors import KernelError
 from fp8fx.formats import Format
 
-# largest block side along M -> BLOCK_M, BLOCK_K, num_warps
-_CONFIGS = {32: (32, 128, 4), 128: (128, 128, 8)}
+# block side, which is the side of the tile -> num_warps
+_WARPS = {32: 4, 64: 4, 128: 8}
+
+# How a block (rows, columns) lies in a tile of SIDE x SIDE.
+_ROW, _COLUMN, _SQUARE = 1, 2, 3
 
 
 @triton.jit
-def _scale_blocks(
+def _common_inverse(x0, x1, x2, x3, into, place, columns, KIND: tl.constexpr, E5M2: tl.constexpr, POWER_OF_TWO: tl.constexpr):
+    """inv_scale of blocks that lie across all quarters, [1, SIDE] for columns, a scalar for a square, else 1.
+
+    Stores amax and scale; into = (amax pointer, scale pointer, eps, tiles along M, tiles along K).
+    """
+    if KIND == 1:
+        return 1.0
+    else:
+        amax_ptr, scale_ptr, eps, tiles_m, tiles_k = into
+        b, tile_m, tile_k, _, K = place
+        a0, a1, a2, a3 = finite_magnitude(x0), finite_magnitude(x1), finite_magnitude(x2), finite_magnitude(x3)
+        largest = tl.max(tl.maximum(tl.maximum(a0, a1), tl.maximum(a2, a3)), 0)
+        if KIND == 2:
+            at = (b * tiles_m + tile_m) * K + columns
+            scale = current_scale(largest, eps, 57344.0 if E5M2 else 448.0, POWER_OF_TWO)
+            tl.store(amax_ptr + at, largest, mask=columns < K)
+            tl.store(scale_ptr + at, scale, mask=columns < K)
+            return inverse(scale)[None, :]
+        else:
+            whole = tl.max(largest, 0)
+            scale = current_scale(whole, eps, 57344.0 if E5M2 else 448.0, POWER_OF_TWO)
+            at = (b * tiles_m + tile_m) * tiles_k + tile_k
+            tl.store(amax_ptr + at, whole)
+            tl.store(scale_ptr + at, scale)
+            return inverse(scale)
+
+
+@triton.jit
+def _encode_quarter(
     x,
-    amax_ptr,
-    scale_ptr,
-    eps,
-    b,
-    tile_m,
-    tile_k,
-    M,
-    K,
-    FMAX: tl.constexpr,
+    common,
+    into,
+    random,
+    place,
+    rows,
+    KIND: tl.constexpr,
     POWER_OF_TWO: tl.constexpr,
-    R: tl.constexpr,
-    C: tl.constexpr,
-    BLOCK_M: tl.constexpr,
-    BLOCK_K: tl.constexpr,
+    E5M2: tl.constexpr,
+    STOCHASTIC: tl.constexpr,
+    NONFINITE: tl.constexpr,
+    GROUPED: tl.constexpr,
 ):
-    """x * inv_scale of each R x C block of the tile; stores the blocks' amax and scale."""
-    HIGH: tl.constexpr = BLOCK_M // R
-    WIDE: tl.constexpr = BLOCK_K // C
-    bits = finite_magnitude_bits(x).reshape(HIGH, R, WIDE, C)
-    amax = tl.max(tl.max(bits, 3), 1).to(tl.float32, bitcast=True)
-    scale = current_scale(amax, eps, FMAX, POWER_OF_TWO)
-    high, wide = tl.cdiv(M, R), tl.cdiv(K, C)
-    i, j = tile_m * HIGH + tl.arange(0, HIGH), tile_k * WIDE + tl.arange(0, WIDE)
-    at = (b * high + i)[:, None] * wide + j[None, :]
-    inside = (i < high)[:, None] & (j < wide)[None, :]
-    tl.store(amax_ptr + at, amax, mask=inside)
-    tl.store(scale_ptr + at, scale, mask=inside)
-    y = x.reshape(HIGH, R, WIDE, C) * inverse(scale)[:, None, :, None]
-    return y.reshape(BLOCK_M, BLOCK_K)
+    """uint8 codes of one quarter; blocks of rows lie within it, and their amax and scale are stored here."""
+    b, _, tile_k, M, K = place
+    if KIND == 1:
+        amax_ptr, scale_ptr, eps, _, tiles_k = into
+        largest = tl.max(finite_magnitude(x), 1)
+        scale = current_scale(largest, eps, 57344.0 if E5M2 else 448.0, POWER_OF_TWO)
+        at = (b * M + rows) * tiles_k + tile_k
+        tl.store(amax_ptr + at, largest, mask=rows < M)
+        tl.store(scale_ptr + at, scale, mask=rows < M)
+        y = x * inverse(scale)[:, None]
+    else:
+        y = x * common
+    bits = x.to(tl.int32, bitcast=True)
+    if STOCHASTIC:
+        bits = random_tile(random, b * M + rows.to(tl.int64), tile_k * x.shape[1], K, x.shape[0], x.shape[1], GROUPED)
+    return encode(y, x, bits, E5M2, STOCHASTIC, NONFINITE)
 
 
 @triton.jit(do_not_specialize=["key"])
@@ -76,49 +107,50 @@ def _cast_block_kernel(
     eps,
     M,
     K,
+    M_WORDS,
     stride_xb,
     stride_xm,
     stride_xk,
-    ROWS: tl.constexpr,  # q is wanted
-    TRANSPOSED: tl.constexpr,  # qT is wanted
-    R: tl.constexpr,
-    C: tl.constexpr,
-    R_T: tl.constexpr,
-    C_T: tl.constexpr,
+    KIND: tl.constexpr,  # of the blocks of q: 0 no q, 1 rows (1 x SIDE), 2 columns (SIDE x 1), 3 square
+    KIND_T: tl.constexpr,  # likewise of qT; -1: the codes of q
     POWER_OF_TWO: tl.constexpr,
     E5M2: tl.constexpr,
     STOCHASTIC: tl.constexpr,
     NONFINITE: tl.constexpr,
     GROUPED: tl.constexpr,
-    BLOCK_M: tl.constexpr,
-    BLOCK_K: tl.constexpr,
+    PACKED: tl.constexpr,
+    SIDE: tl.constexpr,
 ):
-    FMAX: tl.constexpr = 57344.0 if E5M2 else 448.0
-    tiles_k, tiles_m = tl.cdiv(K, BLOCK_K), tl.cdiv(M, BLOCK_M)
-    pid = tl.program_id(0)
-    b = (pid // (tiles_k * tiles_m)).to(tl.int64)
-    tile_m, tile_k = (pid // tiles_k) % tiles_m, pid % tiles_k
-    rows, columns = tile_m * BLOCK_M + tl.arange(0, BLOCK_M), tile_k * BLOCK_K + tl.arange(0, BLOCK_K)
-    row_inside, column_inside = rows < M, columns < K
-    rows_64, columns_64 = rows.to(tl.int64), columns.to(tl.int64)
-    at = b * stride_xb + rows_64[:, None] * stride_xm + columns_64[None, :] * stride_xk
-    inside = row_inside[:, None] & column_inside[None, :]
-    x = tl.load(x_ptr + at, mask=inside, other=0.0).to(tl.float32)
-    bits = x.to(tl.int32, bitcast=True)
-    if STOCHASTIC:
-        bits = random_tile(rng_ptr, key, b * M + rows_64, tile_k * BLOCK_K, K, BLOCK_M, BLOCK_K, GROUPED)
-    SHARED: tl.constexpr = ROWS and R == R_T and C == C_T
-    codes = tl.zeros([BLOCK_M, BLOCK_K], tl.uint8)
-    if ROWS:
-        y = _scale_blocks(x, amax_ptr, scale_ptr, eps, b, tile_m, tile_k, M, K, FMAX, POWER_OF_TWO, R, C, BLOCK_M, BLOCK_K)
-        codes = encode(y, x, bits, E5M2, STOCHASTIC, NONFINITE)
-        tl.store(q_ptr + (b * M + rows_64)[:, None] * K + columns[None, :], codes, mask=inside)
-    if TRANSPOSED:
-        if not SHARED:
-            y = _scale_blocks(x, amax_t_ptr, scale_t_ptr, eps, b, tile_m, tile_k, M, K, FMAX, POWER_OF_TWO, R_T, C_T, BLOCK_M, BLOCK_K)
-            codes = encode(y, x, bits, E5M2, STOCHASTIC, NONFINITE)
-        at_t = (b * K + columns_64)[:, None] * M + rows[None, :]
-        tl.store(t_ptr + at_t, tl.trans(codes), mask=column_inside[:, None] & row_inside[None, :])
+    place, rows, words, columns = locate(M, K, SIDE, SIDE)
+    strides = (stride_xb, stride_xm, stride_xk)
+    x0 = load_quarter(x_ptr, place, rows, columns, strides)
+    x1 = load_quarter(x_ptr, place, rows + 1, columns, strides)
+    x2 = load_quarter(x_ptr, place, rows + 2, columns, strides)
+    x3 = load_quarter(x_ptr, place, rows + 3, columns, strides)
+
+    tiles_m, tiles_k = tl.cdiv(M, SIDE), tl.cdiv(K, SIDE)
+    random = (rng_ptr, key)
+    c0, c1, c2, c3 = zero_codes(x0)
+    if KIND > 0:
+        into = (amax_ptr, scale_ptr, eps, tiles_m, tiles_k)
+        inv = _common_inverse(x0, x1, x2, x3, into, place, columns, KIND, E5M2, POWER_OF_TWO)
+        c0 = _encode_quarter(x0, inv, into, random, place, rows, KIND, POWER_OF_TWO, E5M2, STOCHASTIC, NONFINITE, GROUPED)
+        store_quarter(q_ptr, c0, place, rows, columns)
+        c1 = _encode_quarter(x1, inv, into, random, place, rows + 1, KIND, POWER_OF_TWO, E5M2, STOCHASTIC, NONFINITE, GROUPED)
+        store_quarter(q_ptr, c1, place, rows + 1, columns)
+        c2 = _encode_quarter(x2, inv, into, random, place, rows + 2, KIND, POWER_OF_TWO, E5M2, STOCHASTIC, NONFINITE, GROUPED)
+        store_quarter(q_ptr, c2, place, rows + 2, columns)
+        c3 = _encode_quarter(x3, inv, into, random, place, rows + 3, KIND, POWER_OF_TWO, E5M2, STOCHASTIC, NONFINITE, GROUPED)
+        store_quarter(q_ptr, c3, place, rows + 3, columns)
+    if KIND_T > 0:
+        turned = (amax_t_ptr, scale_t_ptr, eps, tiles_m, tiles_k)
+        inv_t = _common_inverse(x0, x1, x2, x3, turned, place, columns, KIND_T, E5M2, POWER_OF_TWO)
+        c0 = _encode_quarter(x0, inv_t, turned, random, place, rows, KIND_T, POWER_OF_TWO, E5M2, STOCHASTIC, NONFINITE, GROUPED)
+        c1 = _encode_quarter(x1, inv_t, turned, random, place, rows + 1, KIND_T, POWER_OF_TWO, E5M2, STOCHASTIC, NONFINITE, GROUPED)
+        c2 = _encode_quarter(x2, inv_t, turned, random, place, rows + 2, KIND_T, POWER_OF_TWO, E5M2, STOCHASTIC, NONFINITE, GROUPED)
+        c3 = _encode_quarter(x3, inv_t, turned, random, place, rows + 3, KIND_T, POWER_OF_TWO, E5M2, STOCHASTIC, NONFINITE, GROUPED)
+    if KIND_T != 0:
+        store_transposed(t_ptr, c0, c1, c2, c3, place, rows, words, columns, M_WORDS, PACKED)
 
 
 def cast_block(
@@ -133,28 +165,29 @@ def cast_block(
 ) -> Quantized:
     """Codes of bf16, fp16 or fp32 `x` [..., M, K] with a scale per `block` (rows, columns) of x for q, per `block_t` of x for qT.
 
-    Sides are powers of two up to 128. block_t None: `block` turned, what the GEMM contracting over M wants. amax and scale are
-    float32 [..., ceil(M / rows), ceil(K / columns)], those of qT too (in x's axes). layout: rows, transposed or both.
+    Blocks are (1, S), (S, 1) or (S, S) with one S of 32, 64 or 128 in both. block_t None: `block` turned, what the GEMM contracting
+    over M wants. amax and scale are float32 [..., ceil(M / rows), ceil(K / columns)], those of qT too (in x's axes). layout: rows,
+    transposed or both.
     """
     check_input(x, "cast_block")
     block_t = (block[1], block[0]) if block_t is None else block_t
-    if x.dim() < 2 or any(side & (side - 1) or not 1 <= side <= 128 for side in (*block, *block_t)):
-        raise KernelError(f"cast_block: blocks {block} and {block_t} must have sides of powers of two up to 128, and x two dimensions")
+    side = max(block)
+    kinds = {(1, side): _ROW, (side, 1): _COLUMN, (side, side): _SQUARE}
+    if x.dim() < 2 or side not in _WARPS or block not in kinds or block_t not in kinds:
+        raise KernelError(f"cast_block: blocks {block}, {block_t}: expected 1 x S, S x 1 or S x S, S one of 32, 64, 128, and 2 dimensions")
     fp8 = hardware_format(format)
     rows, transposed = layout != "transposed", layout != "rows"
     q = torch.empty(x.shape, dtype=fp8.torch_dtype, device=x.device) if rows else None
     t = torch.empty(transposed_shape(x.shape), dtype=fp8.torch_dtype, device=x.device) if transposed else None
     amax, scale = _blocks(x, block) if rows else (None, None)
     shared = rows and block == block_t
-    amax_t, scale_t = (amax, scale) if shared else _blocks(x, block_t) if transposed else (None, None)
+    amax_t, scale_t = (None, None) if not transposed else (amax, scale) if shared else _blocks(x, block_t)
     if x.numel() > 0:
         grid_x = batches(x)
         count, m, k = grid_x.shape
-        used = ([block] if rows else []) + ([block_t] if transposed else [])
-        block_m, block_k, warps = _CONFIGS[32 if max(r for r, _ in used) <= 32 and not transposed else 128]
-        codes = [None if part is None else part.view(torch.uint8) for part in (q, t)]
+        codes, packed = byte_views(x, q, t)
         pointers = [x if part is None else part for part in (codes[0], amax, scale, codes[1], amax_t, scale_t)]
-        _cast_block_kernel[(count * triton.cdiv(m, block_m) * triton.cdiv(k, block_k),)](
+        _cast_block_kernel[(count * triton.cdiv(m, side) * triton.cdiv(k, side),)](
             grid_x,
             *pointers,
             x if how.rng is None else how.rng,
@@ -162,21 +195,18 @@ def cast_block(
             eps,
             m,
             k,
+            m // 4,
             *grid_x.stride(),
-            ROWS=rows,
-            TRANSPOSED=transposed,
-            R=block[0],
-            C=block[1],
-            R_T=block_t[0],
-            C_T=block_t[1],
+            KIND=kinds[block] if rows else 0,
+            KIND_T=0 if not transposed else -1 if shared else kinds[block_t],
             POWER_OF_TWO=power_of_two,
             E5M2=fp8.name == "e5m2",
             STOCHASTIC=how.rounding == "stochastic",
             NONFINITE=how.overflow == "nonfinite",
             GROUPED=k % 4 == 0,
-            BLOCK_M=block_m,
-            BLOCK_K=block_k,
-            num_warps=warps,
+            PACKED=packed,
+            SIDE=side,
+            num_warps=_WARPS[side],
         )
     return Quantized(q, t, scale, scale_t, amax, amax_t)
 

@@ -4,10 +4,9 @@
     codes = encode(y, x, ...)      y = float32(x) * inv_scale, x the tile before scaling (a NaN keeps its sign, which * loses on a GPU)
     bits  = random_tile(...)       32 random bits per element: Philox4x32-10 by the element's logical row-major index
 
-Nearest-even on a GPU is the processor's own cast, which is exact. Triton's interpreter casts wrongly, so there the tile is
-first rounded in float32 (the magic form: adding 1.5 * 2^(e + 23 - M) pushes every bit below the step out of the significand).
-Neither is relied on above max: Triton, torch and the hardware disagree there, so the clamp comes first, with two `where`
-because `min` and `max` with NaN propagation next to a transposed FP8 store were seen to corrupt bytes.
+Nearest-even on a GPU is the processor's own conversion, written as PTX, whose manual says what it does beyond max; Triton's cast
+promises nothing there. Triton's interpreter has no PTX and casts wrongly, so there the tile is clamped and rounded in float32
+first (the magic form: adding 1.5 * 2^(e + 23 - M) pushes every bit below the step out of the significand).
 """
 
 from __future__ import annotations
@@ -38,11 +37,28 @@ def hardware_format(format: str | Format) -> Format:
     return found
 
 
+# Four float32 y to four codes, and the sign of each x over its code: what tells the NaNs of the reference apart. PTX defines
+# `satfinite`: what lies beyond max, inf too, becomes max, and NaN the code 0x7F. Inputs $1..$4 are y, $5..$8 x.
+_ENCODE = """{
+    .reg .b16 lo, hi;
+    .reg .b32 codes, low, high;
+    cvt.rn.satfinite.FORMATx2.f32 lo, $2, $1;
+    cvt.rn.satfinite.FORMATx2.f32 hi, $4, $3;
+    mov.b32 codes, {lo, hi};
+    prmt.b32 low, $5, $6, 0x0073;
+    prmt.b32 high, $7, $8, 0x7300;
+    prmt.b32 low, low, high, 0x7610;
+    lop3.b32 $0, low, 0x80808080, codes, 0xEA;
+}"""
+_ENCODE_E4M3 = tl.constexpr(_ENCODE.replace("FORMAT", "e4m3"))
+_ENCODE_E5M2 = tl.constexpr(_ENCODE.replace("FORMAT", "e5m2"))
+
+
 @triton.jit
-def finite_magnitude_bits(x):
-    """The int32 bits of |x| for finite float32 x, else 0. Bits of non-negative floats order as the floats do."""
-    magnitude = x.to(tl.int32, bitcast=True) & 0x7FFFFFFF
-    return tl.where(magnitude < _INF_BITS, magnitude, 0)
+def finite_magnitude(x):
+    """|x| for finite float32 x, else 0."""
+    magnitude = tl.abs(x)
+    return tl.where(magnitude < float("inf"), magnitude, 0.0)
 
 
 @triton.jit
@@ -51,24 +67,27 @@ def encode(y, x, random_bits, E5M2: tl.constexpr, STOCHASTIC: tl.constexpr, NONF
     MAX: tl.constexpr = 57344.0 if E5M2 else 448.0
     # Nearest-even takes |y| from here on beyond max: the tie 61440 of e5m2 rounds up, the tie 464 of e4m3fn down.
     BEYOND: tl.constexpr = 0x47700000 if E5M2 else 0x43E80001
-    SPECIAL: tl.constexpr = 0x7C if E5M2 else 0x7F
+    M: tl.constexpr = 2 if E5M2 else 3
+    EMIN: tl.constexpr = -14 if E5M2 else -6
     magnitude = y.to(tl.int32, bitcast=True) & 0x7FFFFFFF
-    beyond = magnitude >= BEYOND
+    beyond = (magnitude >= BEYOND) & (magnitude <= _INF_BITS)
     if STOCHASTIC:
-        y = _round_stochastic(y, random_bits, 2 if E5M2 else 3, -14 if E5M2 else -6, 4.0 * MAX)
+        y = _round_stochastic(y, random_bits, M, EMIN, 4.0 * MAX)
         beyond = tl.abs(y) > MAX
-    y = tl.where(y > MAX, MAX, y)
-    y = tl.where(y < -MAX, -MAX, y)
-    if INTERPRET and not STOCHASTIC:
-        y = _round_magic(y, 2 if E5M2 else 3, -14 if E5M2 else -6)
-    if E5M2:
-        codes = y.to(tl.float8e5).to(tl.uint8, bitcast=True)
-    else:
-        codes = y.to(tl.float8e4nv).to(tl.uint8, bitcast=True)
     sign = ((x.to(tl.int32, bitcast=True) >> 24) & 0x80).to(tl.uint8)
+    if INTERPRET:
+        y = tl.where(y > MAX, MAX, tl.where(y < -MAX, -MAX, y))
+        if not STOCHASTIC:
+            y = _round_magic(y, M, EMIN)
+        codes = y.to(tl.float8e5 if E5M2 else tl.float8e4nv).to(tl.uint8, bitcast=True)
+        codes = tl.where(magnitude > _INF_BITS, sign | 0x7F, codes)
+    else:
+        codes = tl.inline_asm_elementwise(
+            _ENCODE_E5M2 if E5M2 else _ENCODE_E4M3, "=r,r,r,r,r,r,r,r,r", [y, x], dtype=tl.uint8, is_pure=True, pack=4
+        )
     if NONFINITE:
-        codes = tl.where(beyond, sign | SPECIAL, codes)
-    return tl.where(magnitude > _INF_BITS, sign | 0x7F, codes)
+        codes = tl.where(beyond, sign | (0x7C if E5M2 else 0x7F), codes)
+    return codes
 
 
 @triton.jit
@@ -109,12 +128,13 @@ def philox(c0, c1, c2, c3, k0, k1):
 
 
 @triton.jit
-def random_tile(rng_ptr, key, rows, column, width, BLOCK_M: tl.constexpr, BLOCK_K: tl.constexpr, GROUPED: tl.constexpr):
+def random_tile(random, rows, column, width, BLOCK_M: tl.constexpr, BLOCK_K: tl.constexpr, GROUPED: tl.constexpr):
     """uint32 [BLOCK_M, BLOCK_K]: the bits of elements (rows [BLOCK_M] int64, column + 0..BLOCK_K) of a matrix of `width` columns.
 
-    rng_ptr: int64 [seed, step, call]; key: int32 or int64, the hash of producer and role. GROUPED: width and column are
+    random: (pointer to int64 [seed, step, call], key: int32, the hash of producer and role). GROUPED: width and column are
     multiples of 4, so the four words of a block are four neighbours of one row; otherwise each element makes its own block.
     """
+    rng_ptr, key = random
     seed, step, call = tl.load(rng_ptr), tl.load(rng_ptr + 1), tl.load(rng_ptr + 2)
     k0 = (seed & 0xFFFFFFFF).to(tl.uint32)
     k1 = (((seed >> 32) ^ key) & 0xFFFFFFFF).to(tl.uint32)

@@ -46,14 +46,15 @@ class Config:
     flatten: bool
     num_warps: int
     num_stages: int
+    per_multiprocessor: int = 1  # programs; two hide each other's epilogues where registers and shared memory hold both
 
 
 CONFIGS = {
     "large": Config(128, 256, 128, 8, True, True, 8, 3),
-    "precise": Config(128, 128, 128, 8, True, False, 4, 4),
-    "medium": Config(128, 128, 128, 8, True, False, 4, 4),
-    "small": Config(64, 128, 128, 8, False, False, 4, 4),
-    "decode": Config(64, 16, 256, 1, False, False, 4, 5),
+    "precise": Config(128, 128, 128, 8, True, False, 4, 3, 2),
+    "medium": Config(128, 128, 128, 8, True, False, 4, 3, 2),
+    "small": Config(64, 128, 128, 8, False, False, 4, 4, 2),
+    "decode": Config(64, 16, 256, 1, False, False, 4, 5, 2),
     "decode_64": Config(64, 64, 128, 1, False, False, 4, 5),
     "blocked": Config(128, 128, 128, 8, False, False, 8, 4),
 }
@@ -199,6 +200,10 @@ def _launch(a: _Operand, b: _Operand, c: Tensor, bias: Tensor | None, bias_axis:
     by_tma = c.stride(2) == 1 and c.stride(1) * c.element_size() % 16 == 0 and (count == 1 or m % chosen.block_m == 0)
     target = TensorDescriptor(c, [count * m, n], [c.stride(1), 1], [chosen.block_m, width]) if by_tma else c
     tiles = count * triton.cdiv(m, chosen.block_m) * triton.cdiv(n, chosen.block_n)
+    operands = (a.descriptor(chosen.block_m, block_k), b.descriptor(chosen.block_n, block_k), target, a.scale, b.scale)
+    sizes = (a.scale if bias is None else bias, count, m, n, k, a.batch_rows, b.batch_rows, *c.stride())
+    programs *= chosen.per_multiprocessor
+    grid = (min(tiles, programs),)
     shared = {
         "BIAS": 0 if bias is None else bias_axis,
         "TMA_STORE": by_tma,
@@ -211,9 +216,6 @@ def _launch(a: _Operand, b: _Operand, c: Tensor, bias: Tensor | None, bias_axis:
         "num_warps": chosen.num_warps,
         "num_stages": chosen.num_stages,
     }
-    operands = (a.descriptor(chosen.block_m, block_k), b.descriptor(chosen.block_n, block_k), target, a.scale, b.scale)
-    sizes = (a.scale if bias is None else bias, count, m, n, k, a.batch_rows, b.batch_rows, *c.stride())
-    grid = (min(tiles, programs),)
     if blocked:
         steps = [max(operand.block[1] // block_k, 1) if operand.block else 1 for operand in (a, b)]
         rows = [operand.block[0] if operand.block else 1 for operand in (a, b)]
