@@ -348,7 +348,7 @@ def foreign(there: Any, here: Any) -> tuple[nn.Module, dict[str, Tensor]]:
             {"extends": "delayed", "scale": {"power_of_two": False}}, "delayed",
             "weight of 'embed' is e4m3fn there and e4m3fn with powers of two here",
         ),
-        ({"extends": "delayed", "defaults": {"weight": {"format": "e5m2"}}}, "delayed", "weight of 'embed' is e5m2 with powers of two there"),
+        ({"extends": "delayed", "defaults": {"weight": {"format": "e5m2"}}}, "delayed", "weight of 'embed' is e5m2 with powers"),
     ],
 )  # fmt: skip
 def test_a_state_of_another_recipe_is_refused_before_anything_is_loaded(there: Any, here: Any, message: str) -> None:
