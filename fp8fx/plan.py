@@ -16,7 +16,7 @@ from torch import nn
 from fp8fx.passes.contract import Skip
 from fp8fx.pipeline import Annotated
 from fp8fx.recipe import Recipe, Unmatched
-from fp8fx.spec import ROLES, SiteSpec
+from fp8fx.spec import ROLES, SiteSpec, TensorSpec
 
 QUANTIZABLE = (
     nn.Linear, nn.Conv1d, nn.Conv2d, nn.Conv3d, nn.ConvTranspose1d, nn.ConvTranspose2d, nn.ConvTranspose3d, nn.Embedding,
@@ -58,16 +58,20 @@ class SiteRow:
 
 
 def formats_of(spec: SiteSpec | None) -> str:
-    """`e4m3fn x e4m3fn, grad e5m2`: input x weight, then what else is rounded."""
+    """`e4m3fn x e4m3fn, grad e5m2`: input x weight, then what else is rounded. Scales finer than one per tensor: `e4m3fn/1x128`."""
     if spec is None:
         return ""
-    named = {role: getattr(spec, role).format for role in ROLES if getattr(spec, role) is not None}
+    named = {role: _format_of(tensor) for role in ROLES if (tensor := getattr(spec, role)) is not None}
     operands = " x ".join(named[role] for role in ("input", "weight") if role in named)
     output = [f"output {named['output']}"] if "output" in named else []
     grad = [f"grad {named['grad_output']}"] if "grad_output" in named else []
     high = [g for g in ("output", "grad_input", "grad_weight") if g not in spec.gemms]
     kept = [f"{', '.join(high)} GEMM in high precision"] if high and operands.count("x") else []
     return ", ".join([operands, *output, *grad, *kept])
+
+
+def _format_of(spec: TensorSpec) -> str:
+    return spec.format if spec.granularity == "tensor" else f"{spec.format}/{spec.text.split('/')[2]}"
 
 
 def site_rows(annotated: Iterable[Annotated]) -> list[SiteRow]:

@@ -12,6 +12,7 @@ or leave their output unrounded.
     hybrid   input, weight      q = e4m3fn(x / scale), scale = max(amax, 1e-12) / 448         value q * scale
              dY                 q = e5m2(dY / scale), scale = max(amax, 1e-12) / 57344        value q * scale
     direct   input, weight, output, dY, dX, dW      e5m2(x)                                   no scale
+    rowwise, blockwise                              e4m3fn, a scale per row or block          oracle_axes.py
 
 The bias is added before the output is rounded; its gradient is the sum of the unrounded dY. Rounding is to nearest, ties to even,
 also where the recipe rounds gradients stochastically: compare exactly under a recipe whose gradient roles are `nearest_even`.
@@ -31,6 +32,7 @@ from unittest import mock
 import ml_dtypes
 import numpy as np
 import torch
+from oracle_axes import BLOCKWISE, ROWWISE, AxisMethod, axis_product, power_of_two_scale, row_lookup
 from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.overrides import TorchFunctionMode
@@ -49,6 +51,7 @@ class Role:
     format: Any
     scaled: bool
     saturate: bool
+    power_of_two: bool = False
 
     def __call__(self, x: Tensor) -> Tensor:
         """The rounded values of `x`, in its dtype."""
@@ -64,6 +67,8 @@ class Role:
             finite = np.abs(values[np.isfinite(values)])
             amax = finite.max() if finite.size else np.float32(0)
             scale = np.maximum(amax, np.float32(1e-12)) / largest
+            if self.power_of_two:
+                scale = power_of_two_scale(amax, LARGEST[self.format])
         with np.errstate(all="ignore"):
             scaled = values * (np.float32(1) / scale)
             if self.saturate:
@@ -82,19 +87,29 @@ class Method:
     grad_output: Role
     grad_input: Role | None
     grad_weight: Role | None
+    axes: AxisMethod | None = None  # of linears, matmuls and embeddings; the roles above are then those of convolutions
+
+
+def _power_of_two(format: Any, saturate: bool = True) -> Role:
+    return Role(format, scaled=True, saturate=saturate, power_of_two=True)
 
 
 _FORWARD, _GRADIENT = Role(E5M2, scaled=False, saturate=True), Role(E5M2, scaled=False, saturate=False)
 _SCALED = Role(E4M3FN, scaled=True, saturate=True)
+_PER_TENSOR = (_power_of_two(E4M3FN), _power_of_two(E4M3FN), None, _power_of_two(E5M2, saturate=False), None, None)
 METHODS = {
     "hybrid": Method(_SCALED, _SCALED, None, Role(E5M2, scaled=True, saturate=False), None, None),
     "direct": Method(_FORWARD, _FORWARD, _FORWARD, _GRADIENT, _GRADIENT, _GRADIENT),
+    "rowwise": Method(*_PER_TENSOR, ROWWISE),
+    "blockwise": Method(*_PER_TENSOR, BLOCKWISE),
 }
 
 
 def method_of(recipe: Any) -> Method:
-    """The method a recipe starts from: "hybrid", "direct", or any recipe whose defaults name one of them."""
-    return METHODS[fp8fx.Recipe.load(recipe).to_dict()["defaults"]["mode"]]
+    """The method a recipe starts from: one of METHODS, or any recipe whose defaults name a mode or a granularity of one."""
+    defaults = fp8fx.Recipe.load(recipe).to_dict()["defaults"]
+    blocks = (defaults.get("input") or {}).get("granularity", "tensor")
+    return METHODS[defaults["mode"] if blocks == "tensor" else "rowwise" if blocks == "row" else "blockwise"]
 
 
 class _Product(torch.autograd.Function):
@@ -292,6 +307,10 @@ class Oracle(TorchFunctionMode):
             y = function(a, b)
             return y if bias is None else y + bias
         activations = op in ("matmul", "bmm") and not isinstance(b, nn.Parameter)
+        if method.axes is not None and op in ("linear", "matmul", "bmm"):
+            right = b.mT if function is F.linear else b
+            y = axis_product(a, right, method.axes, op == "linear", activations)
+            return y if bias is None else y + bias
         y = _product(a, b, function, (method.input, method.input if activations else method.weight), method)
         y = y if bias is None else y + bias
         return y if method.output is None else _output(y, method.output)
@@ -337,7 +356,9 @@ def _embedding(oracle: Oracle, input: Tensor, weight: Tensor, *args: Any, **kwar
         return F.embedding(input, table, *args, **kwargs)
 
     method = oracle._method("embedding", weight)
-    return lookup(weight) if method is None else _lookup(weight, lookup, method)
+    if method is None or method.axes is BLOCKWISE:
+        return lookup(weight)
+    return _lookup(weight, lookup, method) if method.axes is None else row_lookup(weight, input, method.axes)
 
 
 HANDLERS: dict[Any, Callable[..., Tensor]] = {
