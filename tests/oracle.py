@@ -195,7 +195,9 @@ class Oracle(TorchFunctionMode):
         self.model = model if dtype is None else plain(model, dtype)
         self.dtype = dtype
         self.method = method_of(recipe)
-        self.rows: dict[str, Any] | None = None if decisions is None else {row.name: row for row in decisions.rows}
+        self.rows: dict[str, list[Any]] | None = None
+        if decisions is not None:
+            self.rows = {row.name: [other for other in decisions.rows if other.name == row.name] for row in decisions.rows}
         self.seen: list[str] = []  # sites in the order of execution, of the latest forward
         self._stack: list[tuple[str, nn.Module]] = []
         self._counts: Counter[str] = Counter()
@@ -260,9 +262,10 @@ class Oracle(TorchFunctionMode):
         self.seen.append(name)
         if self.rows is None:
             return None if name.endswith("lm_head") else self.method
-        row = next((self.rows[alias] for alias in self._aliases(name) if alias in self.rows), None)
-        if row is None:
+        rows = next((self.rows[alias] for alias in self._aliases(name) if alias in self.rows), None)
+        if rows is None:
             raise LookupError(f"the plain model runs the site {name!r}, which the plan does not list: {sorted(self.rows)}")
+        row = next((row for row in rows if row.op == op), rows[0])  # a tied weight: one name, several operations
         if row.decision != "fp8":
             return None
         return self.method if row.spec.output is not None else Method(**{**vars(self.method), "output": None})
