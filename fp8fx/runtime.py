@@ -28,7 +28,7 @@ from fp8fx.graph_call import GraphCall, SharedGraph, alive
 from fp8fx.monitor import UnderflowMonitor
 from fp8fx.passes.contract import Context
 from fp8fx.passes.lower import WeightInput
-from fp8fx.plan import Plan, SiteRow, build_plan, site_rows
+from fp8fx.plan import Plan, SiteRow, backward_hooked, build_plan, site_rows
 from fp8fx.recipe import Recipe
 from fp8fx.recipe.resolve import BOUNDARY_OPS
 from fp8fx.state import OPTIMIZER_STEPS, Stream, WeightCache
@@ -127,6 +127,7 @@ class Runtime:
         self.weights = WeightCache()
         self.monitor = UnderflowMonitor({}, _advice(self.recipe))
         self._first_layer: str | None = None
+        self._hooked: set[str] = set()  # layers outside the graphs because of a backward hook
         self._stepped = False
         self._reported = False  # the one line after the first call
         self._root: weakref.ref[nn.Module] | None = None
@@ -165,6 +166,7 @@ class Runtime:
 
     def backend(self, module: fx.GraphModule, example_inputs: Sequence[Any]) -> Callable[..., Any]:
         """torch.compile calls this with each captured graph; what it returns runs in the graph's place."""
+        dynamo.guard_hooks()
         return SharedGraph(self, module, example_inputs)
 
     def _weak_backend(self) -> Callable[..., Any]:
@@ -195,6 +197,7 @@ class Runtime:
         call = GraphCall(self, compiled.module, example_inputs)
         call.inner = self._inner(compiled.module, [*example_inputs, *dynamo.static(call.extras(example_inputs))])
         self.graphs.append(record)
+        self._hooked = self._hooked - {row.name for row in record.rows} | backward_hooked(self.root)
         self.monitor.formats.update({row.name: row.grad_format for row in record.rows if row.grad_format})
         return call
 
@@ -203,7 +206,7 @@ class Runtime:
         if name == "auto":
             name = "inductor" if any(isinstance(x, Tensor) and x.is_cuda for x in example_inputs) else "eager"
         if name == "eager":
-            return module
+            return module.forward  # not the module, whose call runs torch's global module hooks once more
         if name == "inductor":
             from torch._inductor.compile_fx import compile_fx
 
@@ -290,7 +293,7 @@ class Runtime:
         rows = [record.rows for record in self.graphs]
         layered = [record.captured for record in self.graphs if record.layered]
         notes = [_NO_LAST] if self.recipe.boundary.last and layered and not any(captured.ends for captured in layered) else []
-        return build_plan(rows, [record.compiled.skips for record in self.graphs], self.root, self.recipe, notes)
+        return build_plan(rows, [record.compiled.skips for record in self.graphs], self.root, self.recipe, notes, self._hooked)
 
     def stage(self, stage: str, index: int = 0) -> fx.GraphModule:
         """Graph `index` of the model after `stage`, made again from what was captured."""

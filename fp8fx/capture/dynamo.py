@@ -185,6 +185,17 @@ def guard_module() -> None:
         context.guards_context.dynamo_guards.add(LocalSource(name).make_guard(GuardBuilder.ID_MATCH))
 
 
+def guard_hooks() -> None:
+    """Let what is being compiled notice hooks that a module without hooks gets later: Dynamo leaves that guard out by default."""
+    context = torch._guards.TracingContext.try_get()
+    if context is None:
+        return
+    guards = context.guards_context.dynamo_guards
+    for guard in list(guards):
+        if guard.create_fn is GuardBuilder.EMPTY_NN_MODULE_HOOKS_DICT:
+            guards.add(guard.originating_source.make_guard(GuardBuilder.SEQUENCE_LENGTH))
+
+
 def _module_path(node: fx.Node, prefixes: dict[str, str], own: str) -> str:
     """The dotted path of the innermost module that made a node; `own` is that of the frame's own module."""
     stack = node.meta.get("nn_module_stack")

@@ -105,3 +105,9 @@ def retied(run: Run) -> Tensors:
 @everywhere
 def test_tying_after_the_first_call(entry: str) -> None:
     check(TiedLayers, retied, "hybrid", entry)
+
+
+@pytest.mark.parametrize("pattern", ["block.up", "again.up", "again.*up"])
+def test_a_pattern_for_either_name_of_a_module_means_both(pattern: str) -> None:
+    called = check(Twice, step_twice, "hybrid", "compile", exempt=[pattern])
+    assert {row.name: row.decision for row in plan_of(called).rows if row.name.endswith("up")} == {"block.up": "exempt"}
