@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from fp8fx.capture import symbolic
-from fp8fx.clone import PREFIX, RUNTIME, check_model, clone, compiled_class, plain, runtime_of
+from fp8fx.clone import PREFIX, RUNTIME, check_materialized, check_model, clone, compiled_class, plain, runtime_of
 from fp8fx.errors import CaptureError, ModelError
 from fp8fx.plan import Plan
 from fp8fx.recipe import Recipe
@@ -46,9 +46,9 @@ def compile(
     on_capture_error: raise, or eager: run in high precision with one warning.
 
     Raises RecipeError (recipe, or a pattern that matches nothing), ModelError (not a module, already compiled, on several
-    devices, cannot be copied); the first call raises CaptureError if the model cannot be captured.
+    devices or on meta, cannot be copied); the first call raises CaptureError if the model cannot be captured.
     """
-    check_model(model)
+    check_materialized(check_model(model))
     options = Options(inner, inner_mode, fullgraph, dynamic, capture, on_capture_error)
     options.check()
     loaded = Recipe.load(recipe).with_overrides(exempt=exempt, output_fused=output_fused)

@@ -22,7 +22,7 @@ from fp8fx.capture import dynamo, symbolic
 from fp8fx.capture.graph import SITE, Captured
 from fp8fx.capture.naming import Numbering, weight_source
 from fp8fx.capture.sites import read_site
-from fp8fx.clone import base_class
+from fp8fx.clone import base_class, check_materialized, check_state
 from fp8fx.errors import CaptureError, FP8Warning, ModelError, RecipeError, allowed, nearest
 from fp8fx.graph_call import GraphCall, SharedGraph, alive
 from fp8fx.monitor import UnderflowMonitor
@@ -166,6 +166,8 @@ class Runtime:
 
     def backend(self, module: fx.GraphModule, example_inputs: Sequence[Any]) -> Callable[..., Any]:
         """torch.compile calls this with each captured graph; what it returns runs in the graph's place."""
+        if not self.options.plan_only:
+            check_materialized(self.root)
         dynamo.guard_hooks()
         return SharedGraph(self, module, example_inputs)
 
@@ -272,6 +274,8 @@ class Runtime:
         return Stream(stream.seed, stream.step + 1) if self._stepped else Stream(stream.seed, stream.step, stream.call)
 
     def load_state(self, state: dict[str, Tensor]) -> None:
+        """Raises ModelError, with nothing loaded, for an entry that this recipe does not keep or of another form."""
+        check_state(state, self.state(), self.recipe.name)
         if "stream" in state:
             self.stream = Stream(*state["stream"].tolist())
             self._stepped = False

@@ -17,6 +17,7 @@ or leave their output unrounded.
 The bias is added before the output is rounded; its gradient is the sum of the unrounded dY. Rounding is to nearest, ties to even,
 also where the recipe rounds gradients stochastically: compare exactly under a recipe whose gradient roles are `nearest_even`.
 Everything that is rounded is cast to float32 first, as the recipe defines scales and codes on float32, whatever the dtype of the copy.
+Under torch.autocast, as in 16-bit models, the operands are read as they are and the result is cast once, to the dtype torch would give.
 """
 
 from __future__ import annotations
@@ -309,14 +310,17 @@ class Oracle(TorchFunctionMode):
         if method is None:
             y = function(a, b)
             return y if bias is None else y + bias
+        out = torch.get_autocast_dtype("cpu") if torch.is_autocast_enabled("cpu") else a.dtype
         activations = op in ("matmul", "bmm") and not isinstance(b, nn.Parameter)
-        if method.axes is not None and op in ("linear", "matmul", "bmm"):
-            right = b.mT if function is F.linear else b
-            y = axis_product(a, right, method.axes, op == "linear", activations)
-            return y if bias is None else y + bias
-        y = _product(a, b, function, (method.input, method.input if activations else method.weight), method)
-        y = y if bias is None else y + bias
-        return y if method.output is None else _output(y, method.output)
+        with torch.autocast("cpu", enabled=False):  # 16-bit operands: rounded and multiplied in float32, then one cast
+            a, b, bias = (x if x is None else x.to(torch.promote_types(x.dtype, torch.float32)) for x in (a, b, bias))
+            if method.axes is not None and op in ("linear", "matmul", "bmm"):
+                right = b.mT if function is F.linear else b
+                y = axis_product(a, right, method.axes, op == "linear", activations)
+            else:
+                y = _product(a, b, function, (method.input, method.input if activations else method.weight), method)
+            y = y if bias is None else y + bias
+            return (y if method.output is None else _output(y, method.output)).to(out)
 
 
 def _linear(oracle: Oracle, input: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
