@@ -4,24 +4,23 @@
 
 The same passes, the same plan and the same numbers as `fp8fx.compile`. What differs: the model is captured in place, and state
 that belongs to a model (position in the random stream, kept weights) is kept beside it, not saved and not copied with it.
+`fp8fx.plan` and `fp8fx.invalidate` take what torch.compile returned.
 """
 
 from __future__ import annotations
 
-import weakref
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
-from torch import fx, nn
+from torch import fx
 
 from fp8fx.capture.dynamo import compiled_module, guard_module
+from fp8fx.clone import IN_PLACE
 from fp8fx.errors import CaptureError, ModelError, RecipeError, allowed, nearest
 from fp8fx.recipe import Recipe
 from fp8fx.runtime import Options, Runtime, module_types
 
 _OPTIONS = ("recipe", "exempt", "output_fused", "inner", "inner_mode")
-# Root module -> (recipe, options) -> Runtime. Weak: a model that is gone takes its state along.
-_RUNTIMES: weakref.WeakKeyDictionary[nn.Module, dict[tuple[Recipe, Options], Runtime]] = weakref.WeakKeyDictionary()
 
 
 def fp8fx(module: fx.GraphModule, example_inputs: Sequence[Any], **kwargs: Any) -> Callable[..., Any]:
@@ -54,9 +53,10 @@ def _runtime(recipe: Recipe, options: Options) -> Runtime:
     if root is None:
         raise CaptureError("the fp8fx backend compiles modules: torch.compile a torch.nn.Module or a method of one, not a plain function")
     key = (recipe, options)
-    made = _RUNTIMES.setdefault(root, {})
+    made = IN_PLACE.setdefault(root, {})
     if key not in made:
         recipe.check_names(module_types(root))
         made[key] = Runtime(recipe, options)
         made[key].attach(root)
-    return made[key]
+    runtime: Runtime = made[key]
+    return runtime

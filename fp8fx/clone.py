@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import copy
 import functools
+import weakref
 from collections.abc import Mapping
 from typing import Any, cast
 
@@ -41,6 +42,18 @@ def clone(model: nn.Module, share_buffers: bool = True) -> nn.Module:
 def runtime_of(model: object) -> Any:
     """The Runtime of a compiled model, or None."""
     return vars(model).get(RUNTIME) if isinstance(model, nn.Module) else None
+
+
+# Models that the bare backend captures in place -> (recipe, options) -> Runtime. Weak: a model that is gone takes its state along.
+IN_PLACE: weakref.WeakKeyDictionary[nn.Module, dict[Any, Any]] = weakref.WeakKeyDictionary()
+
+
+def runtimes_of(model: object) -> list[Any]:
+    """The Runtime of a compiled model, or those of a model that torch.compile(backend="fp8fx") has captured so far."""
+    if isinstance(model, torch._dynamo.OptimizedModule):
+        model = model._orig_mod
+    own = runtime_of(model)
+    return [own] if own is not None else list(IN_PLACE.get(model, {}).values()) if isinstance(model, nn.Module) else []
 
 
 _CLASSES: dict[type[nn.Module], type[nn.Module]] = {}

@@ -199,6 +199,7 @@ class Runtime:
         call = GraphCall(self, compiled.module, example_inputs)
         call.inner = self._inner(compiled.module, [*example_inputs, *dynamo.static(call.extras(example_inputs))])
         self.graphs.append(record)
+        self.weights.clear()  # what made torch capture anew may have written to the weights unnoticed
         self._hooked = self._hooked - {row.name for row in record.rows} | backward_hooked(self.root)
         self.monitor.formats.update({row.name: row.grad_format for row in record.rows if row.grad_format})
         return call

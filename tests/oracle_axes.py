@@ -58,7 +58,7 @@ class AxisRole:
 
     def _amax(self, magnitude: np.ndarray[Any, Any], axis: int) -> np.ndarray[Any, Any]:
         if self.blocks == "row":
-            return magnitude.max(axis=axis, keepdims=True)
+            return magnitude.max(axis=axis, keepdims=True, initial=0)
         high, wide = self._block(axis)
         by_row = np.maximum.reduceat(magnitude, np.arange(0, magnitude.shape[-2], high), axis=-2)
         return np.maximum.reduceat(by_row, np.arange(0, magnitude.shape[-1], wide), axis=-1)

@@ -246,6 +246,8 @@ def explain(error: Exception, fullgraph: bool = False) -> FP8Error | None:
     own = re.search(r"got (\w+)\((['\"])(.*)\2\)", first)  # what an operation of the model itself raised, on shapes alone
     if own is not None:
         return CaptureError(f"the model's forward fails on these inputs: {own.group(1)}: {own.group(3)}\nThe model passed in is untouched.")
+    where = re.findall(r'File "([^"]+)", line (\d+), in .*\n\s+(.*)', str(error).partition("from user code:")[2])
+    first += "\n  At {}:{}: {}".format(*where[-1]) if where else ""
     less = "; without fullgraph=True the rest of it may still be captured" if fullgraph else ""
     return CaptureError(
         f"TorchDynamo could not capture the model: {first}\nThe model passed in is untouched. "

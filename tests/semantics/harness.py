@@ -26,8 +26,6 @@ from oracle import Oracle, margin, sqnr
 from torch import Tensor, nn
 
 import fp8fx
-from fp8fx import backend
-from fp8fx.plan import Plan
 
 Tensors = Mapping[str, Tensor | None]
 TOLERANCE = 0.5  # dB, of the distance to the float64 model
@@ -52,14 +50,6 @@ def enter(model: nn.Module, recipe: Any = "hybrid", entry: str = "compile", **op
     inner = {"inner": options.pop("inner", "eager")}
     ours = {key: options.pop(key) for key in ("exempt", "output_fused") if key in options}
     return torch.compile(model, backend="fp8fx", options={"recipe": recipe, **inner, **ours}, **options)
-
-
-def plan_of(called: nn.Module) -> Plan:
-    """The plan of what `enter` returned."""
-    if not isinstance(called, torch._dynamo.OptimizedModule):
-        return fp8fx.plan(called)
-    (runtime,) = backend._RUNTIMES[called._orig_mod].values()
-    return runtime.plan()
 
 
 @dataclass
@@ -130,7 +120,7 @@ def check(
     plain = seeded(oracle_of or make).to(torch.float64)
     exact = body(Run(plain, plain, torch.float64, None, scale))
     twin = seeded(oracle_of or make).to(dtype)
-    rounded = body(Run(twin, twin, dtype, Oracle(twin, RECIPES[recipe], plan_of(called), dtype=None), scale))
+    rounded = body(Run(twin, twin, dtype, Oracle(twin, RECIPES[recipe], fp8fx.plan(called), dtype=None), scale))
     compare(exact, rounded, fast, agreement)
     return called
 

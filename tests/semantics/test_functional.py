@@ -7,10 +7,12 @@ from typing import Any
 
 import pytest
 import torch
-from semantics.harness import ENTRIES, WAYS, Run, Tensors, check, data, plan_of
+from semantics.harness import ENTRIES, WAYS, Run, Tensors, check, data
 from semantics.models import Attention, Mlp
 from torch import Tensor, nn
 from torch.nn.utils import parametrizations, parametrize
+
+import fp8fx
 
 everywhere = pytest.mark.parametrize("entry", ENTRIES)
 in_all_ways = pytest.mark.parametrize(("recipe", "entry"), WAYS)
@@ -80,7 +82,7 @@ def calls_inside(run: Run) -> Tensors:
 @in_all_ways
 def test_functional_call_inside_the_compiled_model(recipe: str, entry: str) -> None:
     called = check(Functional, calls_inside, recipe, entry)
-    assert [row.name for row in plan_of(called).fp8] == ["net.inp", "net.up", "net.down", "net.head"]
+    assert [row.name for row in fp8fx.plan(called).fp8] == ["net.inp", "net.up", "net.down", "net.head"]
 
 
 # -- parametrizations -----------------------------------------------------------------------------------------------------
@@ -134,7 +136,7 @@ def test_parametrizations(register: Callable[[Any], None], when: str, entry: str
         return numbered(*steps)
 
     called = check(make, body, "hybrid", entry)
-    assert plan_of(called)["up"].decision == "fp8"
+    assert fp8fx.plan(called)["up"].decision == "fp8"
 
 
 @everywhere
@@ -181,10 +183,6 @@ class Casts(Mlp):
         return self.head(x)
 
 
-class CastsPlain(Mlp):
-    """Its meaning without 16-bit types."""
-
-
 def under_autocast(run: Run) -> Tensors:
     def once() -> dict[str, Tensor | None]:
         run.model.zero_grad()
@@ -204,3 +202,10 @@ def under_autocast(run: Run) -> Tensors:
 def test_autocast_around(make: type[nn.Module], recipe: str, entry: str) -> None:
     """The distance to the oracle is that of sums in bfloat16, of which one step is 48 dB."""
     check(make, under_autocast, recipe, entry, agreement=40.0)
+
+
+@everywhere
+def test_autocast_inside(entry: str) -> None:
+    called = check(Casts, lambda run: numbered(step(run), step(run, seed=2)), "hybrid", entry, agreement=40.0)
+    assert len(fp8fx.plan(called).fp8) == 4
+    assert called(data(4, 16)).dtype is torch.float32

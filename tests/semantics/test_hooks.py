@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 import torch
-from semantics.harness import ENTRIES, Run, Tensors, check, data, enter, plan_of, seeded
+from semantics.harness import ENTRIES, Run, Tensors, check, data, enter, seeded
 from semantics.models import Mlp
 from torch import Tensor, nn
 
@@ -100,7 +100,7 @@ def test_hooks_act_as_on_the_plain_model(register: Callable[[Any], Handles], whe
 
     called = check(make, body, "hybrid", entry)
     layer = "up" if register is full_backward else "down"
-    row = plan_of(called)[layer]
+    row = fp8fx.plan(called)[layer]
     assert (row.decision == "not_captured") == (register in LEAVES_THE_GRAPH)
     assert ("backward hook" in row.reason) == (register in LEAVES_THE_GRAPH)
 
@@ -150,7 +150,7 @@ def test_backward_hooks_around_layers_leave_them_in_fp8() -> None:
         run.model.feed.register_full_backward_hook(lambda m, inputs, outputs: (inputs[0] * 3,))
         return step(run)
 
-    plan = plan_of(check(Around, body, "hybrid", "compile"))
+    plan = fp8fx.plan(check(Around, body, "hybrid", "compile"))
     assert {row.name: row.decision for row in plan.rows} == dict.fromkeys(("inp", "feed.up", "feed.down", "head"), "fp8")
 
 

@@ -6,9 +6,11 @@ from typing import Any
 
 import pytest
 import torch
-from semantics.harness import ENTRIES, WAYS, Run, Tensors, check, data, plan_of
+from semantics.harness import ENTRIES, WAYS, Run, Tensors, check, data
 from semantics.models import Mlp
 from torch import Tensor, nn
+
+import fp8fx
 
 everywhere = pytest.mark.parametrize("entry", ENTRIES)
 in_all_ways = pytest.mark.parametrize(("recipe", "entry"), WAYS)
@@ -73,7 +75,7 @@ def step_twice(run: Run) -> Tensors:
 @pytest.mark.parametrize("make", [TiedTable, TiedLayers, Twice])
 def test_gradients_of_all_uses_are_summed(make: Any, recipe: str, entry: str) -> None:
     called = check(make, step_twice, recipe, entry)
-    plan = plan_of(called)
+    plan = fp8fx.plan(called)
     if make is Twice:
         assert {(row.name, row.calls) for row in plan.fp8} == {
             *((f"block.{name}", 4) for name in ("inp", "up", "down", "head")),
@@ -86,7 +88,7 @@ def test_gradients_of_all_uses_are_summed(make: Any, recipe: str, entry: str) ->
 @everywhere
 def test_an_exempt_use_of_a_tied_weight_leaves_the_other_alone(entry: str) -> None:
     called = check(TiedTable, step_twice, "hybrid", entry, exempt=["out"])
-    assert {row.name: row.decision for row in plan_of(called).rows} == {"embed": "fp8", "mid": "fp8", "out": "exempt"}
+    assert {row.name: row.decision for row in fp8fx.plan(called).rows} == {"embed": "fp8", "mid": "fp8", "out": "exempt"}
 
 
 def retied(run: Run) -> Tensors:
@@ -110,4 +112,4 @@ def test_tying_after_the_first_call(entry: str) -> None:
 @pytest.mark.parametrize("pattern", ["block.up", "again.up", "again.*up"])
 def test_a_pattern_for_either_name_of_a_module_means_both(pattern: str) -> None:
     called = check(Twice, step_twice, "hybrid", "compile", exempt=[pattern])
-    assert {row.name: row.decision for row in plan_of(called).rows if row.name.endswith("up")} == {"block.up": "exempt"}
+    assert {row.name: row.decision for row in fp8fx.plan(called).rows if row.name.endswith("up")} == {"block.up": "exempt"}

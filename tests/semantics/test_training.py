@@ -6,9 +6,11 @@ from collections.abc import Callable
 
 import pytest
 import torch
-from semantics.harness import ENTRIES, WAYS, Run, Tensors, check, data, plan_of
+from semantics.harness import ENTRIES, WAYS, Run, Tensors, check, data
 from semantics.models import Attention, Mlp, Modal
 from torch import Tensor, nn
+
+import fp8fx
 
 everywhere = pytest.mark.parametrize("entry", ENTRIES)
 in_all_ways = pytest.mark.parametrize(("recipe", "entry"), WAYS)
@@ -214,4 +216,4 @@ def one_step(run: Run) -> Tensors:
 @in_all_ways
 def test_no_grad_inside_the_model(recipe: str, entry: str) -> None:
     called = check(Inside, one_step, recipe, entry)
-    assert len(plan_of(called).fp8) == 4
+    assert len(fp8fx.plan(called).fp8) == 4
