@@ -3,26 +3,25 @@
     torch.compile(model, backend="fp8fx", options={"recipe": "hybrid", "inner": "inductor"})
 
 The same passes, the same plan and the same numbers as `fp8fx.compile`. What differs: the model is captured in place, and state
-that belongs to a model (position in the random stream, kept weights) hangs on the module whose frame was captured first.
+that belongs to a model (position in the random stream, kept weights) is kept beside it, not saved and not copied with it.
+`fp8fx.plan` and `fp8fx.invalidate` take what torch.compile returned.
 """
 
 from __future__ import annotations
 
-import weakref
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
-from torch import fx, nn
+from torch import fx
 
-from fp8fx.capture.dynamo import captured_module
+from fp8fx.capture.dynamo import compiled_module, guard_module
+from fp8fx.clone import IN_PLACE
 from fp8fx.errors import CaptureError, ModelError, RecipeError, allowed, nearest
 from fp8fx.options import Options
 from fp8fx.recipe import Recipe
 from fp8fx.runtime import Runtime, module_types
 
 _OPTIONS = ("recipe", "exempt", "output_fused", "inner", "inner_mode")
-# Root module -> (recipe, options) -> Runtime. Weak: a model that is gone takes its state along.
-_RUNTIMES: weakref.WeakKeyDictionary[nn.Module, dict[tuple[Recipe, Options], Runtime]] = weakref.WeakKeyDictionary()
 
 
 def fp8fx(module: fx.GraphModule, example_inputs: Sequence[Any], **kwargs: Any) -> Callable[..., Any]:
@@ -31,7 +30,9 @@ def fp8fx(module: fx.GraphModule, example_inputs: Sequence[Any], **kwargs: Any) 
     recipe = Recipe.load(given.pop("recipe", "hybrid")).with_overrides(given.pop("exempt", ()), given.pop("output_fused", ()))
     made = Options(**given)
     made.check()
-    return _runtime(recipe, made).backend(module, example_inputs)
+    runtime = _runtime(recipe, made)
+    guard_module()
+    return runtime.backend(module, example_inputs)
 
 
 def _checked(kwargs: Mapping[str, Any]) -> dict[str, Any]:
@@ -48,15 +49,15 @@ def _checked(kwargs: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def _runtime(recipe: Recipe, options: Options) -> Runtime:
-    """The Runtime of the model being captured. A frame inside a model that is known belongs to that model."""
-    captured = captured_module()
-    if captured is None:
+    """The Runtime of the model being captured, made at its first graph."""
+    root = compiled_module()
+    if root is None:
         raise CaptureError("the fp8fx backend compiles modules: torch.compile a torch.nn.Module or a method of one, not a plain function")
     key = (recipe, options)
-    root = next((root for root, made in _RUNTIMES.items() if key in made and any(m is captured for m in root.modules())), captured)
-    made = _RUNTIMES.setdefault(root, {})
+    made = IN_PLACE.setdefault(root, {})
     if key not in made:
         recipe.check_names(module_types(root))
         made[key] = Runtime(recipe, options)
         made[key].attach(root)
-    return made[key]
+    runtime: Runtime = made[key]
+    return runtime

@@ -9,12 +9,14 @@ from __future__ import annotations
 
 import copy
 import functools
+import weakref
+from collections.abc import Mapping
 from typing import Any, cast
 
 import torch
 from torch import nn
 
-from fp8fx.errors import CaptureError, ModelError
+from fp8fx.errors import CaptureError, ModelError, nearest
 
 RUNTIME = "_fp8fx_runtime"  # attribute of a compiled model
 BASE = "_fp8fx_base"  # attribute of its class: the class it was made from
@@ -40,6 +42,18 @@ def clone(model: nn.Module, share_buffers: bool = True) -> nn.Module:
 def runtime_of(model: object) -> Any:
     """The Runtime of a compiled model, or None."""
     return vars(model).get(RUNTIME) if isinstance(model, nn.Module) else None
+
+
+# Models that the bare backend captures in place -> (recipe, options) -> Runtime. Weak: a model that is gone takes its state along.
+IN_PLACE: weakref.WeakKeyDictionary[nn.Module, dict[Any, Any]] = weakref.WeakKeyDictionary()
+
+
+def runtimes_of(model: object) -> list[Any]:
+    """The Runtime of a compiled model, or those of a model that torch.compile(backend="fp8fx") has captured so far."""
+    if isinstance(model, torch._dynamo.OptimizedModule):
+        model = model._orig_mod
+    own = runtime_of(model)
+    return [own] if own is not None else list(IN_PLACE.get(model, {}).values()) if isinstance(model, nn.Module) else []
 
 
 _CLASSES: dict[type[nn.Module], type[nn.Module]] = {}
@@ -137,6 +151,31 @@ def check_model(model: object) -> nn.Module:
         found = ", ".join(f"{device} ({name!r})" for device, name in sorted(where.items()))
         raise ModelError(f"the model lies on several devices: {found}. Move it to one with model.to(device), then compile")
     return model
+
+
+def check_materialized(model: nn.Module) -> None:
+    """ModelError if a tensor of the model has no values yet: there is nothing to compute a scale from."""
+    for kind, tensors in (("parameter", model.named_parameters()), ("buffer", model.named_buffers())):
+        for name, value in tensors:
+            if value.is_meta:
+                raise ModelError(
+                    f"{kind} {name!r} lies on the meta device and has no values to quantize. Give the model memory with "
+                    "model.to_empty(device=...), load or initialize its weights, and compile then; fp8fx.plan works on the meta device"
+                )
+
+
+def check_state(state: Mapping[str, torch.Tensor], own: Mapping[str, torch.Tensor], recipe: str) -> None:
+    """ModelError if `state`, fp8fx's entries of a checkpoint without their prefix, is not of the form of `own`."""
+    for key, value in state.items():
+        if key not in own:
+            close = nearest(PREFIX + key, [PREFIX + name for name in own])
+            raise ModelError(
+                f"the state_dict has {PREFIX + key!r}, which a model under the recipe {recipe!r} does not keep.{close} It was saved under "
+                "another recipe or version; fp8fx.strip(state_dict) leaves the model's own entries"
+            )
+        form, wanted = (f"{str(t.dtype).removeprefix('torch.')} {list(t.shape)}" for t in (value, own[key]))
+        if form != wanted:
+            raise ModelError(f"{PREFIX + key!r} of the state_dict is {form}, expected {wanted}")
 
 
 def plain(fast: nn.Module) -> nn.Module:

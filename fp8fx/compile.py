@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from fp8fx.capture import symbolic
-from fp8fx.clone import PREFIX, RUNTIME, check_model, clone, compiled_class, plain, runtime_of
+from fp8fx.clone import PREFIX, RUNTIME, check_materialized, check_model, clone, compiled_class, plain, runtime_of, runtimes_of
 from fp8fx.errors import CaptureError, ModelError
 from fp8fx.options import Options
 from fp8fx.plan import Plan
@@ -47,9 +47,9 @@ def compile(
     on_capture_error: raise, or eager: run in high precision with one warning.
 
     Raises RecipeError (recipe, or a pattern that matches nothing), ModelError (not a module, already compiled, on several
-    devices, cannot be copied); the first call raises CaptureError if the model cannot be captured.
+    devices or on meta, cannot be copied); the first call raises CaptureError if the model cannot be captured.
     """
-    check_model(model)
+    check_materialized(check_model(model))
     options = Options(inner, inner_mode, fullgraph, dynamic, capture, on_capture_error)
     options.check()
     loaded = Recipe.load(recipe).with_overrides(exempt=exempt, output_fused=output_fused)
@@ -83,10 +83,11 @@ def plan(
 
     example_inputs: a tensor, a tuple of positional arguments or a dict of keyword arguments; the model runs once on them, in
     high precision, without gradients, with its buffers and the random state kept. Without them the model is traced
-    symbolically: layers and reasons, but no shapes and no FLOPs. Of a compiled model it gives its own plan.
+    symbolically: layers and reasons, but no shapes and no FLOPs. Of a compiled model it gives its own plan; also of what
+    torch.compile(backend="fp8fx") returned, as far as that is captured.
     """
-    if (runtime := runtime_of(model)) is not None:
-        return runtime.plan()  # type: ignore[no-any-return]
+    if runtime_of(model) is not None or (isinstance(model, torch._dynamo.OptimizedModule) and runtimes_of(model)):
+        return runtimes_of(model)[-1].plan()  # type: ignore[no-any-return]
     check_model(model)
     capture = capture or ("symbolic" if example_inputs is None else "dynamo")
     options = Options(capture=capture, plan_only=True)
@@ -129,11 +130,15 @@ def unwrap(fast: nn.Module) -> nn.Module:
 
 
 def invalidate(fast: nn.Module) -> None:
-    """Drop kept quantized weights. Needed after writing to weights through `.data`, which torch cannot notice."""
-    runtime = runtime_of(fast)
-    if runtime is None:
+    """Drop kept quantized weights. Needed after writing to weights through `.data`, which torch cannot notice.
+
+    peft's `merge_adapter` and `unmerge_adapter` write so. `fast` may also be a model under torch.compile(backend="fp8fx").
+    """
+    runtimes = runtimes_of(fast)
+    if not runtimes:
         raise ModelError("this model is not compiled by fp8fx: it keeps no quantized weights")
-    runtime.weights.clear()
+    for runtime in runtimes:
+        runtime.weights.clear()
 
 
 def state_dict(fast: nn.Module) -> dict[str, Tensor]:

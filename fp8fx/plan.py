@@ -5,7 +5,7 @@ from __future__ import annotations
 import io
 import json
 import os
-from collections.abc import Iterable, Sequence
+from collections.abc import Collection, Iterable, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 
@@ -16,7 +16,7 @@ from torch import nn
 from fp8fx.passes.contract import Skip
 from fp8fx.pipeline import Annotated
 from fp8fx.recipe import Recipe, Unmatched
-from fp8fx.spec import ROLES, SiteSpec
+from fp8fx.spec import ROLES, SiteSpec, TensorSpec
 
 QUANTIZABLE = (
     nn.Linear, nn.Conv1d, nn.Conv2d, nn.Conv3d, nn.ConvTranspose1d, nn.ConvTranspose2d, nn.ConvTranspose3d, nn.Embedding,
@@ -58,16 +58,20 @@ class SiteRow:
 
 
 def formats_of(spec: SiteSpec | None) -> str:
-    """`e4m3fn x e4m3fn, grad e5m2`: input x weight, then what else is rounded."""
+    """`e4m3fn x e4m3fn, grad e5m2`: input x weight, then what else is rounded. Scales finer than one per tensor: `e4m3fn/1x128`."""
     if spec is None:
         return ""
-    named = {role: getattr(spec, role).format for role in ROLES if getattr(spec, role) is not None}
+    named = {role: _format_of(tensor) for role in ROLES if (tensor := getattr(spec, role)) is not None}
     operands = " x ".join(named[role] for role in ("input", "weight") if role in named)
     output = [f"output {named['output']}"] if "output" in named else []
     grad = [f"grad {named['grad_output']}"] if "grad_output" in named else []
     high = [g for g in ("output", "grad_input", "grad_weight") if g not in spec.gemms]
     kept = [f"{', '.join(high)} GEMM in high precision"] if high and operands.count("x") else []
     return ", ".join([operands, *output, *grad, *kept])
+
+
+def _format_of(spec: TensorSpec) -> str:
+    return spec.format if spec.granularity == "tensor" else f"{spec.format}/{spec.text.split('/')[2]}"
 
 
 def site_rows(annotated: Iterable[Annotated]) -> list[SiteRow]:
@@ -81,24 +85,46 @@ def site_rows(annotated: Iterable[Annotated]) -> list[SiteRow]:
     return list(rows.values())
 
 
+_HOOKED = "TorchDynamo captures no layer of torch.nn that has a backward hook"
+
+
+def backward_hooked(root: nn.Module) -> set[str]:
+    """Layers inside `root` that Dynamo leaves out for their backward hooks; a user's own module there is captured for itself."""
+    return {
+        name
+        for name, module in root.named_modules()
+        if name and isinstance(module, QUANTIZABLE) and (module._backward_hooks or module._backward_pre_hooks)
+    }
+
+
 def build_plan(
-    graphs: Sequence[list[SiteRow]], skips: Sequence[list[Skip]], root: nn.Module, recipe: Recipe, notes: Sequence[str] = ()
+    graphs: Sequence[list[SiteRow]],
+    skips: Sequence[list[Skip]],
+    root: nn.Module,
+    recipe: Recipe,
+    notes: Sequence[str] = (),
+    hooked: Collection[str] = (),
 ) -> Plan:
-    """Rows of all graphs in the order of capture. A graph captured again (other shapes, no_grad) adds no row twice."""
+    """Rows of all graphs in the order of capture. A graph captured again (other shapes, no_grad) adds no row twice.
+
+    hooked: layers that have left the graphs since they got a backward hook.
+    """
     rows: dict[tuple[str, str, str], SiteRow] = {}
     for graph in graphs:
         for row in graph:
+            if row.name in hooked:
+                row = replace(row, decision="not_captured", formats="", reason=_HOOKED, spec=None)
             rows.setdefault(row.key, row)
     said = [[skip.reason for skip in group if skip.rule == "recipe"] for group in skips]
     of_graphs = [note for group in said for note in group if not isinstance(note, Unmatched) or all(note in other for other in said)]
     notes = list(dict.fromkeys([*of_graphs, *notes]))
     left = list(dict.fromkeys(f"{skip.node}: {skip.rule}: {skip.reason}" for group in skips for skip in group if skip.rule != "recipe"))
     return Plan(
-        recipe.name, [*rows.values(), *_not_captured(root, {row.name for row in rows.values()})], notes, left, captured=bool(graphs)
+        recipe.name, [*rows.values(), *_not_captured(root, {row.name for row in rows.values()}, hooked)], notes, left, captured=bool(graphs)
     )
 
 
-def _not_captured(root: nn.Module, rows: set[str]) -> list[SiteRow]:
+def _not_captured(root: nn.Module, rows: set[str], hooked: Collection[str]) -> list[SiteRow]:
     """Layers of the model that no captured graph holds: not called, or called where capture could not follow."""
     names: dict[int, list[str]] = {}
     modules = dict(root.named_modules(remove_duplicate=False))
@@ -111,7 +137,7 @@ def _not_captured(root: nn.Module, rows: set[str]) -> list[SiteRow]:
         of_attention = any(isinstance(modules[name.rpartition(".")[0]], nn.MultiheadAttention) for name in aliases)
         if not inside and not of_attention:
             module = modules[aliases[0]]
-            reason = "not called so far, or called outside every captured graph"
+            reason = _HOOKED if aliases[0] in hooked else "not called so far, or called outside every captured graph"
             found.append(SiteRow(aliases[0], type(module).__name__, "", "not_captured", "", reason, 0))
     return found
 

@@ -24,17 +24,17 @@ from fp8fx.capture import dynamo, symbolic
 from fp8fx.capture.graph import SITE, Captured
 from fp8fx.capture.naming import Numbering, weight_source
 from fp8fx.capture.sites import read_site
-from fp8fx.clone import base_class
+from fp8fx.clone import base_class, check_materialized, check_state
 from fp8fx.errors import CaptureError, FP8Warning, RecipeError
 from fp8fx.graph_call import GraphCall, SharedGraph, Version, alive
 from fp8fx.monitor import UnderflowMonitor
 from fp8fx.options import Options
 from fp8fx.passes.contract import Context
 from fp8fx.passes.lower import WeightInput
-from fp8fx.plan import Plan, SiteRow, build_plan, site_rows
+from fp8fx.plan import Plan, SiteRow, backward_hooked, build_plan, site_rows
 from fp8fx.recipe import Recipe
 from fp8fx.recipe.resolve import BOUNDARY_OPS
-from fp8fx.scaling import ScalingState, other_recipe
+from fp8fx.scaling import ScalingState, is_scaling, other_recipe
 from fp8fx.state import OPTIMIZER_STEPS, Stream, WeightCache
 
 LOG = logging.getLogger("fp8fx")
@@ -106,6 +106,7 @@ class Runtime:
         self._told_eval_only = False
         self.monitor = UnderflowMonitor({}, _advice(self.recipe))
         self._first_layer: str | None = None
+        self._hooked: set[str] = set()  # layers outside the graphs because of a backward hook
         self._stepped = False
         self._reported = False  # the one line after the first call
         self._root: weakref.ref[nn.Module] | None = None
@@ -152,6 +153,9 @@ class Runtime:
 
     def backend(self, module: fx.GraphModule, example_inputs: Sequence[Any]) -> Callable[..., Any]:
         """torch.compile calls this with each captured graph; what it returns runs in the graph's place."""
+        if not self.options.plan_only:
+            check_materialized(self.root)
+        dynamo.guard_hooks()
         return SharedGraph(self, module, example_inputs)
 
     def _weak_backend(self) -> Callable[..., Any]:
@@ -181,6 +185,8 @@ class Runtime:
             return captured.module
         call = self._graph_call(compiled.module, example_inputs, example_inputs)
         self.graphs.append(record)  # only now: Dynamo may interrupt the inner compiler, and capture anew
+        self.weights.clear()  # what made torch capture anew may have written to the weights unnoticed
+        self._hooked = self._hooked - {row.name for row in record.rows} | backward_hooked(self.root)
         self.monitor.formats.update({row.name: row.grad_format for row in record.rows if row.grad_format})
         return Version(self, record, call)
 
@@ -200,7 +206,7 @@ class Runtime:
         if name == "auto":
             name = "inductor" if any(isinstance(x, Tensor) and x.is_cuda for x in example_inputs) else "eager"
         if name == "eager":
-            return module
+            return module.forward  # not the module, whose call runs torch's global module hooks once more
         if name == "inductor":
             from torch._inductor.compile_fx import compile_fx
 
@@ -279,7 +285,9 @@ class Runtime:
         if not state:
             self.weights.clear()
             return
-        kept = {key: value for key, value in state.items() if key != "stream"}
+        kept = {key: value for key, value in state.items() if is_scaling(key)}
+        stream = {"stream": self._position().tensor(torch.device("cpu"))}
+        check_state({key: value for key, value in state.items() if key not in kept}, stream, self.recipe.name)
         if bool(kept) != self.recipe.keeps_scales:
             there, here = ("holds", "keeps none") if kept else ("holds no", "keeps them")
             raise other_recipe(f"it {there} delayed scales, and recipe {self.recipe.name!r} {here}")
@@ -321,7 +329,7 @@ class Runtime:
         rows = [record.rows for record in self.graphs]
         layered = [record.captured for record in self.graphs if record.layered]
         notes = [_NO_LAST] if self.recipe.boundary.last and layered and not any(captured.ends for captured in layered) else []
-        return build_plan(rows, [record.compiled.skips for record in self.graphs], self.root, self.recipe, notes)
+        return build_plan(rows, [record.compiled.skips for record in self.graphs], self.root, self.recipe, notes, self._hooked)
 
     def stage(self, stage: str, index: int = 0) -> fx.GraphModule:
         """Graph `index` of the model after `stage`, made again from what was captured."""

@@ -179,6 +179,11 @@ class ScalingState:
         return None
 
 
+def is_scaling(key: str) -> bool:
+    """An entry of a checkpoint is one of ScalingState's."""
+    return key == MEANING or key.rpartition(".")[2] in FIELDS
+
+
 def other_recipe(problem: str) -> ModelError:
     return ModelError(
         f"this state is of another recipe: {problem}. Load the weights alone (fp8fx.strip(state)), or compile the model with the recipe "

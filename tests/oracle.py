@@ -12,10 +12,12 @@ or leave their output unrounded.
     hybrid   input, weight      q = e4m3fn(x / scale), scale = max(amax, 1e-12) / 448         value q * scale
              dY                 q = e5m2(dY / scale), scale = max(amax, 1e-12) / 57344        value q * scale
     direct   input, weight, output, dY, dX, dW      e5m2(x)                                   no scale
+    rowwise, blockwise                              e4m3fn, a scale per row or block          oracle_axes.py
 
 The bias is added before the output is rounded; its gradient is the sum of the unrounded dY. Rounding is to nearest, ties to even,
 also where the recipe rounds gradients stochastically: compare exactly under a recipe whose gradient roles are `nearest_even`.
 Everything that is rounded is cast to float32 first, as the recipe defines scales and codes on float32, whatever the dtype of the copy.
+Under torch.autocast, as in 16-bit models, the operands are read as they are and the result is cast once, to the dtype torch would give.
 """
 
 from __future__ import annotations
@@ -31,6 +33,7 @@ from unittest import mock
 import ml_dtypes
 import numpy as np
 import torch
+from oracle_axes import BLOCKWISE, ROWWISE, AxisMethod, axis_product, power_of_two_scale, row_lookup
 from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.overrides import TorchFunctionMode
@@ -49,6 +52,7 @@ class Role:
     format: Any
     scaled: bool
     saturate: bool
+    power_of_two: bool = False
 
     def __call__(self, x: Tensor) -> Tensor:
         """The rounded values of `x`, in its dtype."""
@@ -64,6 +68,8 @@ class Role:
             finite = np.abs(values[np.isfinite(values)])
             amax = finite.max() if finite.size else np.float32(0)
             scale = np.maximum(amax, np.float32(1e-12)) / largest
+            if self.power_of_two:
+                scale = power_of_two_scale(amax, LARGEST[self.format])
         with np.errstate(all="ignore"):
             scaled = values * (np.float32(1) / scale)
             if self.saturate:
@@ -82,19 +88,29 @@ class Method:
     grad_output: Role
     grad_input: Role | None
     grad_weight: Role | None
+    axes: AxisMethod | None = None  # of linears, matmuls and embeddings; the roles above are then those of convolutions
+
+
+def _power_of_two(format: Any, saturate: bool = True) -> Role:
+    return Role(format, scaled=True, saturate=saturate, power_of_two=True)
 
 
 _FORWARD, _GRADIENT = Role(E5M2, scaled=False, saturate=True), Role(E5M2, scaled=False, saturate=False)
 _SCALED = Role(E4M3FN, scaled=True, saturate=True)
+_PER_TENSOR = (_power_of_two(E4M3FN), _power_of_two(E4M3FN), None, _power_of_two(E5M2, saturate=False), None, None)
 METHODS = {
     "hybrid": Method(_SCALED, _SCALED, None, Role(E5M2, scaled=True, saturate=False), None, None),
     "direct": Method(_FORWARD, _FORWARD, _FORWARD, _GRADIENT, _GRADIENT, _GRADIENT),
+    "rowwise": Method(*_PER_TENSOR, ROWWISE),
+    "blockwise": Method(*_PER_TENSOR, BLOCKWISE),
 }
 
 
 def method_of(recipe: Any) -> Method:
-    """The method a recipe starts from: "hybrid", "direct", or any recipe whose defaults name one of them."""
-    return METHODS[fp8fx.Recipe.load(recipe).to_dict()["defaults"]["mode"]]
+    """The method a recipe starts from: one of METHODS, or any recipe whose defaults name a mode or a granularity of one."""
+    defaults = fp8fx.Recipe.load(recipe).to_dict()["defaults"]
+    blocks = (defaults.get("input") or {}).get("granularity", "tensor")
+    return METHODS[defaults["mode"] if blocks == "tensor" else "rowwise" if blocks == "row" else "blockwise"]
 
 
 class _Product(torch.autograd.Function):
@@ -180,7 +196,9 @@ class Oracle(TorchFunctionMode):
         self.model = model if dtype is None else plain(model, dtype)
         self.dtype = dtype
         self.method = method_of(recipe)
-        self.rows: dict[str, Any] | None = None if decisions is None else {row.name: row for row in decisions.rows}
+        self.rows: dict[str, list[Any]] | None = None
+        if decisions is not None:
+            self.rows = {row.name: [other for other in decisions.rows if other.name == row.name] for row in decisions.rows}
         self.seen: list[str] = []  # sites in the order of execution, of the latest forward
         self._stack: list[tuple[str, nn.Module]] = []
         self._counts: Counter[str] = Counter()
@@ -245,9 +263,10 @@ class Oracle(TorchFunctionMode):
         self.seen.append(name)
         if self.rows is None:
             return None if name.endswith("lm_head") else self.method
-        row = next((self.rows[alias] for alias in self._aliases(name) if alias in self.rows), None)
-        if row is None:
+        rows = next((self.rows[alias] for alias in self._aliases(name) if alias in self.rows), None)
+        if rows is None:
             raise LookupError(f"the plain model runs the site {name!r}, which the plan does not list: {sorted(self.rows)}")
+        row = next((row for row in rows if row.op == op), rows[0])  # a tied weight: one name, several operations
         if row.decision != "fp8":
             return None
         return self.method if row.spec.output is not None else Method(**{**vars(self.method), "output": None})
@@ -291,10 +310,17 @@ class Oracle(TorchFunctionMode):
         if method is None:
             y = function(a, b)
             return y if bias is None else y + bias
+        out = torch.get_autocast_dtype("cpu") if torch.is_autocast_enabled("cpu") else a.dtype
         activations = op in ("matmul", "bmm") and not isinstance(b, nn.Parameter)
-        y = _product(a, b, function, (method.input, method.input if activations else method.weight), method)
-        y = y if bias is None else y + bias
-        return y if method.output is None else _output(y, method.output)
+        with torch.autocast("cpu", enabled=False):  # 16-bit operands: rounded and multiplied in float32, then one cast
+            a, b, bias = (x if x is None else x.to(torch.promote_types(x.dtype, torch.float32)) for x in (a, b, bias))
+            if method.axes is not None and op in ("linear", "matmul", "bmm"):
+                right = b.mT if function is F.linear else b
+                y = axis_product(a, right, method.axes, op == "linear", activations)
+            else:
+                y = _product(a, b, function, (method.input, method.input if activations else method.weight), method)
+            y = y if bias is None else y + bias
+            return (y if method.output is None else _output(y, method.output)).to(out)
 
 
 def _linear(oracle: Oracle, input: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
@@ -337,7 +363,9 @@ def _embedding(oracle: Oracle, input: Tensor, weight: Tensor, *args: Any, **kwar
         return F.embedding(input, table, *args, **kwargs)
 
     method = oracle._method("embedding", weight)
-    return lookup(weight) if method is None else _lookup(weight, lookup, method)
+    if method is None or method.axes is BLOCKWISE:
+        return lookup(weight)
+    return _lookup(weight, lookup, method) if method.axes is None else row_lookup(weight, input, method.axes)
 
 
 HANDLERS: dict[Any, Callable[..., Tensor]] = {

@@ -252,7 +252,7 @@ def test_recipe_list() -> None:
     assert "Weights and inputs in E4M3, gradients in E5M2" in out
 
 
-@pytest.mark.parametrize("name", ["hybrid", "direct", "none", "emulation-direct"])
+@pytest.mark.parametrize("name", ["hybrid", "rowwise", "blockwise", "direct", "none", "emulation-direct"])
 def test_recipe_show_prints_an_equal_recipe(name: str, tmp_path: Path) -> None:
     out, _ = run("recipe", "show", name)
     path = tmp_path / "shown.yaml"

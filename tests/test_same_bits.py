@@ -18,6 +18,8 @@ RECIPES: dict[str, Any] = {
     "direct": "direct",
     "emulation-hybrid": "emulation-hybrid",
     "emulation-direct": "emulation-direct",
+    "rowwise": "rowwise",
+    "blockwise": "blockwise",
     "rows": {"extends": "hybrid", "defaults": {"input": ROWS, "weight": ROWS, "grad_output": ROWS}},
     "blocks": {
         "extends": "hybrid",

@@ -17,6 +17,7 @@ from typing import Any
 import torch
 from torch import Tensor, fx, nn
 from torch._dynamo.exc import TorchDynamoException
+from torch._dynamo.guards import GuardBuilder
 from torch._dynamo.source import LocalSource
 
 from fp8fx.capture.expand import expand_attention
@@ -143,6 +144,24 @@ def captured_module() -> nn.Module | None:
     return next((value for value in values if isinstance(value, nn.Module)), None)
 
 
+def compiled_module() -> nn.Module | None:
+    """The module that the user gave to torch.compile, whose call is under way: what is captured may be a block deep inside it.
+
+    Of compiled modules inside each other it is the innermost; where no module was given, the one whose method is captured, if any.
+    """
+    captured, frame = captured_module(), sys._getframe(1)
+    while frame is not None:
+        value = frame.f_locals.get("self")
+        if isinstance(value, torch._dynamo.OptimizedModule):
+            value = value._orig_mod
+        elif getattr(value, "_compiled_call_impl", None) is None:  # set by module.compile()
+            value = None
+        if isinstance(value, nn.Module) and any(module is captured for module in value.modules()):
+            return value
+        frame = frame.f_back  # type: ignore[assignment]
+    return captured
+
+
 def frame_key() -> tuple[str, int, str] | None:
     """Which frame is being compiled: file, line and name of its code. What follows a graph break is a frame of its own."""
     code = getattr(_tracer(), "f_code", None)
@@ -154,6 +173,28 @@ def own_base() -> str:
     found = _frame_locals()
     name = "self" if isinstance(found.get("self"), nn.Module) else next((n for n, v in found.items() if isinstance(v, nn.Module)), "self")
     return f"L['{name}']"
+
+
+def guard_module() -> None:
+    """Let what is being compiled serve the module it is compiled for, and no other instance of its class.
+
+    Dynamo guards on a module's type and parameters' shapes only, so that a second model of a class would run the graph of the first.
+    """
+    context, base = torch._guards.TracingContext.try_get(), own_base()
+    name = base[len("L['") : -len("']")]
+    if context is not None and isinstance(_frame_locals().get(name), nn.Module):
+        context.guards_context.dynamo_guards.add(LocalSource(name).make_guard(GuardBuilder.ID_MATCH))
+
+
+def guard_hooks() -> None:
+    """Let what is being compiled notice hooks that a module without hooks gets later: Dynamo leaves that guard out by default."""
+    context = torch._guards.TracingContext.try_get()
+    if context is None:
+        return
+    guards = context.guards_context.dynamo_guards
+    for guard in list(guards):
+        if guard.create_fn is GuardBuilder.EMPTY_NN_MODULE_HOOKS_DICT:
+            guards.add(guard.originating_source.make_guard(GuardBuilder.SEQUENCE_LENGTH))
 
 
 def _module_path(node: fx.Node, prefixes: dict[str, str], own: str) -> str:
@@ -232,6 +273,8 @@ def explain(error: Exception, fullgraph: bool = False) -> FP8Error | None:
     own = re.search(r"got (\w+)\((['\"])(.*)\2\)", first)  # what an operation of the model itself raised, on shapes alone
     if own is not None:
         return CaptureError(f"the model's forward fails on these inputs: {own.group(1)}: {own.group(3)}\nThe model passed in is untouched.")
+    where = re.findall(r'File "([^"]+)", line (\d+), in .*\n\s+(.*)', str(error).partition("from user code:")[2])
+    first += "\n  At {}:{}: {}".format(*where[-1]) if where else ""
     less = "; without fullgraph=True the rest of it may still be captured" if fullgraph else ""
     return CaptureError(
         f"TorchDynamo could not capture the model: {first}\nThe model passed in is untouched. "

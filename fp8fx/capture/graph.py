@@ -21,6 +21,7 @@ VAL = "val"
 MODULE = "module"
 TENSOR_NAME = "tensor_name"
 SITE = "site"  # canonical site name, written by naming.assign_site_names
+ALIASES = "aliases"  # further names of the same site, where the model holds its module under several
 
 
 @dataclass

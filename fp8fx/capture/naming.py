@@ -13,7 +13,7 @@ from collections.abc import Iterable
 from torch import fx, nn
 from torch.nn.utils import parametrize
 
-from fp8fx.capture.graph import MODULE, SITE, TENSOR_NAME
+from fp8fx.capture.graph import ALIASES, MODULE, SITE, TENSOR_NAME
 from fp8fx.capture.sites import SiteCall, read_site, unsupported
 
 _BASE = re.compile(r"^(?:L|G)\['[^']*'\](?:\.__self__)?")  # torch.nn's methods are compiled as L['fn'].__self__
@@ -42,13 +42,20 @@ class RootNames:
         self._tensors: dict[int, list[str]] = {}
         for name, value in [*root.named_parameters(remove_duplicate=False), *root.named_buffers(remove_duplicate=False)]:
             self._tensors.setdefault(id(value), []).append(name)
-        self._module_names = {id(module): name for name, module in reversed(list(self.modules.items()))}
+        self._module_names: dict[int, list[str]] = {}
+        for name, module in self.modules.items():
+            self._module_names.setdefault(id(module), []).append(name)
 
     def of_tensor(self, value: object) -> list[str]:
         return self._tensors.get(id(value), [])
 
     def of_module(self, module: object) -> str | None:
-        return self._module_names.get(id(module))
+        """The canonical name, which is the first."""
+        return next(iter(self._module_names.get(id(module), [])), None)
+
+    def of_path(self, path: str) -> list[str]:
+        """All names of the module that `path` names, the canonical one first."""
+        return self._module_names.get(id(self.modules.get(path)), [path])
 
     def prefix(self, pairs: Iterable[tuple[str, list[str]]]) -> str | None:
         """The path of a frame's base, from (suffix in the frame, names in the root) of the parameters it uses.
@@ -118,20 +125,27 @@ class Numbering:
 def assign_site_names(graph: fx.Graph, names: RootNames, counts: Counter[str]) -> None:
     """Write meta["site"] on every node that multiplies: a layer's path, else `<module path>.<op>[_k]` in execution order.
 
-    `counts` holds, and takes on, how many functional sites each `<module path>.<op>` has so far.
+    `counts` holds, and takes on, how many functional sites each `<module path>.<op>` has so far. A module that the model holds under
+    several names is one module, whichever name its caller used: meta["module"] becomes the first, meta["aliases"] holds the others.
     """
     for node in graph.nodes:
+        node.meta[MODULE], *others = names.of_path(node.meta.get(MODULE, ""))
         call = read_site(node)
         if call is None and unsupported(node) is None:
             continue
         layer = _layer_name(call, names) if call is not None and call.op != "attention" else None
         if node.op == "call_module":
             layer = str(node.target)
-        if layer:
-            node.meta[SITE] = layer
-            continue
-        op = call.op if call is not None else str(getattr(node.target, "__name__", node.target))
-        base = join(node.meta.get(MODULE, ""), op)
-        k = counts[base]
-        counts[base] += 1
-        node.meta[SITE] = base if k == 0 else f"{base}_{k}"
+        if not layer:
+            op = call.op if call is not None else str(getattr(node.target, "__name__", node.target))
+            layer = join(node.meta[MODULE], op)
+            k = counts[layer]
+            counts[layer] += 1
+            layer = layer if k == 0 else f"{layer}_{k}"
+        node.meta[SITE] = layer
+        node.meta[ALIASES] = tuple(_renamed(layer, node.meta[MODULE], other) for other in others)
+
+
+def _renamed(site: str, path: str, other: str) -> str:
+    """The name of `site` where its module is called `other` instead of `path`."""
+    return join(other, site.removeprefix(path).removeprefix(".")) if f"{site}.".startswith(f"{path}.") else site

@@ -20,7 +20,7 @@ import torch
 from torch import fx
 from torch.nn import functional as F
 
-from fp8fx.capture.graph import MODULE, SITE, VAL, tensor
+from fp8fx.capture.graph import ALIASES, MODULE, SITE, VAL, tensor
 from fp8fx.capture.naming import weight_source
 from fp8fx.capture.sites import CONVOLUTIONS, SiteCall, read_site, unsupported
 from fp8fx.passes.contract import DECISION, Context, PassResult, SiteDecision, Skip
@@ -61,6 +61,7 @@ def _site(node: fx.Node, call: SiteCall | None, context: Context) -> Site:
         types=context.modules.get(node.meta.get(MODULE, ""), ()),
         numel=0 if weight is None else int(weight.numel()),
         has_weight=weight is not None,
+        aliases=node.meta.get(ALIASES, ()),
     )
 
 

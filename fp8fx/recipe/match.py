@@ -25,7 +25,7 @@ class Site:
     """What a recipe may look at.
 
     name: 'layer1.0.conv1', or 'blocks.0.attn.matmul_1' for a functional op. op: its kind. types: class names of the innermost
-    module's MRO. numel: elements of the weight, 0 without one.
+    module's MRO. numel: elements of the weight, 0 without one. aliases: its names where the model holds its module more than once.
     """
 
     name: str
@@ -33,6 +33,11 @@ class Site:
     types: tuple[str, ...] = ()
     numel: int = 0
     has_weight: bool = False
+    aliases: tuple[str, ...] = ()
+
+    @property
+    def names(self) -> tuple[str, ...]:
+        return (self.name, *self.aliases)
 
 
 @functools.lru_cache(maxsize=4096)
@@ -67,7 +72,7 @@ def matches(match: Match, site: Site, types: tuple[str, ...]) -> bool:
         (not match.op or site.op in match.op)
         and (match.min_numel is None or (site.has_weight and site.numel >= match.min_numel))
         and (match.max_numel is None or (site.has_weight and site.numel <= match.max_numel))
-        and (not match.name or any(name_matches(pattern, site.name) for pattern in match.name))
+        and (not match.name or any(name_matches(pattern, name) for pattern in match.name for name in site.names))
         and (not match.type or any(type_matches(pattern, types) for pattern in match.type))
     )
 

@@ -130,7 +130,9 @@ def resolve(merged: Merged, sites: Sequence[Site], modules: Modules | None = Non
     notes: list[str] = []
     noted: set[tuple[int, str]] = set()
     for site in sites:
-        types = matching.classes(site.name, modules, site.types) if modules and typed else site.types
+        types = site.types
+        if modules and typed:
+            types = tuple(type_ for name in site.names for type_ in matching.classes(name, modules, site.types))
         hits = _hits(ordered, site, types, used)
         first_last = boundary.get(site.name, ())
         key = (hits, tuple(step.label for step in first_last))

@@ -37,7 +37,7 @@ def test_message(text: str, expected: str, tmp_path: Path) -> None:
     [
         (None, "a recipe is a shipped name, a path, a dict or a Recipe; got None"),
         (b"hybrid", "got b'hybrid'"),
-        ("hybird", "no shipped recipe is called 'hybird'; allowed: direct, emulation-direct, emulation-hybrid, hybrid, none"),
+        ("hybird", "no shipped recipe is called 'hybird'; allowed: blockwise, direct, emulation-direct, emulation-hybrid, hybrid"),
         ("hybird", "Did you mean 'hybrid'?"),
         ("", "no shipped recipe is called ''"),
         ("none.yml", "none.yml: there is no such file"),
