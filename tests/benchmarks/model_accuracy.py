@@ -31,9 +31,10 @@ Random weights, training mode without dropout, batch 2, {seeds} seeds, torch {to
 `direct` runs with gradients rounded to nearest instead of stochastically, so that there is one right answer, and a loss scale.
 
 - **layers**: sites in FP8 of all sites; fused attention (`-sdpa`) counts as a site and stays in high precision.
-- **exempt**: share of the forward's FLOPs in exempt layers; **besides**: of these, in layers other than `lm_head`. The bar is {exempt:.0%}.
+- **exempt**: share of the forward's FLOPs in exempt layers; **besides**: of these, in others than `lm_head`. The bar is {exempt:.0%}.
 - **FP8 FLOPs**: share of the non-exempt FLOPs of forward and backward whose two operands were seen to lie on an FP8 grid when they ran.
-  The bar is {coverage:.0%}. Fused attention is not among the FLOPs, unless torch runs it as separate products: these count as high precision.
+  The bar is {coverage:.0%}. Fused attention is not among the FLOPs, unless torch runs it as separate products: these count as high
+  precision.
 - **graphs**: what TorchDynamo compiled for all training forwards of a row, over all seeds. It is 1 where there is no graph break and no
   recompilation. The tests hold that evaluation and training in turn cost what `torch.compile` of the plain model costs, and no more.
 - **output**: SQNR in dB of the logits against the plain model in float64, mean over the seeds. **margin**: how much better than the

@@ -51,6 +51,14 @@ def without_randomness(model: nn.Module) -> nn.Module:
     return model
 
 
+def wake_blocks(model: nn.Module) -> nn.Module:
+    """`model` with the norms that start at zero (the last of a residual block, often) at one: they switch their block off."""
+    for module in model.modules():
+        if isinstance(module, nn.modules.batchnorm._BatchNorm) and module.weight is not None and not module.weight.any():
+            nn.init.ones_(module.weight)
+    return model
+
+
 def wake_head(head: nn.Module) -> None:
     """A head that starts at zero hides the model behind it: every gradient but its own would be zero."""
     for module in head.modules():

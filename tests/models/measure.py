@@ -18,7 +18,7 @@ import torch
 from coverage_meter import CoverageMeter, plain_flops
 from models.graphs import Graphs
 from models.zoo import ZOO, Case, build
-from oracle import Gradient, Oracle, compare_gradients, margin, plain, sqnr
+from oracle import EXACT, Gradient, Oracle, compare_gradients, margin, plain, sqnr
 from torch import nn
 
 import fp8fx
@@ -161,6 +161,7 @@ def check(measured: Measured) -> None:
     assert measured.plan.fp8_flops_share >= COVERAGE
     assert measured.share >= COVERAGE
     assert measured.exempt_share <= EXEMPT
+    assert measured.median_gradient < EXACT  # most gradients are there to be compared, and not zero everywhere
     assert measured.executed == measured.plain  # nothing ran outside the captured graph, and nothing twice
     assert measured.plan.flops <= measured.plain
     for seed in measured.seeds:

@@ -5,13 +5,13 @@ from __future__ import annotations
 from typing import Any
 
 import torch
-from models.case import Case, Entry, wake_head, without_randomness
+from models.case import Case, Entry, wake_blocks, wake_head, without_randomness
 
 
 def _timm(name: str, size: int, **options: Any) -> Case:
     import timm
 
-    model: Any = without_randomness(timm.create_model(name, pretrained=False, num_classes=10, **options).train())
+    model: Any = wake_blocks(without_randomness(timm.create_model(name, pretrained=False, num_classes=10, **options).train()))
     heads = model.default_cfg["classifier"]
     for head in (heads,) if isinstance(heads, str) else heads:
         wake_head(model.get_submodule(head))
@@ -22,11 +22,10 @@ def _entry(name: str, size: int, loss_scale: float = 4096.0, **options: Any) -> 
     return Entry("timm", lambda: _timm(name, size, **options), loss_scale)
 
 
-# name -> image size and options of the model. timm's resnets start the last batch norm of a block at zero, which switches the block
-# off: left out, as for a zero head.
+# name -> image size and options of the model
 _MODELS: dict[str, dict[str, Any]] = {
     # convolutions
-    "resnet18": {"size": 96, "zero_init_last": False},
+    "resnet18": {"size": 96},
     "resnext26ts": {"size": 64},
     "regnety_002": {"size": 64},
     "densenet121": {"size": 64, "block_config": (2, 2, 2, 2)},
