@@ -15,11 +15,12 @@ from typing import Any
 from torch import fx
 
 from fp8fx.capture.dynamo import compiled_module, guard_module
+from fp8fx.capture.layers import module_types
 from fp8fx.clone import IN_PLACE
 from fp8fx.errors import CaptureError, ModelError, RecipeError, allowed, nearest
 from fp8fx.options import Options
 from fp8fx.recipe import Recipe
-from fp8fx.runtime import Runtime, module_types
+from fp8fx.runtime import Runtime
 
 _OPTIONS = ("recipe", "exempt", "output_fused", "inner", "inner_mode")
 

@@ -21,9 +21,9 @@ from torch import Tensor, fx, nn
 from fp8fx import pipeline
 from fp8fx.autocast import CALIBRATING
 from fp8fx.capture import dynamo, symbolic
-from fp8fx.capture.graph import SITE, Captured
-from fp8fx.capture.naming import Numbering, weight_source
-from fp8fx.capture.sites import read_site
+from fp8fx.capture.graph import Captured
+from fp8fx.capture.layers import boundary_layers, module_types
+from fp8fx.capture.naming import Numbering
 from fp8fx.clone import base_class, check_materialized, check_state
 from fp8fx.errors import CaptureError, FP8Warning, RecipeError
 from fp8fx.graph_call import GraphCall, SharedGraph, Version, alive
@@ -33,7 +33,6 @@ from fp8fx.passes.contract import Context
 from fp8fx.passes.lower import WeightInput
 from fp8fx.plan import Plan, SiteRow, backward_hooked, build_plan, site_rows
 from fp8fx.recipe import Recipe
-from fp8fx.recipe.resolve import BOUNDARY_OPS
 from fp8fx.scaling import ScalingState, is_scaling, other_recipe
 from fp8fx.state import OPTIMIZER_STEPS, Stream, WeightCache
 
@@ -49,20 +48,6 @@ class GraphRecord:
     compiled: pipeline.Compiled
     rows: list[SiteRow] = field(default_factory=list)
     layered: bool = False  # it has layers that `boundary` may mean
-
-
-def module_types(root: nn.Module) -> dict[str, tuple[str, ...]]:
-    """Dotted name -> class names of the MRO, for every module of `root`, the root as ''."""
-    return {
-        name: tuple(cls.__name__ for cls in type(module).__mro__ if cls not in (nn.Module, object))
-        for name, module in root.named_modules(remove_duplicate=False)
-    }
-
-
-def boundary_layers(graph: fx.Graph) -> list[str]:
-    """Names of the layers that a recipe's `boundary` may mean, in execution order."""
-    calls = [call for node in graph.nodes if SITE in node.meta and (call := read_site(node)) is not None]
-    return [call.node.meta[SITE] for call in calls if call.op in BOUNDARY_OPS and weight_source(call.w) is not None]
 
 
 _NO_LAST = (

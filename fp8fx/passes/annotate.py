@@ -75,7 +75,7 @@ def _decide(node: fx.Node, call: SiteCall | None, site: Site, wanted: Decision, 
     if wanted.mode == "exempt" or wanted.spec is None:
         return SiteDecision(site.name, site.op, "exempt", wanted.reason)
     if call is None:
-        return SiteDecision(site.name, site.op, "high_precision", unsupported(node) or "not a site fp8fx knows")
+        return SiteDecision(site.name, site.op, "high_precision", unsupported(node) or "an embedding that indexes its table itself")
     spec, why = _with_scales_here(call, _applicable(call, wanted.spec), wanted.reason)
     if spec.output is not None and (reader := _fused_reader(node)):
         spec, why = spec.replace(output=None), f"{why}; output fused into {reader}"
@@ -120,9 +120,19 @@ def _form_obstacle(call: SiteCall) -> str | None:
     weight = tensor(call.w)
     if call.node.kwargs.get("out") is not None:
         return "it writes its result to out="
+    if call.op == "grouped_mm":
+        return _grouped_obstacle(call)
     if call.op == "linear" and weight is not None and weight.dim() != 2:
         return f"a linear whose weight has {weight.dim()} dimension{'s' * (weight.dim() != 1)}"
     return None
+
+
+def _grouped_obstacle(call: SiteCall) -> str | None:
+    """Only groups of rows, [S, K] by [E, K, N], are a layer's product; torch has two more forms, for gradients."""
+    x, w = tensor(call.x), tensor(call.w)
+    if (x is not None and x.dim() != 2) or (w is not None and w.dim() != 3):
+        return "a grouped_mm whose groups are not the rows of its first operand"
+    return "a grouped_mm with a bias or out_dtype" if call.options["extra"] else None
 
 
 def _idle(call: SiteCall, spec: SiteSpec) -> str | None:
@@ -143,8 +153,8 @@ def _known(operand: Any) -> bool:
 def _geometry_obstacle(call: SiteCall, spec: SiteSpec) -> str | None:
     specs = [getattr(spec, role) for role in ROLES]
     granularities = {s.granularity for s in specs if s is not None}
-    if call.op in CONVOLUTIONS and granularities - {"tensor"}:
-        return "a convolution takes one scale per tensor only (granularity: tensor)"
+    if call.op in (*CONVOLUTIONS, "grouped_mm") and granularities - {"tensor"}:
+        return f"a {'grouped_mm' if call.op == 'grouped_mm' else 'convolution'} takes one scale per tensor only (granularity: tensor)"
     if call.op == "embedding":
         if call.options["max_norm"] is not None or call.options["sparse"]:
             return "an embedding with max_norm or sparse gradients"

@@ -153,6 +153,10 @@ class _Writer:
             left = self.pair(call, call.x, spec.input, ([-1], [0]), made.name, "input")
             right = self.pair(call, w, spec.weight, ([-1], [0]), made.name, "weight")
             return self.emit(call, ops.linear.default, call.x, w, call.bias, left, right, *row, self.rng, *tail)
+        if call.op == "grouped_mm":
+            left = self.quantize(call, call.x, spec.input, [-1], made.name, "input")
+            right = self.quantize(call, call.w, spec.weight, [-1], made.name, "weight")
+            return self.emit(call, ops.grouped_mm.default, call.x, call.w, call.options["offs"], left, right, *row, self.rng, *tail)
         return self.matmul(call, made, spec, row, dtype)
 
     def matmul(self, call: SiteCall, made: SiteDecision, spec: SiteSpec, row: Row, dtype: torch.dtype) -> fx.Node:

@@ -70,6 +70,19 @@ def conv_args(backward: str) -> tuple[Any, ...]:
     return x, w, b, codes(x), codes(w), meter(), scales(), RNG, *GEOMETRY, "conv", SPEC, SPEC, backward, torch.float32
 
 
+ENDS = torch.tensor([2, 2, 5], dtype=torch.int32)  # groups of 2, 0 and 3 rows, and one row more that is in none
+
+
+def grouped_args(backward: str) -> tuple[Any, ...]:
+    x, w = learned(6, 8), learned(3, 8, 4, seed=2)
+    return x, w, ENDS, codes(x), codes(w), meter(), scales(), RNG, "experts", SPEC, SPEC, backward, torch.float32
+
+
+def scaled_grouped_args(of_weight: bool) -> tuple[Any, ...]:
+    a, b = codes(randn(6, 8)), codes(randn(6, 4) if of_weight else randn(3, 8, 4))
+    return *a, "e4m3ieee", *b, "e4m3ieee", ENDS, torch.float32
+
+
 INDEX = torch.tensor([[0, 3, 3], [7, 1, 3]])
 
 
@@ -136,6 +149,8 @@ SAMPLES: dict[str, list[Callable[[], tuple[Any, ...]]]] = {
         lambda: linear_args(KEPT.replace("output,grad_input,grad_weight", "") + ";calibrating=yes"),
     ],
     "matmul": [lambda: matmul_args(BACKWARD), lambda: matmul_args("gemms=output"), lambda: matmul_args(KEPT)],
+    "grouped_mm": [lambda: grouped_args(BACKWARD), lambda: grouped_args("gemms=grad_weight"), lambda: grouped_args(KEPT)],
+    "scaled_grouped_mm": [lambda: scaled_grouped_args(False), lambda: scaled_grouped_args(True)],
     "conv": [lambda: conv_args(BACKWARD), lambda: conv_args("gemms=grad_input"), lambda: conv_args(KEPT)],
     "conv_gradient": [lambda: gradient_args(True), lambda: gradient_args(False)],
     "embedding": [lambda: embedding_args(BACKWARD), lambda: embedding_args(KEPT)],
@@ -196,6 +211,12 @@ def test_matmul_gradients() -> None:
     args = matmul_args(PLAIN)
     a, b = exact(values(args[2]), values(args[3]))
     assert_gradients("matmul", args, a @ b, [a, b])
+
+
+def test_grouped_mm_gradients() -> None:
+    args = grouped_args(PLAIN)
+    x, w = exact(values(args[3]), values(args[4]))
+    assert_gradients("grouped_mm", args, torch.cat([x[:2] @ w[0], x[2:5] @ w[2], torch.zeros(1, 4, dtype=torch.float64)]), [x, w])
 
 
 @pytest.mark.parametrize("transposed", [False, True])
