@@ -32,6 +32,22 @@ def merge_amax(amax_ptr, seen, value):
 
 
 @triton.jit
+def amax_of(x0, x1, x2, x3):
+    """max |x| over the finite elements of the quarters; a scalar."""
+    # The plain maximum costs one instruction per element. A NaN may or may not get lost in it, so the tile is looked at again if the
+    # result is not finite; if it is, a NaN that got lost does not count anyway.
+    largest = _max_of(tl.abs(x0), tl.abs(x1), tl.abs(x2), tl.abs(x3))
+    if not largest < float("inf"):
+        largest = _max_of(finite_magnitude(x0), finite_magnitude(x1), finite_magnitude(x2), finite_magnitude(x3))
+    return largest
+
+
+@triton.jit
+def _max_of(a0, a1, a2, a3):
+    return tl.max(tl.max(tl.maximum(tl.maximum(a0, a1), tl.maximum(a2, a3)), 1), 0)
+
+
+@triton.jit
 def _amax_kernel(
     x_ptr,
     amax_ptr,

@@ -22,8 +22,8 @@ from typing import NamedTuple
 import torch
 import triton
 import triton.language as tl
-from fp8fx.kernels.amax import amax_each, merge_amax
-from fp8fx.kernels.codes import encode, finite_magnitude, hardware_format, random_tile
+from fp8fx.kernels.amax import amax_each, amax_of, merge_amax
+from fp8fx.kernels.codes import encode, hardware_format, random_tile
 from fp8fx.kernels.layout import AXES, axis_shape, axis_size, batches, check_input, transposed_shape, widest
 from fp8fx.kernels.quarters import byte_views, load_quarter, locate, store_quarter, store_transposed, zero_codes
 from fp8fx.kernels.scale import compute_scale, current_scale, inverse
@@ -68,6 +68,9 @@ class Rounding:
     def signed_key(self) -> int:
         """The key as int32, so that every key runs the same compiled kernel."""
         return (self.key & 0xFFFFFFFF) - ((self.key & 0x80000000) << 1)
+
+
+NEAREST = Rounding()
 
 
 @triton.jit
@@ -192,23 +195,7 @@ def _cast_kernel(
     if AXIS_T != -1:
         store_transposed(t_ptr, c0, c1, c2, c3, place, rows, words, columns, M_WORDS, PACKED)
     if AMAX:
-        merge_amax(amax_ptr, seen, _amax_of(x0, x1, x2, x3))
-
-
-@triton.jit
-def _amax_of(x0, x1, x2, x3):
-    """max |x| over the finite elements of the quarters; a scalar."""
-    # The plain maximum costs one instruction per element. A NaN may or may not get lost in it, so the tile is looked at again if the
-    # result is not finite; if it is, a NaN that got lost does not count anyway.
-    largest = _max_of(tl.abs(x0), tl.abs(x1), tl.abs(x2), tl.abs(x3))
-    if not largest < float("inf"):
-        largest = _max_of(finite_magnitude(x0), finite_magnitude(x1), finite_magnitude(x2), finite_magnitude(x3))
-    return largest
-
-
-@triton.jit
-def _max_of(a0, a1, a2, a3):
-    return tl.max(tl.max(tl.maximum(tl.maximum(a0, a1), tl.maximum(a2, a3)), 1), 0)
+        merge_amax(amax_ptr, seen, amax_of(x0, x1, x2, x3))
 
 
 def cast(
@@ -217,7 +204,7 @@ def cast(
     scale: Tensor | None = None,
     granularity: str = "tensor",
     layout: str = "rows",
-    how: Rounding = Rounding(),
+    how: Rounding = NEAREST,
     amax: Tensor | None = None,
 ) -> tuple[Tensor | None, Tensor | None]:
     """(q [..., M, K], qT [..., K, M]) of bf16, fp16 or fp32 `x`, the one that `layout` (rows, transposed, both) leaves out None.
@@ -244,7 +231,7 @@ def cast_current(
     granularity: str = "tensor",
     granularity_t: str | None = None,
     layout: str = "rows",
-    how: Rounding = Rounding(),
+    how: Rounding = NEAREST,
     power_of_two: bool = False,
     eps: float = 1e-12,
 ) -> Quantized:

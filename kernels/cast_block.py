@@ -15,7 +15,7 @@ from __future__ import annotations
 import torch
 import triton
 import triton.language as tl
-from fp8fx.kernels.cast import Quantized, Rounding
+from fp8fx.kernels.cast import NEAREST, Quantized, Rounding
 from fp8fx.kernels.codes import encode, finite_magnitude, hardware_format, random_tile
 from fp8fx.kernels.layout import batches, check_input, transposed_shape
 from fp8fx.kernels.quarters import byte_views, load_quarter, locate, store_quarter, store_transposed, zero_codes
@@ -159,7 +159,7 @@ def cast_block(
     block: tuple[int, int] = (1, 128),
     block_t: tuple[int, int] | None = None,
     layout: str = "rows",
-    how: Rounding = Rounding(),  # noqa: B008 - frozen
+    how: Rounding = NEAREST,
     power_of_two: bool = False,
     eps: float = 1e-12,
 ) -> Quantized:

@@ -47,6 +47,7 @@ class Config:
     num_warps: int
     num_stages: int
     per_multiprocessor: int = 1  # programs; two hide each other's epilogues where registers and shared memory hold both
+    early: bool = False  # read scales of rows and columns before the sum
 
 
 CONFIGS = {
@@ -239,6 +240,7 @@ def _launch(a: _Operand, b: _Operand, c: Tensor, bias: Tensor | None, bias_axis:
             PRECISE=precise,
             HALVES=chosen.halves,
             FLATTEN=chosen.flatten,
+            EARLY=chosen.early,
             **shared,
         )
 

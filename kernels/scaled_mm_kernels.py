@@ -24,42 +24,18 @@ def _locate(tile, tiles_m, tiles_n, GROUP_M: tl.constexpr):
 
 
 @triton.jit
-def _store(
-    c,
-    part,
-    scale_a,
-    scale_b_ptr,
-    bias_ptr,
-    batch,
-    rows,
-    column,
-    M,
-    N,
-    stride_cb,
-    stride_cm,
-    stride_cn,
-    ROW_A: tl.constexpr,
-    ROW_B: tl.constexpr,
-    BIAS: tl.constexpr,
-    TMA_STORE: tl.constexpr,
-    WIDTH: tl.constexpr,
-    DTYPE: tl.constexpr,
-):
-    """Scale, add the bias, round once and store `part`, the accumulators of WIDTH columns from `column` on."""
-    columns = column + tl.arange(0, WIDTH)
-    if ROW_A:
-        part = part * scale_a[:, None]
-    if ROW_B:
-        scale_b = tl.load(scale_b_ptr + batch * N + columns, mask=columns < N, other=0.0)
-        part = part * scale_b[None, :]
-    if not ROW_A and not ROW_B:
-        part = part * scale_a
+def _store(c, part, bias_ptr, place, column, strides, BIAS: tl.constexpr, TMA_STORE: tl.constexpr, DTYPE: tl.constexpr):
+    """Add the bias, round once and store `part`, the scaled sums of the rows from `row` and the columns from `column` on."""
+    batch, row, M, N = place
+    stride_cb, stride_cm, stride_cn = strides
+    rows = row + tl.arange(0, part.shape[0])
+    columns = column + tl.arange(0, part.shape[1])
     if BIAS == 1:
         part += tl.load(bias_ptr + columns, mask=columns < N, other=0.0).to(tl.float32)[None, :]
     if BIAS == 2:
         part += tl.load(bias_ptr + rows, mask=rows < M, other=0.0).to(tl.float32)[:, None]
     if TMA_STORE:
-        c.store([(batch * M + tl.min(rows, 0)).to(tl.int32), column], part.to(DTYPE))
+        c.store([batch * M + row, column], part.to(DTYPE))
     else:
         at = batch.to(tl.int64) * stride_cb + rows.to(tl.int64)[:, None] * stride_cm + columns.to(tl.int64)[None, :] * stride_cn
         tl.store(c + at, part.to(DTYPE), mask=(rows < M)[:, None] & (columns < N)[None, :])
@@ -94,78 +70,50 @@ def scaled_mm_kernel(
     GROUP_M: tl.constexpr,
     HALVES: tl.constexpr,
     FLATTEN: tl.constexpr,
+    EARLY: tl.constexpr,
     PROGRAMS: tl.constexpr,
 ):
     """C = (A B^T) scaled per tensor or per row of A and of B, plus bias."""
     tiles_m, tiles_n, steps = tl.cdiv(M, BLOCK_M), tl.cdiv(N, BLOCK_N), tl.cdiv(K, BLOCK_K)
     tiles = batches * tiles_m * tiles_n
+    # Read early what the end of a tile needs: there, the matrix unit would wait for it.
+    whole = 1.0
+    if not ROW_A:
+        whole *= tl.load(scale_a_ptr)
+    if not ROW_B:
+        whole *= tl.load(scale_b_ptr)
     for tile in tl.range(tl.program_id(0), tiles, PROGRAMS, flatten=FLATTEN):
         batch, tile_m, tile_n = _locate(tile, tiles_m, tiles_n, GROUP_M)
         row_a, row_b = batch * batch_rows_a + tile_m * BLOCK_M, batch * batch_rows_b + tile_n * BLOCK_N
+        rows, columns = tile_m * BLOCK_M + tl.arange(0, BLOCK_M), tile_n * BLOCK_N + tl.arange(0, BLOCK_N)
+        if EARLY and ROW_A:
+            scale_a = tl.load(scale_a_ptr + batch * M + rows, mask=rows < M, other=0.0)
+        if EARLY and ROW_B:
+            scale_b = tl.load(scale_b_ptr + batch * N + columns, mask=columns < N, other=0.0)
         acc = tl.zeros((BLOCK_M, BLOCK_N), dtype=tl.float32)
         for step in range(steps):
             left, right = a.load([row_a, step * BLOCK_K]), b.load([row_b, step * BLOCK_K])
             # Hopper's accumulator keeps 14 bits below the largest term; PRECISE adds it to float32 registers every BLOCK_K.
             acc = tl.dot(left, right.T, acc, max_num_imprecise_acc=BLOCK_K if PRECISE else None)
 
-        rows = tile_m * BLOCK_M + tl.arange(0, BLOCK_M)
-        if ROW_A:
+        if not EARLY and ROW_A:
             scale_a = tl.load(scale_a_ptr + batch * M + rows, mask=rows < M, other=0.0)
-            if not ROW_B:
-                scale_a *= tl.load(scale_b_ptr)
-        else:
-            scale_a = tl.load(scale_a_ptr)
-            if ROW_B:
-                acc *= scale_a
-            else:
-                scale_a *= tl.load(scale_b_ptr)
+        if not EARLY and ROW_B:
+            scale_b = tl.load(scale_b_ptr + batch * N + columns, mask=columns < N, other=0.0)
+        if not ROW_A or not ROW_B:
+            acc *= whole
+        if ROW_A:
+            acc *= scale_a[:, None]
+        if ROW_B:
+            acc *= scale_b[None, :]
+        place = (batch, tile_m * BLOCK_M, M, N)
+        strides = (stride_cb, stride_cm, stride_cn)
         if HALVES:  # half the registers and shared memory for the output tile
-            WIDTH: tl.constexpr = BLOCK_N // 2
-            first, second = acc.reshape(BLOCK_M, 2, WIDTH).permute(0, 2, 1).split()
-            for half in tl.static_range(2):
-                _store(
-                    c,
-                    first if half == 0 else second,
-                    scale_a,
-                    scale_b_ptr,
-                    bias_ptr,
-                    batch,
-                    rows,
-                    tile_n * BLOCK_N + half * WIDTH,
-                    M,
-                    N,
-                    stride_cb,
-                    stride_cm,
-                    stride_cn,
-                    ROW_A,
-                    ROW_B,
-                    BIAS,
-                    TMA_STORE,
-                    WIDTH,
-                    DTYPE,
-                )
+            first, second = acc.reshape(BLOCK_M, 2, BLOCK_N // 2).permute(0, 2, 1).split()
+            _store(c, first, bias_ptr, place, tile_n * BLOCK_N, strides, BIAS, TMA_STORE, DTYPE)
+            _store(c, second, bias_ptr, place, tile_n * BLOCK_N + BLOCK_N // 2, strides, BIAS, TMA_STORE, DTYPE)
         else:
-            _store(
-                c,
-                acc,
-                scale_a,
-                scale_b_ptr,
-                bias_ptr,
-                batch,
-                rows,
-                tile_n * BLOCK_N,
-                M,
-                N,
-                stride_cb,
-                stride_cm,
-                stride_cn,
-                ROW_A,
-                ROW_B,
-                BIAS,
-                TMA_STORE,
-                BLOCK_N,
-                DTYPE,
-            )
+            _store(c, acc, bias_ptr, place, tile_n * BLOCK_N, strides, BIAS, TMA_STORE, DTYPE)
 
 
 @triton.jit
@@ -228,24 +176,6 @@ def blocked_mm_kernel(
             else:
                 scale_b = tl.load(from_b + step // STEPS_B * stride_bk, mask=columns < N, other=0.0)
                 acc += part * scale_a[:, None] * scale_b[None, :]
-        _store(
-            c,
-            acc,
-            1.0,
-            scale_b_ptr,
-            bias_ptr,
-            batch,
-            rows,
-            tile_n * BLOCK_N,
-            M,
-            N,
-            stride_cb,
-            stride_cm,
-            stride_cn,
-            False,
-            False,
-            BIAS,
-            TMA_STORE,
-            BLOCK_N,
-            DTYPE,
-        )
+        place = (batch, tile_m * BLOCK_M, M, N)
+        strides = (stride_cb, stride_cm, stride_cn)
+        _store(c, acc, bias_ptr, place, tile_n * BLOCK_N, strides, BIAS, TMA_STORE, DTYPE)

@@ -54,7 +54,7 @@ def random_bits(shape: torch.Size, rng: Tensor, key: int) -> Tensor:
     return numerics.philox_bits(tuple(shape), seed, key, step, call)
 
 
-SHAPES = [(1, 1), (3, 5), (70, 150), (17, 1000), (130, 64), (2, 3, 40, 36), (64, 256)]
+SHAPES = [(1, 1), (3, 5), (70, 150), (5, 300), (2, 3, 8, 36)]
 
 
 @pytest.mark.parametrize("overflow", OVERFLOWS)
@@ -63,7 +63,7 @@ SHAPES = [(1, 1), (3, 5), (70, 150), (17, 1000), (130, 64), (2, 3, 40, 36), (64,
 def test_cast_and_transpose(device: str, shape: tuple[int, ...], format: str, overflow: str) -> None:
     for dtype in DTYPES:
         x = specials(torch.randn(shape) * 3).to(dtype)
-        if dtype == torch.float16:  # torch's conversion of its last few elements forgets the sign of a float16 NaN
+        if dtype == torch.float16:  # its conversion to float32 may or may not keep the sign
             x[x.isnan()] = math.nan
         scale, largest = torch.tensor(0.0123), torch.zeros(())
         expected = quantize_scaled(x, formats.get(format), scale, overflow=overflow)
@@ -186,7 +186,7 @@ def test_each_layout_with_scales_along_its_contraction(device: str) -> None:
 
 
 @pytest.mark.parametrize("block", [(1, 128), (128, 128), (128, 1), (1, 32), (32, 32)], ids=str)
-@pytest.mark.parametrize("shape", [(2, 70, 150), (1, 1)], ids=str)
+@pytest.mark.parametrize("shape", [(2, 36, 50), (133, 3)], ids=str)
 def test_blocks(device: str, shape: tuple[int, ...], block: tuple[int, int]) -> None:
     rng, key = torch.tensor([5, 6, 7]), 99
     for rounding, power_of_two in (("nearest_even", False), ("nearest_even", True), ("stochastic", False)):
@@ -236,6 +236,8 @@ def test_all_16_bit_inputs(format: str, overflow: str) -> None:
     bits = random_bits(torch.Size((256, 256)), rng, 5)
     for dtype, scale in itertools.product((torch.bfloat16, torch.float16), (None, 1.0, 0.0123, 2.0**-100, 3e20)):
         x = codes.view(dtype).view(256, 256)
+        if dtype == torch.float16:  # conversions of a float16 NaN to float32 may or may not keep its sign, torch's on the CPU too
+            x = torch.where(x.isnan(), math.nan, x)
         given = None if scale is None else torch.tensor(scale)
         on_device = None if given is None else given.cuda()
         for rounding in ("nearest_even", "stochastic"):
