@@ -1,6 +1,7 @@
 """grouped_mm: rows of X in consecutive groups, each multiplied by a matrix of its own: the experts of a mixture.
 
-    grouped_mm(x [S, K], w [E, K, N], offs [E], input, weight, meter, scales, rng, site, input_spec, weight_spec, backward, dtype) -> y [S, N]
+    grouped_mm(x [S, K], w [E, K, N], offs [E], input, weight, meter, scales, rng, site, input_spec, weight_spec, backward, dtype)
+        -> y [S, N]
     y[offs[e - 1] : offs[e]] = x[offs[e - 1] : offs[e]] @ w[e]
 
 `offs` holds where each group ends (int32 or int64, ascending); rows from offs[-1] on belong to no group and are zero, where
