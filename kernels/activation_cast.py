@@ -27,7 +27,7 @@ from fp8fx.errors import KernelError
 from fp8fx.formats import Format
 
 ACTIVATIONS = {"silu": 0, "gelu": 1, "gelu_tanh": 2, "relu": 3}
-_FORWARD, _BACKWARD = (64, 128, 4), (64, 64, 4)  # BLOCK_M, BLOCK_K, num_warps
+_CONFIG = (32, 128, 4)  # BLOCK_M, BLOCK_K, num_warps
 
 _SQRT_HALF = tl.constexpr(0.7071067811865476)
 _SQRT_2_OVER_PI = tl.constexpr(0.7978845608028654)
@@ -96,8 +96,8 @@ def _backward(dy_ptr, h_ptr, u_ptr, place, rows, columns, strides_dy, strides, s
 
 
 @triton.jit
-def _write(y0, y1, y2, y3, into, random, place, at, inv, ROWS: tl.constexpr, TRANSPOSED: tl.constexpr, HOW: tl.constexpr):
-    """Encode the quarters of one result, store q and qT and merge its amax; into = (q, qT, amax, M_WORDS)."""
+def write_result(y0, y1, y2, y3, into, random, place, at, inv, ROWS: tl.constexpr, TRANSPOSED: tl.constexpr, HOW: tl.constexpr):
+    """Encode the quarters of one result, store q and qT and merge its amax; into = (q, qT, amax, M_WORDS), HOW as `_codes` says."""
     q_ptr, t_ptr, amax_ptr, M_WORDS = into
     rows, words, columns = at
     c0 = _codes(y0, random, place, rows, inv, HOW)
@@ -179,16 +179,22 @@ def _activation_kernel(
         if GATED:
             inv_u = 1.0 if HOW[6] else inverse(tl.load(scale_u_ptr))
             into_u = (q_u_ptr, t_u_ptr, amax_u_ptr, M_WORDS)
-            _write(b0, b1, b2, b3, into_u, (rng_ptr, key_u), place, at, inv_u, ROWS, TRANSPOSED, HOW)
+            write_result(b0, b1, b2, b3, into_u, (rng_ptr, key_u), place, at, inv_u, ROWS, TRANSPOSED, HOW)
     else:
         a0 = _forward(h_ptr, u_ptr, place, rows, columns, hs, us, ACT, GATED)
         a1 = _forward(h_ptr, u_ptr, place, rows + 1, columns, hs, us, ACT, GATED)
         a2 = _forward(h_ptr, u_ptr, place, rows + 2, columns, hs, us, ACT, GATED)
         a3 = _forward(h_ptr, u_ptr, place, rows + 3, columns, hs, us, ACT, GATED)
-    _write(a0, a1, a2, a3, into, (rng_ptr, key), place, at, inv, ROWS, TRANSPOSED, HOW)
+    write_result(a0, a1, a2, a3, into, (rng_ptr, key), place, at, inv, ROWS, TRANSPOSED, HOW)
 
 
 Pair = tuple[Tensor | None, Tensor | None]
+
+
+def flags(fp8: Format, how: Rounding, m: int, k: int, transposed: bool, amax: Tensor | None, scale: Tensor | None) -> tuple[bool, ...]:
+    """HOW, as `_codes` reads it."""
+    stochastic, nonfinite = how.rounding == "stochastic", how.overflow == "nonfinite"
+    return fp8.name == "e5m2", stochastic, nonfinite, k % 4 == 0, transposed and m % 4 == 0, amax is not None, scale is None
 
 
 def activation_cast(
@@ -253,21 +259,12 @@ def _launch(
         return made[0], made[1]
     grids = [batches(h if x is None else x) for x in (dy, h, u)]
     count, m, k = grids[0].shape
-    block_m, block_k, warps = _FORWARD if dy is None else _BACKWARD
+    block_m, block_k, warps = _CONFIG
     pointers: list[Tensor] = []
     for pair, scale, amax in zip(made, scales, amaxes, strict=True):
         codes, _ = byte_views(h, *pair)
         pointers += [*codes, h if scale is None else scale, h if amax is None else amax.view(torch.int32)]
     how = hows[0]
-    flags = (
-        fp8.name == "e5m2",
-        how.rounding == "stochastic",
-        how.overflow == "nonfinite",
-        k % 4 == 0,
-        transposed and m % 4 == 0,
-        amaxes[0] is not None,
-        scales[0] is None,
-    )
     _activation_kernel[(count * triton.cdiv(m, block_m) * triton.cdiv(k, block_k),)](
         *grids,
         *pointers,
@@ -283,7 +280,7 @@ def _launch(
         GATED=u is not None,
         ROWS=rows,
         TRANSPOSED=transposed,
-        HOW=flags,
+        HOW=flags(fp8, how, m, k, transposed, amaxes[0], scales[0]),
         BLOCK_M=block_m,
         BLOCK_K=block_k,
         num_warps=warps,

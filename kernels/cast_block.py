@@ -1,5 +1,5 @@
 # mypy: allow-untyped-defs, allow-incomplete-defs
-"""cast_block: current scaling with one scale per block (1x128, 128x128, ...), amax, scale and codes in one read of x.
+"""cast_block: current scaling with one scale per block (1x128, 128x128, ...), amax, scale and codes in one read of x per set of blocks.
 
     amax[i, j]  = max |x| over the finite elements of block (i, j)
     scale[i, j] = current_scale(amax[i, j])
@@ -18,7 +18,7 @@ import triton.language as tl
 from fp8fx.kernels.cast import NEAREST, Quantized, Rounding
 from fp8fx.kernels.codes import encode, finite_magnitude, hardware_format, random_tile
 from fp8fx.kernels.layout import batches, check_input, transposed_shape
-from fp8fx.kernels.quarters import byte_views, load_quarter, locate, store_quarter, store_transposed, zero_codes
+from fp8fx.kernels.quarters import byte_views, load_quarter, locate, store_quarter, store_transposed
 from fp8fx.kernels.scale import current_scale, inverse
 from torch import Tensor
 
@@ -97,11 +97,9 @@ def _encode_quarter(
 def _cast_block_kernel(
     x_ptr,
     q_ptr,
+    t_ptr,
     amax_ptr,
     scale_ptr,
-    t_ptr,
-    amax_t_ptr,
-    scale_t_ptr,
     rng_ptr,
     key,
     eps,
@@ -111,8 +109,9 @@ def _cast_block_kernel(
     stride_xb,
     stride_xm,
     stride_xk,
-    KIND: tl.constexpr,  # of the blocks of q: 0 no q, 1 rows (1 x SIDE), 2 columns (SIDE x 1), 3 square
-    KIND_T: tl.constexpr,  # likewise of qT; -1: the codes of q
+    KIND: tl.constexpr,  # of the blocks: 1 rows (1 x SIDE), 2 columns (SIDE x 1), 3 square
+    ROWS: tl.constexpr,
+    TRANSPOSED: tl.constexpr,
     POWER_OF_TWO: tl.constexpr,
     E5M2: tl.constexpr,
     STOCHASTIC: tl.constexpr,
@@ -127,29 +126,19 @@ def _cast_block_kernel(
     x1 = load_quarter(x_ptr, place, rows + 1, columns, strides)
     x2 = load_quarter(x_ptr, place, rows + 2, columns, strides)
     x3 = load_quarter(x_ptr, place, rows + 3, columns, strides)
-
-    tiles_m, tiles_k = tl.cdiv(M, SIDE), tl.cdiv(K, SIDE)
     random = (rng_ptr, key)
-    c0, c1, c2, c3 = zero_codes(x0)
-    if KIND > 0:
-        into = (amax_ptr, scale_ptr, eps, tiles_m, tiles_k)
-        inv = _common_inverse(x0, x1, x2, x3, into, place, columns, KIND, E5M2, POWER_OF_TWO)
-        c0 = _encode_quarter(x0, inv, into, random, place, rows, KIND, POWER_OF_TWO, E5M2, STOCHASTIC, NONFINITE, GROUPED)
+    into = (amax_ptr, scale_ptr, eps, tl.cdiv(M, SIDE), tl.cdiv(K, SIDE))
+    inv = _common_inverse(x0, x1, x2, x3, into, place, columns, KIND, E5M2, POWER_OF_TWO)
+    c0 = _encode_quarter(x0, inv, into, random, place, rows, KIND, POWER_OF_TWO, E5M2, STOCHASTIC, NONFINITE, GROUPED)
+    c1 = _encode_quarter(x1, inv, into, random, place, rows + 1, KIND, POWER_OF_TWO, E5M2, STOCHASTIC, NONFINITE, GROUPED)
+    c2 = _encode_quarter(x2, inv, into, random, place, rows + 2, KIND, POWER_OF_TWO, E5M2, STOCHASTIC, NONFINITE, GROUPED)
+    c3 = _encode_quarter(x3, inv, into, random, place, rows + 3, KIND, POWER_OF_TWO, E5M2, STOCHASTIC, NONFINITE, GROUPED)
+    if ROWS:
         store_quarter(q_ptr, c0, place, rows, columns)
-        c1 = _encode_quarter(x1, inv, into, random, place, rows + 1, KIND, POWER_OF_TWO, E5M2, STOCHASTIC, NONFINITE, GROUPED)
         store_quarter(q_ptr, c1, place, rows + 1, columns)
-        c2 = _encode_quarter(x2, inv, into, random, place, rows + 2, KIND, POWER_OF_TWO, E5M2, STOCHASTIC, NONFINITE, GROUPED)
         store_quarter(q_ptr, c2, place, rows + 2, columns)
-        c3 = _encode_quarter(x3, inv, into, random, place, rows + 3, KIND, POWER_OF_TWO, E5M2, STOCHASTIC, NONFINITE, GROUPED)
         store_quarter(q_ptr, c3, place, rows + 3, columns)
-    if KIND_T > 0:
-        turned = (amax_t_ptr, scale_t_ptr, eps, tiles_m, tiles_k)
-        inv_t = _common_inverse(x0, x1, x2, x3, turned, place, columns, KIND_T, E5M2, POWER_OF_TWO)
-        c0 = _encode_quarter(x0, inv_t, turned, random, place, rows, KIND_T, POWER_OF_TWO, E5M2, STOCHASTIC, NONFINITE, GROUPED)
-        c1 = _encode_quarter(x1, inv_t, turned, random, place, rows + 1, KIND_T, POWER_OF_TWO, E5M2, STOCHASTIC, NONFINITE, GROUPED)
-        c2 = _encode_quarter(x2, inv_t, turned, random, place, rows + 2, KIND_T, POWER_OF_TWO, E5M2, STOCHASTIC, NONFINITE, GROUPED)
-        c3 = _encode_quarter(x3, inv_t, turned, random, place, rows + 3, KIND_T, POWER_OF_TWO, E5M2, STOCHASTIC, NONFINITE, GROUPED)
-    if KIND_T != 0:
+    if TRANSPOSED:
         store_transposed(t_ptr, c0, c1, c2, c3, place, rows, words, columns, M_WORDS, PACKED)
 
 
@@ -175,21 +164,25 @@ def cast_block(
     kinds = {(1, side): _ROW, (side, 1): _COLUMN, (side, side): _SQUARE}
     if x.dim() < 2 or side not in _WARPS or block not in kinds or block_t not in kinds:
         raise KernelError(f"cast_block: blocks {block}, {block_t}: expected 1 x S, S x 1 or S x S, S one of 32, 64, 128, and 2 dimensions")
+    if layout == "both" and block != block_t:
+        # Two sets of scales and codes at once leave room for one program per multiprocessor: reading x twice is faster.
+        left = cast_block(x, format, block, block_t, "rows", how, power_of_two, eps)
+        right = cast_block(x, format, block, block_t, "transposed", how, power_of_two, eps)
+        return Quantized(left.q, right.q_t, left.scale, right.scale_t, left.amax, right.amax_t)
     fp8 = hardware_format(format)
     rows, transposed = layout != "transposed", layout != "rows"
     q = torch.empty(x.shape, dtype=fp8.torch_dtype, device=x.device) if rows else None
     t = torch.empty(transposed_shape(x.shape), dtype=fp8.torch_dtype, device=x.device) if transposed else None
-    amax, scale = _blocks(x, block) if rows else (None, None)
-    shared = rows and block == block_t
-    amax_t, scale_t = (None, None) if not transposed else (amax, scale) if shared else _blocks(x, block_t)
+    amax, scale = _blocks(x, block if rows else block_t)
     if x.numel() > 0:
         grid_x = batches(x)
         count, m, k = grid_x.shape
         codes, packed = byte_views(x, q, t)
-        pointers = [x if part is None else part for part in (codes[0], amax, scale, codes[1], amax_t, scale_t)]
         _cast_block_kernel[(count * triton.cdiv(m, side) * triton.cdiv(k, side),)](
             grid_x,
-            *pointers,
+            *codes,
+            amax,
+            scale,
             x if how.rng is None else how.rng,
             how.signed_key,
             eps,
@@ -197,8 +190,9 @@ def cast_block(
             k,
             m // 4,
             *grid_x.stride(),
-            KIND=kinds[block] if rows else 0,
-            KIND_T=0 if not transposed else -1 if shared else kinds[block_t],
+            KIND=kinds[block if rows else block_t],
+            ROWS=rows,
+            TRANSPOSED=transposed,
             POWER_OF_TWO=power_of_two,
             E5M2=fp8.name == "e5m2",
             STOCHASTIC=how.rounding == "stochastic",
@@ -208,7 +202,8 @@ def cast_block(
             SIDE=side,
             num_warps=_WARPS[side],
         )
-    return Quantized(q, t, scale, scale_t, amax, amax_t)
+    own, turned = (amax, scale) if rows else (None, None), (amax, scale) if transposed else (None, None)
+    return Quantized(q, t, own[1], turned[1], own[0], turned[0])
 
 
 def _blocks(x: Tensor, block: tuple[int, int]) -> tuple[Tensor, Tensor]:

@@ -41,35 +41,39 @@ class Config:
     block_m: int
     block_n: int
     block_k: int
-    group_m: int
+    group: int
     halves: bool
     flatten: bool
     num_warps: int
     num_stages: int
     per_multiprocessor: int = 1  # programs; two hide each other's epilogues where registers and shared memory hold both
-    early: bool = False  # read scales of rows and columns before the sum
 
 
+# Measured: docs/log.md. 256 columns want the least from the L2 cache, which long sums are bound by; two programs of 128 x 128 per
+# multiprocessor hide each other's last steps, of which short sums have more. Groups of 4 go with 132 multiprocessors.
 CONFIGS = {
-    "large": Config(128, 256, 128, 8, True, True, 8, 3),
-    "precise": Config(128, 128, 128, 8, True, False, 4, 3, 2),
-    "medium": Config(128, 128, 128, 8, True, False, 4, 3, 2),
+    "long": Config(128, 256, 128, 4, True, True, 8, 4),
+    "long_wide": Config(128, 256, 128, 16, True, True, 8, 4),
+    "short": Config(128, 128, 128, 4, True, True, 4, 3, 2),
+    "precise": Config(128, 128, 128, 4, True, False, 4, 3, 2),
     "small": Config(64, 128, 128, 8, False, False, 4, 4, 2),
-    "decode": Config(64, 16, 256, 1, False, False, 4, 5, 2),
+    "decode": Config(64, 16, 256, 1, False, False, 4, 4, 2),
     "decode_64": Config(64, 64, 128, 1, False, False, 4, 5),
     "blocked": Config(128, 128, 128, 8, False, False, 8, 4),
 }
 
 
-def choose(m: int, n: int, batches: int, precise: bool, programs: int) -> Config:
-    """The configuration for an [m, n] output, after the exchange of operands that few rows ask for."""
+def choose(m: int, n: int, k: int, batches: int, precise: bool, programs: int) -> str:
+    """The name of the configuration for an [m, n] output, after the exchange of operands that few rows ask for."""
     if n <= 64 and m > n:
-        return CONFIGS["decode" if n <= 16 else "decode_64"]
+        return "decode" if n <= 16 else "decode_64"
     if batches * triton.cdiv(m, 128) * triton.cdiv(n, 128) < programs:
-        return CONFIGS["small"]
+        return "small"
     if precise:
-        return CONFIGS["precise"]
-    return CONFIGS["large" if batches * triton.cdiv(m, 128) * triton.cdiv(n, 256) >= programs * 3 // 4 else "medium"]
+        return "precise"
+    if k <= 4096 or batches * triton.cdiv(m, 128) * triton.cdiv(n, 256) < programs:
+        return "short"
+    return "long" if n <= 4096 else "long_wide"
 
 
 @functools.cache
@@ -195,7 +199,7 @@ def _launch(a: _Operand, b: _Operand, c: Tensor, bias: Tensor | None, bias_axis:
     k = a.codes.shape[1]
     blocked = a.block is not None or b.block is not None
     programs = multiprocessors(c.device)
-    chosen = config or (CONFIGS["blocked"] if blocked else choose(m, n, count, precise, programs))
+    chosen = config or CONFIGS["blocked" if blocked else choose(m, n, k, count, precise, programs)]
     block_k = _block_k(a, b, chosen.block_k) if blocked else chosen.block_k
     width = chosen.block_n // 2 if chosen.halves else chosen.block_n
     by_tma = c.stride(2) == 1 and c.stride(1) * c.element_size() % 16 == 0 and (count == 1 or m % chosen.block_m == 0)
@@ -212,7 +216,7 @@ def _launch(a: _Operand, b: _Operand, c: Tensor, bias: Tensor | None, bias_axis:
         "BLOCK_M": chosen.block_m,
         "BLOCK_N": chosen.block_n,
         "BLOCK_K": block_k,
-        "GROUP_M": chosen.group_m,
+        "GROUP": chosen.group,
         "PROGRAMS": programs,
         "num_warps": chosen.num_warps,
         "num_stages": chosen.num_stages,
@@ -240,7 +244,6 @@ def _launch(a: _Operand, b: _Operand, c: Tensor, bias: Tensor | None, bias_axis:
             PRECISE=precise,
             HALVES=chosen.halves,
             FLATTEN=chosen.flatten,
-            EARLY=chosen.early,
             **shared,
         )
 

@@ -1,7 +1,7 @@
 # mypy: allow-untyped-defs, allow-incomplete-defs
 """The device code of scaled_mm: two persistent GEMMs whose operand tiles the copy engine (TMA) brings to shared memory.
 
-One program per multiprocessor walks over the tiles of C, in groups of GROUP_M tile rows so that operands are found in the L2
+One program per multiprocessor walks over the tiles of C, in groups of GROUP tile rows so that operands are found in the L2
 cache again. A [Ba * M, K] and B [Bb * N, K] are both K-major, batches stacked along the rows; a tile that reaches into the next
 batch reads rows it will not store. What lies beyond K is filled with zeros by the copy engine. See `scaled_mm` for the formula.
 """
@@ -13,13 +13,13 @@ import triton.language as tl
 
 
 @triton.jit
-def _locate(tile, tiles_m, tiles_n, GROUP_M: tl.constexpr):
+def _locate(tile, tiles_m, tiles_n, GROUP: tl.constexpr):
     """(batch, tile row, tile column) of the tile with this number."""
     per_batch = tiles_m * tiles_n
     batch, within = tile // per_batch, tile % per_batch
-    per_group = GROUP_M * tiles_n
-    first = within // per_group * GROUP_M
-    height = min(tiles_m - first, GROUP_M)
+    per_group = GROUP * tiles_n
+    first = within // per_group * GROUP
+    height = min(tiles_m - first, GROUP)
     return batch, first + within % per_group % height, within % per_group // height
 
 
@@ -67,10 +67,9 @@ def scaled_mm_kernel(
     BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr,
     BLOCK_K: tl.constexpr,
-    GROUP_M: tl.constexpr,
+    GROUP: tl.constexpr,
     HALVES: tl.constexpr,
     FLATTEN: tl.constexpr,
-    EARLY: tl.constexpr,
     PROGRAMS: tl.constexpr,
 ):
     """C = (A B^T) scaled per tensor or per row of A and of B, plus bias."""
@@ -83,22 +82,18 @@ def scaled_mm_kernel(
     if not ROW_B:
         whole *= tl.load(scale_b_ptr)
     for tile in tl.range(tl.program_id(0), tiles, PROGRAMS, flatten=FLATTEN):
-        batch, tile_m, tile_n = _locate(tile, tiles_m, tiles_n, GROUP_M)
+        batch, tile_m, tile_n = _locate(tile, tiles_m, tiles_n, GROUP)
         row_a, row_b = batch * batch_rows_a + tile_m * BLOCK_M, batch * batch_rows_b + tile_n * BLOCK_N
         rows, columns = tile_m * BLOCK_M + tl.arange(0, BLOCK_M), tile_n * BLOCK_N + tl.arange(0, BLOCK_N)
-        if EARLY and ROW_A:
-            scale_a = tl.load(scale_a_ptr + batch * M + rows, mask=rows < M, other=0.0)
-        if EARLY and ROW_B:
-            scale_b = tl.load(scale_b_ptr + batch * N + columns, mask=columns < N, other=0.0)
         acc = tl.zeros((BLOCK_M, BLOCK_N), dtype=tl.float32)
         for step in range(steps):
             left, right = a.load([row_a, step * BLOCK_K]), b.load([row_b, step * BLOCK_K])
             # Hopper's accumulator keeps 14 bits below the largest term; PRECISE adds it to float32 registers every BLOCK_K.
             acc = tl.dot(left, right.T, acc, max_num_imprecise_acc=BLOCK_K if PRECISE else None)
 
-        if not EARLY and ROW_A:
+        if ROW_A:
             scale_a = tl.load(scale_a_ptr + batch * M + rows, mask=rows < M, other=0.0)
-        if not EARLY and ROW_B:
+        if ROW_B:
             scale_b = tl.load(scale_b_ptr + batch * N + columns, mask=columns < N, other=0.0)
         if not ROW_A or not ROW_B:
             acc *= whole
@@ -149,14 +144,14 @@ def blocked_mm_kernel(
     BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr,
     BLOCK_K: tl.constexpr,
-    GROUP_M: tl.constexpr,
+    GROUP: tl.constexpr,
     PROGRAMS: tl.constexpr,
 ):
     """C = sum over blocks of K of (A B^T) * scale_a * scale_b, plus bias: each partial product is scaled before it is added."""
     tiles_m, tiles_n, steps = tl.cdiv(M, BLOCK_M), tl.cdiv(N, BLOCK_N), tl.cdiv(K, BLOCK_K)
     tiles = batches * tiles_m * tiles_n
     for tile in tl.range(tl.program_id(0), tiles, PROGRAMS):
-        batch, tile_m, tile_n = _locate(tile, tiles_m, tiles_n, GROUP_M)
+        batch, tile_m, tile_n = _locate(tile, tiles_m, tiles_n, GROUP)
         row_a, row_b = batch * batch_rows_a + tile_m * BLOCK_M, batch * batch_rows_b + tile_n * BLOCK_N
         rows, columns = tile_m * BLOCK_M + tl.arange(0, BLOCK_M), tile_n * BLOCK_N + tl.arange(0, BLOCK_N)
         from_a = scale_a_ptr + batch * stride_ab + rows // BLOCK_ROWS_A * stride_am

@@ -1,6 +1,6 @@
 """scaled_mm against torch's own FP8 matrix product (cuBLASLt), in TFLOP/s, on the sizes of a Llama's linears.
 
-    python tests/benchmarks/gemm.py [--json figures.json] [--rounds 15]
+    python tests/benchmarks/gemm.py [--json figures.json] [--rounds 9]
 
 Needs a Hopper GPU. Random data, bf16 output, K-major operands. Columns: our kernel and torch's for one scale per tensor and one per row
 and column, fast accumulation; ours with e5m2 x e5m2, which torch refuses; both with precise accumulation; ours with 1x128 and 128x128
@@ -61,7 +61,7 @@ def candidates(m: int, n: int, k: int) -> dict[str, Call]:
 def main(argv: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description="scaled_mm against torch's own.")
     parser.add_argument("--json", type=Path)
-    parser.add_argument("--rounds", type=int, default=15)
+    parser.add_argument("--rounds", type=int, default=9)
     options = parser.parse_args(argv)
     rows: list[dict[str, Any]] = []
     print(conditions())

@@ -1,12 +1,13 @@
 """Timing on a GPU, for the benchmarks beside this file.
 
-Each candidate is captured into a CUDA graph of several calls, so that what the host does per launch does not count, and the candidates'
-replays are interleaved, so that clock and temperature treat them alike. The figure is the median over the rounds.
+Each candidate is captured into a CUDA graph of several calls, so that what the host does per launch does not count. The
+candidates take turns, so that temperature treats them alike. The figure is the median over the rounds.
 """
 
 from __future__ import annotations
 
 import json
+import math
 import statistics
 from collections.abc import Callable, Iterable
 from pathlib import Path
@@ -33,26 +34,31 @@ def captured(calls: Iterable[Call]) -> torch.cuda.CUDAGraph:
     return graph
 
 
-def interleaved(candidates: dict[str, list[Call]], rounds: int = 15) -> dict[str, float]:
-    """Median seconds per call of each candidate, a list of calls that differ in their buffers only."""
+def interleaved(candidates: dict[str, list[Call]], rounds: int = 9, least: float = 0.02) -> dict[str, float]:
+    """Median seconds per call of each candidate, a list of calls that differ in their buffers only.
+
+    A candidate's turn lasts `least` seconds after half as much unmeasured: at the power limit a kernel runs at the clock that the
+    kernels before it left, and only after some milliseconds at its own.
+    """
     graphs = {name: captured(calls) for name, calls in candidates.items()}
-    for graph in graphs.values():
-        graph.replay()
-    torch.cuda.synchronize()
-    events = {
-        name: [(torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)) for _ in range(rounds)] for name in graphs
-    }
-    for i in range(rounds):
+    start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+    replays, times = {}, {name: list[float]() for name in graphs}
+    for i in range(-1, rounds):  # the round before the first says how long a replay takes
         for name, graph in graphs.items():
-            start, end = events[name][i]
+            count = replays.get(name, 2)
+            for _ in range((count + 1) // 2):
+                graph.replay()
             start.record()
-            graph.replay()
+            for _ in range(count):
+                graph.replay()
             end.record()
-    torch.cuda.synchronize()
-    return {
-        name: statistics.median(start.elapsed_time(end) for start, end in pairs) / 1e3 / len(candidates[name])
-        for name, pairs in events.items()
-    }
+            end.synchronize()
+            seconds = start.elapsed_time(end) / 1e3 / count
+            if i < 0:
+                replays[name] = math.ceil(least / seconds)
+            else:
+                times[name].append(seconds / len(candidates[name]))
+    return {name: statistics.median(each) for name, each in times.items()}
 
 
 def conditions() -> dict[str, str]:

@@ -1,4 +1,4 @@
-"""Activations that write FP8, against the unfused operators: the same codes but where the exponential's last bit moves a rounding."""
+"""Activations and norms that write FP8, against the unfused operators: the same codes but where a last bit moves a rounding."""
 
 from __future__ import annotations
 
@@ -14,6 +14,7 @@ from fp8fx.numerics.tensor import quantize_scaled
 pytest.importorskip("triton")
 from fp8fx.kernels.activation_cast import activation_backward_cast, activation_cast
 from fp8fx.kernels.cast import Rounding
+from fp8fx.kernels.norm_cast import norm_cast
 
 FORWARD = {
     "silu": F.silu,
@@ -91,7 +92,35 @@ def test_layouts_stochastic_and_special_values(device: str) -> None:
     assert activation_cast(h[:0], None, "silu", "e5m2")[0] is not None
 
 
+@pytest.mark.parametrize("kind", ["layer", "rms"])
+def test_norms(device: str, kind: str) -> None:
+    for shape, dtype in (((70, 150), torch.float32), ((2, 5, 300), torch.float32), ((130, 5000), torch.bfloat16)):
+        if device == "cpu" and dtype != torch.float32:
+            continue
+        x = (torch.randn(shape, device=device) * 3 + 1).to(dtype)
+        weight, bias = torch.randn(shape[-1], device=device).to(dtype), torch.randn(shape[-1], device=device).to(dtype)
+        scale, largest = torch.tensor(0.02, device=device), torch.zeros((), device=device)
+        if kind == "layer":
+            y = F.layer_norm(x, shape[-1:], weight, bias, 1e-5)
+            (q, t), mean, rstd = norm_cast(x, weight, bias, "e4m3fn", kind, 1e-5, scale, amax=largest)
+            assert mean is not None
+            torch.testing.assert_close(mean, x.float().mean(-1, keepdim=True), rtol=1e-5, atol=1e-5)
+        else:
+            y = F.rms_norm(x, shape[-1:], weight, 1e-5)
+            (q, t), _, rstd = norm_cast(x, weight, None, "e4m3fn", kind, 1e-5, scale, amax=largest)
+        variance = x.float().var(-1, keepdim=True, unbiased=False) if kind == "layer" else x.float().square().mean(-1, keepdim=True)
+        torch.testing.assert_close(rstd, (variance + 1e-5).rsqrt(), rtol=1e-5, atol=0)
+        nearly_the_codes(q, y, "e4m3fn", scale)
+        nearly_the_codes(t, y.mT, "e4m3fn", scale)
+        torch.testing.assert_close(largest, numerics.amax(y), rtol=1e-2 if dtype == torch.bfloat16 else 1e-5, atol=0)
+    (q, t), _, _ = norm_cast(x[..., :0], None, None, "e4m3fn")
+    assert q is not None
+    assert q.numel() == 0
+
+
 def test_refusals() -> None:
+    with pytest.raises(KernelError, match="batch"):
+        norm_cast(torch.ones(2, 2), None, None, "e4m3fn", "batch")
     with pytest.raises(KernelError, match="mish"):
         activation_cast(torch.ones(2, 2), None, "mish", "e4m3fn")
     one = torch.ones(())

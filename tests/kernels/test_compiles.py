@@ -11,16 +11,15 @@ from typing import Any
 import pytest
 import torch
 
-triton = pytest.importorskip("triton")
-if triton.knobs.runtime.interpret:
-    pytest.skip("the interpreter compiles nothing", allow_module_level=True)
-
+pytest.importorskip("triton")
+import triton
 from fp8fx.kernels import scaled_mm as mm
 from fp8fx.kernels.activation_cast import activation_backward_cast, activation_cast
 from fp8fx.kernels.amax import amax, amax_each
 from fp8fx.kernels.cast import Rounding, cast, cast_current
 from fp8fx.kernels.cast_block import cast_block
 from fp8fx.kernels.delayed import delayed_update
+from fp8fx.kernels.norm_cast import norm_cast
 from fp8fx.kernels.scale import compute_scale
 
 Compiled = Callable[[], list[Any]]
@@ -43,6 +42,8 @@ ELEMENTWISE: dict[str, Callable[[], Any]] = {
     "cast square block": lambda: cast_block(X, "e4m3fn", (128, 128), layout="both"),
     "swiglu": lambda: activation_cast(X, X, "silu", "e4m3fn", ONE, amax=ONE),
     "swiglu backward": lambda: activation_backward_cast(X, X, X, "silu", "e5m2", ONE, ONE, amax=ONE, amax_u=ONE),
+    "rms norm": lambda: norm_cast(X, X[0], None, "e4m3fn", "rms", 1e-6, ONE, amax=ONE),
+    "layer norm": lambda: norm_cast(X, X[0], X[1], "e4m3fn", "layer", 1e-6, ONE),
     "gelu": lambda: activation_cast(X, None, "gelu", "e4m3fn", ONE),
 }
 
@@ -64,10 +65,10 @@ def test_memory_bound_kernels(name: str, compiled: Compiled, tmp_path: Path) -> 
     for kernel in kernels:
         assert spills(kernel, tmp_path) == 0
         ptx = kernel.asm["ptx"]
-        if "fp8" in ptx or "satfinite" in ptx:
+        if kernel.metadata.name in ("_cast_kernel", "_cast_block_kernel", "_activation_kernel"):
             assert "satfinite.e4m3x2" in ptx or "satfinite.e5m2x2" in ptx
         if name in ("cast", "cast both", "swiglu"):
-            assert "ld.global.v4" in ptx or "ld.global.L1::evict" in ptx, "loads are 16 bytes wide"
+            assert "ld.global.v4" in ptx, "loads are 16 bytes wide"
             assert "st.global.v4" in ptx, "stores are 16 bytes wide"
 
 
@@ -75,8 +76,13 @@ def codes(rows: int, columns: int, name: str) -> torch.Tensor:
     return torch.empty(rows, columns, dtype={"e4m3": torch.float8_e4m3fn, "e5m2": torch.float8_e5m2}[name])
 
 
-@pytest.mark.parametrize("pair", [("e4m3", "e4m3"), ("e4m3", "e5m2"), ("e5m2", "e4m3"), ("e5m2", "e5m2")], ids="-".join)
-@pytest.mark.parametrize("config", sorted(set(mm.CONFIGS) - {"blocked"}))
+PAIRS = [("e4m3", "e4m3"), ("e4m3", "e5m2"), ("e5m2", "e4m3"), ("e5m2", "e5m2")]
+
+
+@pytest.mark.parametrize(
+    ("config", "pair"),
+    [("long", pair) for pair in PAIRS] + [(config, PAIRS[3]) for config in mm.CONFIGS if config not in ("blocked", "long")],
+)
 def test_scaled_mm(config: str, pair: tuple[str, str], compiled: Compiled, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     monkeypatch.setattr(mm, "multiprocessors", lambda device: 132)
     a, b = codes(512, 1024, pair[0]), codes(768, 1024, pair[1]).t()
