@@ -164,7 +164,7 @@ _VECTOR = "a product with a vector has no FP8 form"
 _IN_PLACE = "a product that writes in place has no FP8 form"
 _RECURRENT = "recurrent layers have no FP8 form"
 _CHAIN = "a chain of products has no FP8 form; write it with matmul"
-_FUSED = "fused inference kernels have no FP8 form"
+_FUSED = "fused inference kernels have no FP8 form; call torch.backends.mha.set_fastpath_enabled(False) first"
 
 # What multiplies but has no FP8 form: target -> reason. A string is a method.
 UNSUPPORTED: dict[Any, str] = {
@@ -203,6 +203,11 @@ def read_site(node: fx.Node) -> SiteCall | None:
         return None
     reader = SITES.get(node.target)
     return reader(node) if reader is not None else None
+
+
+def fused_inference(node: fx.Node) -> bool:
+    """Does the node hide the layers of one of torch.nn's attention modules, in evaluation without gradients?"""
+    return UNSUPPORTED.get(node.target) == _FUSED
 
 
 def unsupported(node: fx.Node) -> str | None:
