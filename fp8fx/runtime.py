@@ -6,12 +6,12 @@ stream, and drops the graphs: a copy captures its own.
 
 from __future__ import annotations
 
-import contextlib
 import dataclasses
 import logging
+import threading
 import warnings
 import weakref
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -56,20 +56,29 @@ _NO_LAST = (
 )
 
 
-@contextlib.contextmanager
-def without_fastpath() -> Iterator[None]:
-    """torch.nn's attention modules have a fused forward of their own for eval without gradients, which hides their layers.
+class _Fastpath:
+    """Switches torch's fused attention off while any compiled model runs, in whichever thread: the switch is the process's."""
 
-    Off at every call, so that what Dynamo saw of the switch at capture holds at later calls.
-    """
-    if not torch.backends.mha.get_fastpath_enabled():
-        yield
-        return
-    torch.backends.mha.set_fastpath_enabled(False)
-    try:
-        yield
-    finally:
-        torch.backends.mha.set_fastpath_enabled(True)
+    def __init__(self) -> None:
+        self._lock, self._inside, self._was = threading.Lock(), 0, True
+
+    def __enter__(self) -> None:
+        with self._lock:
+            if not self._inside:
+                self._was = torch.backends.mha.get_fastpath_enabled()
+                torch.backends.mha.set_fastpath_enabled(False)
+            self._inside += 1
+
+    def __exit__(self, *problem: object) -> None:
+        with self._lock:
+            self._inside -= 1
+            if not self._inside:
+                torch.backends.mha.set_fastpath_enabled(self._was)
+
+
+# torch.nn's attention modules have a fused forward of their own for eval without gradients, which hides their layers. It is off at
+# every call, so that what Dynamo saw of the switch at capture holds at later calls.
+WITHOUT_FASTPATH = _Fastpath()
 
 
 class Runtime:
@@ -170,7 +179,6 @@ class Runtime:
             return captured.module
         call = self._graph_call(compiled.module, example_inputs, example_inputs)
         self.graphs.append(record)  # only now: Dynamo may interrupt the inner compiler, and capture anew
-        self.weights.clear()  # what made torch capture anew may have written to the weights unnoticed
         self._hooked = self._hooked - {row.name for row in record.rows} | backward_hooked(self.root)
         self.monitor.formats.update({row.name: row.grad_format for row in record.rows if row.grad_format})
         return Version(self, record, call)
@@ -208,7 +216,7 @@ class Runtime:
             self.attach(root)
         forward = self._forward or self._compile(root)
         try:
-            with without_fastpath():
+            with WITHOUT_FASTPATH:
                 result = forward(*args, **kwargs)
         except Exception as error:
             return self._failed(root, error, args, kwargs)

@@ -156,7 +156,7 @@ def compiled_module() -> nn.Module | None:
             value = value._orig_mod
         elif getattr(value, "_compiled_call_impl", None) is None:  # set by module.compile()
             value = None
-        if isinstance(value, nn.Module) and any(module is captured for module in value.modules()):
+        if isinstance(value, nn.Module) and (captured is None or any(module is captured for module in value.modules())):
             return value
         frame = frame.f_back  # type: ignore[assignment]
     return captured
@@ -175,15 +175,17 @@ def own_base() -> str:
     return f"L['{name}']"
 
 
-def guard_module() -> None:
-    """Let what is being compiled serve the module it is compiled for, and no other instance of its class.
+def guard_module() -> bool:
+    """Let what is being compiled serve the module it is compiled for, and no other instance of its class. False if it has none.
 
     Dynamo guards on a module's type and parameters' shapes only, so that a second model of a class would run the graph of the first.
     """
     context, base = torch._guards.TracingContext.try_get(), own_base()
     name = base[len("L['") : -len("']")]
-    if context is not None and isinstance(_frame_locals().get(name), nn.Module):
-        context.guards_context.dynamo_guards.add(LocalSource(name).make_guard(GuardBuilder.ID_MATCH))
+    if context is None or not isinstance(_frame_locals().get(name), nn.Module):
+        return False
+    context.guards_context.dynamo_guards.add(LocalSource(name).make_guard(GuardBuilder.ID_MATCH))
+    return True
 
 
 def guard_hooks() -> None:

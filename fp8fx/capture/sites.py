@@ -184,7 +184,7 @@ _VECTOR = "a product with a vector has no FP8 form"
 _IN_PLACE = "a product that writes in place has no FP8 form"
 _RECURRENT = "recurrent layers have no FP8 form"
 _CHAIN = "a chain of products has no FP8 form; write it with matmul"
-_FUSED = "fused inference kernels have no FP8 form"
+_FUSED = "fused inference kernels have no FP8 form; call torch.backends.mha.set_fastpath_enabled(False) first"
 
 # What multiplies but has no FP8 form: target -> reason. A string is a method.
 UNSUPPORTED: dict[Any, str] = {
@@ -225,6 +225,11 @@ def _operator_name(target: Any) -> str:
     """`namespace::name` of a registered operator, overload or not; else ""."""
     packet = target.overloadpacket if isinstance(target, torch._ops.OpOverload) else target
     return str(packet._qualified_op_name) if isinstance(packet, torch._ops.OpOverloadPacket) else ""
+
+
+def fused_inference(node: fx.Node) -> bool:
+    """Does the node hide the layers of one of torch.nn's attention modules, in evaluation without gradients?"""
+    return UNSUPPORTED.get(node.target) == _FUSED
 
 
 def unsupported(node: fx.Node) -> str | None:

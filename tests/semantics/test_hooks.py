@@ -80,8 +80,15 @@ def differ(ours: Tensors, theirs: Tensors) -> bool:
 LEAVES_THE_GRAPH = (full_backward, full_backward_pre)  # their layer then runs in high precision
 
 
-@pytest.mark.parametrize("entry", ENTRIES)
-@pytest.mark.parametrize("when", ["before compile", "after compile", "after the first call"])
+TIMES = [
+    ("before compile", "compile"),
+    ("after compile", "compile"),
+    ("after the first call", "compile"),
+    ("after the first call", "backend"),
+]
+
+
+@pytest.mark.parametrize(("when", "entry"), TIMES)
 @pytest.mark.parametrize("register", KINDS)
 def test_hooks_act_as_on_the_plain_model(register: Callable[[Any], Handles], when: str, entry: str) -> None:
     def make() -> nn.Module:
