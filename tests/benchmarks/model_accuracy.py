@@ -50,8 +50,9 @@ same FLOPs as a `bmm` of gathered weights. `eager` loops over the experts that g
 """
 NOTES = """
 Most margins are zero to two decimals because compiled model and oracle round the same values to the same codes; in the others one
-float32 sum, added in another order, fell on the other side of a rounding boundary. The levels are those of the *method* at random initialisation with two images, and differ by model. Networks with batch norm are chaotic there: rounding nothing
-but the input image to E4M3 ({image:.0f} dB), in an otherwise plain float64 model, already leaves this:
+float32 sum, added in another order, fell on the other side of a rounding boundary. The levels are those of the *method* at random
+initialisation with two images, and differ by model. Networks with batch norm are chaotic there: rounding nothing but the input image
+to E4M3 ({image:.0f} dB), in an otherwise plain float64 model, already leaves this:
 
 {control}
 
