@@ -37,6 +37,7 @@ RECIPES: dict[str, Any] = {**MEASURED, "rowwise": "rowwise"}
 STATEFUL: dict[str, Any] = {
     "direct": "direct",
     "stochastic forward": {"extends": "hybrid", "defaults": {"rounding": "stochastic"}},
+    "delayed": "delayed",
 }
 ENTRIES = ("compile", "backend")
 # Every recipe through the front door, and every entry; not each with each.

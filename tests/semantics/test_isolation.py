@@ -1,6 +1,7 @@
 """State never crosses: models that share a process end where each ends alone in a process of its own, bit for bit.
 
-The recipes round stochastically, so that the position in the random stream is state: one call too many of another model shows.
+The recipes round stochastically, so that the position in the random stream is state, or scale by earlier steps: one call too many of
+another model shows.
 """
 
 from __future__ import annotations
@@ -121,6 +122,6 @@ def test_forwards_in_flight(processes: Alone, recipe: str, entry: str) -> None:
 def test_the_recipes_carry_state(processes: Alone, recipe: str, entry: str) -> None:
     """A model that has made one call before ends elsewhere: without this the tests above could not fail."""
     model = build(recipe, entry, seed=1)
-    model(torch.ones(4, 16))
+    model(torch.full((4, 16), 1e4))
     finish(training(model, 1))
     assert not equal(weights(model), processes[1][f"{recipe}/{entry}"]["trained"])
