@@ -7,7 +7,7 @@ Layout: both operands K-major, A with stride 1 along K and B likewise (a transpo
 it), rows a multiple of 16 bytes apart. What is laid out otherwise, or has an odd K, is copied once into rows padded to 16 bytes.
 Scales are dequantization multipliers in float32: one, one per row of A ([..., M, 1]) or column of B ([..., 1, N]), or one per
 block, which multiplies the partial sum of its block of K. `fast` keeps Hopper's own accumulator over the whole of K, `precise`
-adds it to float32 registers every 512; block scales always do. Few rows (decoding) run transposed, so that the rows of B
+adds it to float32 registers every 128 (every 256 where few rows run); block scales always do. Few rows (decoding) run transposed, so that the rows of B
 fill the 64 of the matrix instruction. Reference: `fp8fx.ops.scaled_mm`; the order of accumulation differs.
 
 The kernel never synchronizes with the host, and needs no workspace: its descriptors travel as arguments, so it may be captured
@@ -47,15 +47,13 @@ class Config:
     num_warps: int
     num_stages: int
     per_multiprocessor: int = 1  # programs; two hide each other's epilogues where registers and shared memory hold both
-    promote: int = 4  # steps of block_k between additions to float32 registers, if accumulation is precise
 
 
 # Tiles 256 wide ask least of the L2 cache. With few tiles, two programs of 128 x 128 per multiprocessor hide each other's last steps.
 CONFIGS = {
-    "large": Config(128, 256, 128, 8, True, True, 8, 3),
-    "wide": Config(128, 256, 128, 16, True, True, 8, 4),
+    "large": Config(128, 256, 128, 8, True, True, 8, 4),
     "medium": Config(128, 128, 128, 4, True, True, 4, 3, 2),
-    "precise": Config(128, 128, 128, 4, True, False, 8, 4),
+    "precise": Config(128, 128, 128, 4, True, False, 4, 3, 2),
     "small": Config(64, 128, 128, 8, False, False, 4, 4, 2),
     "decode": Config(64, 16, 256, 1, False, False, 4, 4, 2),
     "decode_64": Config(64, 64, 128, 1, False, False, 4, 5),
@@ -71,9 +69,7 @@ def choose(m: int, n: int, batches: int, precise: bool, programs: int) -> str:
         return "small"
     if precise:
         return "precise"
-    if batches * triton.cdiv(m, 128) * triton.cdiv(n, 256) < 4 * programs:
-        return "medium"
-    return "large" if n <= 4096 else "wide"
+    return "medium" if batches * triton.cdiv(m, 128) * triton.cdiv(n, 256) < 4 * programs else "large"
 
 
 @functools.cache
@@ -241,7 +237,7 @@ def _launch(a: _Operand, b: _Operand, c: Tensor, bias: Tensor | None, bias_axis:
             *sizes,
             ROW_A=a.per_row,
             ROW_B=b.per_row,
-            PROMOTE=chosen.promote if precise else 0,
+            PRECISE=precise,
             HALVES=chosen.halves,
             FLATTEN=chosen.flatten,
             **shared,

@@ -63,7 +63,7 @@ def scaled_mm_kernel(
     BIAS: tl.constexpr,  # 0 none, 1 one per column, 2 one per row
     TMA_STORE: tl.constexpr,
     DTYPE: tl.constexpr,
-    PROMOTE: tl.constexpr,  # 0, or after how many steps of BLOCK_K the hardware's accumulator is added to float32 registers
+    PRECISE: tl.constexpr,
     BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr,
     BLOCK_K: tl.constexpr,
@@ -86,20 +86,11 @@ def scaled_mm_kernel(
         row_a, row_b = batch * batch_rows_a + tile_m * BLOCK_M, batch * batch_rows_b + tile_n * BLOCK_N
         rows, columns = tile_m * BLOCK_M + tl.arange(0, BLOCK_M), tile_n * BLOCK_N + tl.arange(0, BLOCK_N)
         acc = tl.zeros((BLOCK_M, BLOCK_N), dtype=tl.float32)
-        if PROMOTE == 0:
-            for step in range(steps):
-                left, right = a.load([row_a, step * BLOCK_K]), b.load([row_b, step * BLOCK_K])
-                acc = tl.dot(left, right.T, acc)
-        else:
-            # Hopper aligns each addition to the largest term and keeps 13 bits below it, so a long sum goes to float32 in parts.
-            part = tl.zeros((BLOCK_M, BLOCK_N), dtype=tl.float32)
-            for step in range(steps):
-                left, right = a.load([row_a, step * BLOCK_K]), b.load([row_b, step * BLOCK_K])
-                part = tl.dot(left, right.T, part)
-                if step % PROMOTE == PROMOTE - 1:
-                    acc += part
-                    part = tl.zeros((BLOCK_M, BLOCK_N), dtype=tl.float32)
-            acc += part
+        for step in range(steps):
+            left, right = a.load([row_a, step * BLOCK_K]), b.load([row_b, step * BLOCK_K])
+            # Hopper aligns the terms of each addition to the largest and keeps 13 bits below it; PRECISE adds what it has to float32
+            # registers every BLOCK_K.
+            acc = tl.dot(left, right.T, acc, max_num_imprecise_acc=BLOCK_K if PRECISE else None)
 
         if ROW_A:
             scale_a = tl.load(scale_a_ptr + batch * M + rows, mask=rows < M, other=0.0)
