@@ -19,8 +19,8 @@ import torch
 from torch import fx
 
 from fp8fx.capture.graph import MODULE, SITE, TENSOR_NAME, tensor
-from fp8fx.passes.contract import decision, is_fp8
-from fp8fx.passes.lower import WEIGHTS, WeightInput
+from fp8fx.passes.contract import SCALES, Slot, decision, is_fp8
+from fp8fx.passes.lower import PARTS, WEIGHTS, WeightInput
 from fp8fx.spec import GEMMS, ROLES
 
 WIDTH = 120  # of the short form; longer lines continue indented
@@ -30,7 +30,7 @@ _OUTPUTS: dict[str, tuple[str, ...]] = {
     "quantize": ("q_", "s_", "amax_"),
     "layer_norm_quantize": ("", "q_", "s_", "amax_", "mean_", "rstd_"),
     "linear_quantize": ("y_", "q_y_", "s_y_", "amax_y_"),
-    "mlp": ("y_", "h_", "q_", "s_"),
+    "mlp": ("y_", "h_", "q_", "s_", "amax_"),
 }
 # Arguments that other lines say already: an operand's spec stands where it is quantized.
 _IMPLIED = ("input_spec", "weight_spec", "left_spec", "right_spec", "input1_spec", "weight1_spec", "weight2_spec", "role")
@@ -48,6 +48,7 @@ class _Printer:
         self.full = full
         self.nodes = list(module.graph.nodes)
         self.weights: list[WeightInput] = module.meta.get(WEIGHTS, [])
+        self.scales: list[Slot] = module.meta.get(SCALES, [])
         self.taken: set[str] = set()
         self.names: dict[fx.Node, str] = {}
         for node in self.nodes:
@@ -106,8 +107,9 @@ class _Printer:
     # -- lines ----------------------------------------------------------------------------------------------------------
 
     def _inputs(self) -> list[str]:
-        made = {f"fp8_weight_{i}_{suffix}" for i in range(len(self.weights)) for suffix in ("q", "scale")}
-        inputs = [node for node in self.nodes if node.op == "placeholder" and node.name not in made]
+        parts = [[f"fp8_weight_{i}_{part}" for part in PARTS] for i in range(len(self.weights))]
+        placeholders = [node for node in self.nodes if node.op == "placeholder"]
+        inputs = [node for node in placeholders if not any(node.name in names for names in parts)]
         if self.full:
             lines = [f"{node.name} = input{_shape(node)}{_parameter(node)}" for node in inputs]
         else:
@@ -115,7 +117,11 @@ class _Printer:
         for i, weight in enumerate(self.weights):
             subject = weight.placeholder + "".join(f".{getattr(view, '__name__', view)}()" for view, _ in weight.views)
             arguments = [subject, repr(self._spec(weight.spec)), *([str(list(weight.dims))] if self._dims(weight.spec) else [])]
-            lines.append(f"inputs: fp8_weight_{i}_q, fp8_weight_{i}_scale = quantize({', '.join(arguments)})")
+            if weight.slot is not None:
+                arguments.append(f"scale=fp8_scales[{self.scales.index(weight.slot)}]")
+            given = [node.name for node in placeholders if node.name in parts[i]]
+            line = f"inputs: {', '.join(given)} = quantize({', '.join(arguments)})"
+            lines += [line] if self.full else self._wrapped(line)
         return lines
 
     def _line(self, node: fx.Node) -> str:

@@ -10,6 +10,7 @@ then called as the plain module it is, so the figure does not depend on the grap
 
 from __future__ import annotations
 
+import dataclasses
 import math
 from collections.abc import Mapping
 
@@ -31,11 +32,15 @@ def sqnr_db(reference: Tensor, other: Tensor) -> float:
 
 
 def rounded(x: Tensor, spec: TensorSpec | None) -> Tensor:
-    """`x` quantized and dequantized as `spec` says; x itself for None and for indices. Stochastic is measured as nearest-even."""
+    """`x` quantized and dequantized as `spec` says; x itself for None and for indices.
+
+    Stochastic rounding is measured as nearest-even, a delayed scale as that of the tensor itself.
+    """
     if spec is None or not x.is_floating_point():
         return x
-    if spec.stochastic:
-        spec = TensorSpec.parse(spec.text.replace("stochastic", "nearest_even"))
+    rounding = "nearest_even" if spec.stochastic else spec.rounding
+    scaling = "current" if spec.scaling == "delayed" else spec.scaling
+    spec = dataclasses.replace(spec, rounding=rounding, scaling=scaling)
     codes, scale, _ = numerics.quantize_tensor(x, spec)
     return numerics.dequantize_tensor(codes, scale, spec.format, spec.granularity, x.dtype)
 

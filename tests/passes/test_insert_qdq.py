@@ -35,6 +35,12 @@ def test_insert_qdq_golden_direct() -> None:
     Trace(make(), "direct", *inputs()).check_golden("insert_qdq_direct", "insert_qdq")
 
 
+def test_insert_qdq_golden_delayed() -> None:
+    """Scales come in, amax goes out."""
+    make, inputs = TOGETHER["feed gelu"]
+    Trace(make(), "delayed", *inputs()).check_golden("insert_qdq_delayed", "insert_qdq")
+
+
 def test_insert_qdq_modified_true(feed: Trace) -> None:
     assert feed.result("insert_qdq").modified
 

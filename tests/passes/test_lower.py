@@ -28,6 +28,11 @@ def test_lower_golden(feed: Trace) -> None:
     feed.check_golden("lower", "lower")
 
 
+def test_lower_golden_delayed() -> None:
+    """The amax of a weight comes in with its codes, and goes out with the others."""
+    together("feed gelu", "delayed").check_golden("lower_delayed", "lower")
+
+
 def test_lower_modified_true(feed: Trace) -> None:
     assert feed.result("lower").modified
 
@@ -37,7 +42,7 @@ def test_lower_modified_false_without_weights() -> None:
 
 
 @pytest.mark.parametrize("name", ["feed gelu", "shared", "chain", "scores"])
-@pytest.mark.parametrize("recipe", ["hybrid", "direct"])
+@pytest.mark.parametrize("recipe", ["hybrid", "direct", "delayed"])
 def test_lower_is_idempotent(name: str, recipe: str) -> None:
     together(name, recipe).assert_idempotent("lower")
 
