@@ -9,6 +9,7 @@
 Read `fp8fx/pipeline.py` for the order of the passes and `docs/pipeline.md` for what each does to a graph.
 """
 
+from fp8fx.autocast import autocast
 from fp8fx.compile import compile, invalidate, plan, state_dict, strip, unwrap
 from fp8fx.errors import CaptureError, FormatError, FP8Error, FP8Warning, KernelError, ModelError, PassError, RecipeError
 from fp8fx.functional import compute_scale, dequantize, fake_quantize, quantize
@@ -31,6 +32,7 @@ __all__ = [
     "Plan",
     "Recipe",
     "RecipeError",
+    "autocast",
     "compile",
     "compute_scale",
     "dequantize",

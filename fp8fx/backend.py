@@ -17,11 +17,13 @@ from typing import Any
 from torch import fx, nn
 
 from fp8fx.capture.dynamo import compiled_module, guard_module
+from fp8fx.capture.layers import module_types
 from fp8fx.capture.sites import fused_inference
 from fp8fx.clone import IN_PLACE
 from fp8fx.errors import CaptureError, FP8Warning, ModelError, RecipeError, allowed, nearest
+from fp8fx.options import Options
 from fp8fx.recipe import Recipe
-from fp8fx.runtime import Options, Runtime, module_types
+from fp8fx.runtime import Runtime
 
 _FASTPATH = (
     "fp8fx: torch runs an attention module as one fused inference kernel, in high precision. Call "

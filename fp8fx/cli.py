@@ -278,7 +278,7 @@ def recipe_check(
     if model is None:
         typer.echo(f"{file}: ok, {_kind(recipe)}")
         return
-    from fp8fx.runtime import module_types
+    from fp8fx.capture.layers import module_types
 
     recipe.check_names(module_types(load_model(model)))
     typer.echo(f"{file}: ok for {model}, {_kind(recipe)}")

@@ -11,11 +11,13 @@ import torch
 from torch import Tensor, nn
 
 from fp8fx.capture import symbolic
+from fp8fx.capture.layers import module_types
 from fp8fx.clone import PREFIX, RUNTIME, check_materialized, check_model, clone, compiled_class, plain, runtime_of, runtimes_of
 from fp8fx.errors import CaptureError, ModelError
+from fp8fx.options import Options
 from fp8fx.plan import Plan
 from fp8fx.recipe import Recipe
-from fp8fx.runtime import Options, Runtime, module_types
+from fp8fx.runtime import Runtime
 
 M = TypeVar("M", bound=nn.Module)
 RecipeLike = str | os.PathLike[str] | Mapping[str, Any] | Recipe

@@ -32,6 +32,8 @@ from fp8fx.ops.library import REFERENCES
 from fp8fx.plan import Plan
 
 aten = torch.ops.aten
+# Operators of transformers that run a mixture's experts where torch's own cannot: (input, weight, offs[, grad_output]).
+GROUPED = ("transformers::grouped_mm_fallback", "transformers::grouped_mm_fallback_backward")
 Grid = Callable[[Tensor], str]  # the format whose grid holds every element, or ""
 
 
@@ -122,13 +124,13 @@ class _Counting(TorchDispatchMode):
         if func.namespace == "aten" and torch._C._dispatch_has_kernel_for_dispatch_key(func.name(), "CompositeImplicitAutograd"):
             with self:
                 return func.decompose(*args, **kwargs)
-        for a, b, flops in _products(func.overloadpacket, args):
+        for a, b, flops in _products(func.overloadpacket, _full(func, args, kwargs)):
             grids = (self.grid(a), self.grid(b)) if self._inside else ("", "")
             self.coverage.flops[grids] += flops
         return func(*args, **kwargs)
 
 
-def _full(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> list[Any]:
+def _full(func: Any, args: Sequence[Any], kwargs: dict[str, Any]) -> list[Any]:
     """All arguments of an operator in the order of its schema, defaults included: references take them by position."""
     arguments = func._schema.arguments
     return [
@@ -137,7 +139,7 @@ def _full(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> list[Any]
     ]
 
 
-def _products(packet: Any, args: tuple[Any, ...]) -> list[tuple[Tensor, Tensor, int]]:
+def _products(packet: Any, args: Sequence[Any]) -> list[tuple[Tensor, Tensor, int]]:
     """(operand, operand, FLOPs) of each GEMM that this aten call performs."""
     if packet in (aten.mm, aten.bmm):
         a, b = args[:2]
@@ -150,12 +152,28 @@ def _products(packet: Any, args: tuple[Any, ...]) -> list[tuple[Tensor, Tensor, 
         dy, x, w, transposed, mask = args[0], args[1], args[2], args[7], args[10]
         flops = 2 * math.prod(x.shape if transposed else dy.shape) * math.prod(w.shape[1:])
         return [(dy, other, flops) for other, wanted in ((w, mask[0]), (x, mask[1])) if wanted]
+    elif packet is aten._grouped_mm or packet._qualified_op_name in GROUPED:
+        return _grouped_products(args)
     else:
         return []
     return [(a, b, 2 * math.prod(a.shape) * b.shape[-1])]
 
 
-def _output(args: tuple[Any, ...]) -> tuple[int, ...]:
+def _grouped_products(args: Sequence[Any]) -> list[tuple[Tensor, Tensor, int]]:
+    """Rows in groups: [S, K] by [E, K, N], or [K, S] by [S, N]; a fourth tensor is the gradient of transformers' own backward."""
+    a, b, offs = args[:3]
+    if offs is None:
+        return [(a, b, 2 * math.prod(a.shape) * b.shape[-1])]
+    rows = int(offs[-1])
+    if b.dim() == 2:
+        return [(a, b, 2 * a.shape[0] * rows * b.shape[-1])]
+    flops = 2 * rows * b.shape[-2] * b.shape[-1]
+    if len(args) > 3 and isinstance(args[3], Tensor) and args[3].dim() == 2:
+        return [(args[3], b, flops), (args[3], a, flops)]
+    return [(a, b, flops)]
+
+
+def _output(args: Sequence[Any]) -> tuple[int, ...]:
     with torch.no_grad():
         x, w, _, *geometry = args[:9]
         return tuple(torch.convolution(x.to("meta"), w.to("meta"), None, *geometry).shape)

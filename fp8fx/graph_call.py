@@ -1,7 +1,8 @@
-"""Calling a rewritten graph: the version that belongs to the parameters it got, with its further inputs.
+"""Calling a rewritten graph: the version that belongs to the parameters it got, in the mode asked for, with its further inputs.
 
-torch calls a SharedGraph with the user's inputs; it picks the GraphCall of the modules those inputs belong to, and that one adds
-the meter, the rng and the quantized weights. Nothing here outlives a call but what is keyed by parameter identity.
+torch calls a SharedGraph with the user's inputs; it picks the Version of the modules those inputs belong to, that one the GraphCall of
+the mode (fp8fx.autocast), and that one adds the meter, the rng, the scales and the quantized weights, and takes amax away. Nothing here
+outlives a call but what is keyed by parameter identity.
 """
 
 from __future__ import annotations
@@ -14,17 +15,19 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, fx, nn
 
+from fp8fx.autocast import FP8, mode
 from fp8fx.capture import dynamo
 from fp8fx.capture.graph import TENSOR_NAME, copy_graph
 from fp8fx.capture.naming import RootNames
 from fp8fx.errors import CaptureError
-from fp8fx.ops.quantize import STATISTICS
-from fp8fx.passes.contract import METER, RNG
-from fp8fx.passes.insert_qdq import SLOTS
-from fp8fx.passes.lower import WEIGHTS, WeightInput
+from fp8fx.ops.quantize import GRADIENTS, STATISTICS
+from fp8fx.passes.contract import AMAX, GRAD_SCALES, METER, RNG, SCALES, SLOTS, Slot
+from fp8fx.passes.inputs import WRAPPED
+from fp8fx.passes.lower import PARTS, WEIGHTS, WeightInput
+from fp8fx.scaling import flat
 
 if TYPE_CHECKING:
-    from fp8fx.runtime import Runtime
+    from fp8fx.runtime import GraphRecord, Runtime
 
 
 # Entered around every call of a rewritten graph: dispatch modes that look at what it executes (fp8fx.coverage).
@@ -100,17 +103,41 @@ def _are(found: list[list[str]], seen: tuple[str, ...]) -> bool:
     return len(found) == len(seen) and all(name in names for names, name in zip(found, seen, strict=True))
 
 
-class GraphCall:
-    """One rewritten graph as torch calls it: the user's inputs, then the meter, the rng and the quantized weights."""
+class Version:
+    """One graph rewritten for one set of parameters: in FP8, and as fp8fx.autocast asks for it, made when it first does."""
 
-    def __init__(self, runtime: Runtime, module: fx.GraphModule, inputs: Sequence[Any] = ()) -> None:
+    def __init__(self, runtime: Runtime, record: GraphRecord, first: GraphCall) -> None:
+        self._runtime = weakref.ref(runtime)
+        self.record = record
+        self.later = dynamo.Later(record.captured.graph)
+        self.made = {FP8: first}
+
+    def __call__(self, *args: Any) -> Any:
+        wanted = mode()
+        call = self.made.get(wanted) or self._make(wanted, args)
+        return call(*args)
+
+    def _make(self, wanted: str, args: Sequence[Any]) -> GraphCall:
+        with self.later:
+            return self.made.setdefault(wanted, alive(self._runtime).make(self.record, wanted, args, self.later.inputs(args)))
+
+
+class GraphCall:
+    """One rewritten graph as torch calls it: the user's inputs, then the further inputs of fp8fx.passes.inputs, then weights."""
+
+    def __init__(self, runtime: Runtime, module: fx.GraphModule, inputs: Sequence[Any] = (), calibrating: bool = False) -> None:
         """inputs: those it was made for. Of the weights, parameters and the buffers among these are the model's own, and kept."""
         self._runtime = weakref.ref(runtime)
         self.inner: Callable[..., Any] = module
+        self.calibrating = calibrating
         placeholders = module.graph.find_nodes(op="placeholder")
         position = {node.name: i for i, node in enumerate(placeholders)}
         self.names = [node.meta["extra"] for node in placeholders if "extra" in node.meta]
-        self.slots: list[str] = module.meta.get(SLOTS, [])
+        self.sites: list[str] = module.meta.get(SLOTS, [])
+        self.scales = _Rows(module.meta.get(SCALES, []), runtime)
+        self.grad_scales = _Rows(flat(module.meta.get(GRAD_SCALES, [])), runtime)
+        self.amax = _Rows(module.meta.get(AMAX, []), runtime)
+        self.wrapped: bool = module.meta.get(WRAPPED, False)
         self.weights: list[tuple[int, WeightInput]] = [(position[w.placeholder], w) for w in module.meta.get(WEIGHTS, [])]
         buffers = {id(buffer) for buffer in runtime.root.buffers()} if self.weights and inputs else set()
         self.buffers: list[weakref.ref[Any] | None] = [
@@ -122,41 +149,85 @@ class GraphCall:
         return alive(self._runtime)
 
     def __call__(self, *args: Any) -> Any:
-        self.runtime.begin_call()
-        extras = self.extras(args)
-        self.runtime.stream.call += 1
-        if not OBSERVERS:
-            return self.inner(*args, *extras)
+        runtime = self.runtime
+        recording = runtime.begin_call(self.calibrating)
+        extras = self.extras(args, recording)
+        runtime.stream.call += 1
         with contextlib.ExitStack() as stack:
             for observe in OBSERVERS:
                 stack.enter_context(observe())
-            return self.inner(*args, *extras)
+            result = self.inner(*args, *extras)
+        if not self.amax.slots:
+            return result
+        *own, amax = result
+        if recording:
+            self.runtime.scaling.merge(self.amax.on(amax.device), amax)
+            runtime.scaling.calibrated |= self.calibrating
+        return own[0] if self.wrapped else tuple(own)
 
-    def extras(self, args: Sequence[Any]) -> list[Tensor]:
+    def extras(self, args: Sequence[Any], recording: bool = False) -> list[Tensor]:
         """The values of the further inputs for one call."""
         device = next((a.device for a in args if isinstance(a, Tensor)), torch.device("cpu"))
-        found: dict[str, Tensor] = {}
+        runtime, found = self.runtime, dict[str, Tensor]()
         if METER in self.names:
-            found[METER] = self._meter(device)
+            found[METER] = self._meter(device, recording)
         if RNG in self.names:
-            found[RNG] = self.runtime.stream.tensor(device)
+            found[RNG] = runtime.stream.tensor(device)
+        if SCALES in self.names:
+            found[SCALES] = runtime.scaling.read(self.scales.on(device))
+        if GRAD_SCALES in self.names:
+            found[GRAD_SCALES] = runtime.scaling.read(self.grad_scales.on(device)).view(-1, len(GRADIENTS))
         for index, (place, wanted) in enumerate(self.weights):
             buffer = self.buffers[index]
             own = isinstance(args[place], nn.Parameter) or (buffer is not None and args[place] is buffer())
-            keep = own and self.runtime.keeps_weights(wanted)
-            q, scale = self.runtime.weights.get(args[place], wanted, keep)
-            found[f"fp8_weight_{index}_q"], found[f"fp8_weight_{index}_scale"] = q, scale
+            keep = own and runtime.keeps_weights(wanted)
+            scale = found[SCALES][self.scales.slots.index(wanted.slot)] if wanted.slot is not None else None
+            parts = runtime.weights.get(args[place], wanted, keep, scale)
+            found |= {f"fp8_weight_{index}_{part}": value for part, value in zip(PARTS, parts, strict=True)}
         return [found[name] for name in self.names]
 
-    def _meter(self, device: torch.device) -> Tensor:
-        """A fresh leaf per call, so that two forwards in flight never meet; its "gradient" is the sites' statistics."""
-        meter = torch.zeros(len(self.slots), STATISTICS, device=device, requires_grad=True)
-        monitor, slots = self.runtime.monitor, self.slots
+    def _meter(self, device: torch.device, recording: bool) -> Tensor:
+        """A fresh leaf per call, so that two forwards in flight never meet; its "gradient" is what the sites' backwards measured."""
+        meter = torch.zeros(len(self.sites), STATISTICS, device=device, requires_grad=True)
+        runtime, sites, calibrating = self.runtime, self.sites, self.calibrating
+        grad_scales = self.grad_scales if recording else None
 
         def fold(leaf: Tensor) -> None:
-            if leaf.grad is not None:
-                monitor.fold(slots, leaf.grad)
-                leaf.grad = None
+            if leaf.grad is None:
+                return
+            if not calibrating:
+                runtime.monitor.fold(sites, leaf.grad[:, len(GRADIENTS) :])
+            if grad_scales is not None and grad_scales.slots:
+                kept, amax = grad_scales.kept(leaf.grad[:, : len(GRADIENTS)])
+                runtime.scaling.merge(kept, amax)
+                runtime.scaling.calibrated |= calibrating
+            leaf.grad = None
 
         meter.register_post_accumulate_grad_hook(fold)
         return meter
+
+
+class _Rows:
+    """Where the scales of some slots lie in the runtime's state; None is a slot that is not there."""
+
+    def __init__(self, slots: Sequence[Slot | None], runtime: Runtime) -> None:
+        self.slots = list(slots)
+        self.rows = runtime.scaling.indices(slots)
+        self.places = [place for place, slot in enumerate(slots) if slot is not None]
+        self._on: dict[torch.device, tuple[Tensor, Tensor, Tensor]] = {}
+
+    def _tensors(self, device: torch.device) -> tuple[Tensor, Tensor, Tensor]:
+        if device not in self._on:
+            kept = [self.rows[place] for place in self.places]
+            with torch.inference_mode(False):
+                self._on[device] = tuple(torch.tensor(v, dtype=torch.int64, device=device) for v in (self.rows, self.places, kept))  # type: ignore[assignment]
+        return self._on[device]
+
+    def on(self, device: torch.device) -> Tensor:
+        """int64 [slots]."""
+        return self._tensors(device)[0]
+
+    def kept(self, values: Tensor) -> tuple[Tensor, Tensor]:
+        """The rows and the values (of any shape, one for each slot) of those slots that are there."""
+        _, places, rows = self._tensors(values.device)
+        return rows, values.flatten()[places]

@@ -31,7 +31,7 @@ class UnderflowMonitor:
         self._sums: dict[tuple[torch.device, tuple[str, ...]], Tensor] = {}
 
     def fold(self, slots: list[str], rows: Tensor) -> None:
-        """Take the rows [len(slots), 4] of one backward pass."""
+        """Take the rows [len(slots), 2] of one backward pass: non-zero gradient elements, and those of them that became zero."""
         key = (rows.device, tuple(slots))
         sums = rows.detach().double()  # a copy: the counts of many passes, exact
         self._sums[key] = self._sums[key] + sums if key in self._sums else sums
@@ -40,7 +40,7 @@ class UnderflowMonitor:
         """Judge the step that is over; called at the first training forward after an optimizer step."""
         counts: dict[str, list[float]] = {}
         for (_, slots), rows in self._sums.items():
-            for name, (_, nonzero, flushed, _) in zip(slots, rows.tolist(), strict=True):
+            for name, (nonzero, flushed) in zip(slots, rows.tolist(), strict=True):
                 total = counts.setdefault(name, [0.0, 0.0])
                 total[0] += nonzero
                 total[1] += flushed

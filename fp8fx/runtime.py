@@ -6,8 +6,8 @@ stream, and drops the graphs: a copy captures its own.
 
 from __future__ import annotations
 
+import dataclasses
 import logging
-import threading
 import warnings
 import weakref
 from collections.abc import Callable, Sequence
@@ -18,50 +18,25 @@ import torch
 from torch import Tensor, fx, nn
 
 from fp8fx import pipeline
+from fp8fx.autocast import CALIBRATING
 from fp8fx.capture import dynamo, symbolic
-from fp8fx.capture.graph import SITE, Captured
-from fp8fx.capture.naming import Numbering, weight_source
-from fp8fx.capture.sites import read_site
+from fp8fx.capture.graph import Captured
+from fp8fx.capture.layers import boundary_layers, module_types
+from fp8fx.capture.naming import Numbering
 from fp8fx.clone import base_class, check_materialized, check_state
-from fp8fx.errors import CaptureError, FP8Warning, ModelError, RecipeError, allowed, nearest
-from fp8fx.graph_call import GraphCall, SharedGraph, alive
+from fp8fx.errors import CaptureError, FP8Warning, RecipeError
+from fp8fx.fastpath import WITHOUT_FASTPATH
+from fp8fx.graph_call import GraphCall, SharedGraph, Version, alive
 from fp8fx.monitor import UnderflowMonitor
+from fp8fx.options import Options
 from fp8fx.passes.contract import Context
 from fp8fx.passes.lower import WeightInput
 from fp8fx.plan import Plan, SiteRow, backward_hooked, build_plan, site_rows
 from fp8fx.recipe import Recipe
-from fp8fx.recipe.resolve import BOUNDARY_OPS
+from fp8fx.scaling import ScalingState, is_scaling, other_recipe
 from fp8fx.state import OPTIMIZER_STEPS, Stream, WeightCache
 
 LOG = logging.getLogger("fp8fx")
-
-
-@dataclass(frozen=True)
-class Options:
-    """How a model is compiled, apart from the recipe."""
-
-    inner: str = "auto"  # auto | eager | aot_eager | inductor
-    inner_mode: str | None = None  # a torch.compile mode for Inductor: reduce-overhead, max-autotune
-    fullgraph: bool = False
-    dynamic: bool | None = None
-    capture: str = "dynamo"  # dynamo | symbolic
-    on_capture_error: str = "raise"  # raise | eager
-    plan_only: bool = False
-
-    def check(self) -> None:
-        """Raise ModelError for a word that is none of those allowed."""
-        choices: dict[str, tuple[str, ...]] = {
-            "inner": ("auto", "eager", "aot_eager", "inductor"),
-            "capture": ("dynamo", "symbolic"),
-            "on_capture_error": ("raise", "eager"),
-        }
-        if self.inner_mode is not None:
-            choices["inner_mode"] = tuple(torch._inductor.list_mode_options())
-        for key, words in choices.items():
-            value = getattr(self, key)
-            if value not in words:
-                close = nearest(value, words) if isinstance(value, str) else ""
-                raise ModelError(f"{key}={value!r}: allowed are {allowed(words)}.{close}")
 
 
 @dataclass
@@ -75,49 +50,10 @@ class GraphRecord:
     layered: bool = False  # it has layers that `boundary` may mean
 
 
-def module_types(root: nn.Module) -> dict[str, tuple[str, ...]]:
-    """Dotted name -> class names of the MRO, for every module of `root`, the root as ''."""
-    return {
-        name: tuple(cls.__name__ for cls in type(module).__mro__ if cls not in (nn.Module, object))
-        for name, module in root.named_modules(remove_duplicate=False)
-    }
-
-
-def boundary_layers(graph: fx.Graph) -> list[str]:
-    """Names of the layers that a recipe's `boundary` may mean, in execution order."""
-    calls = [call for node in graph.nodes if SITE in node.meta and (call := read_site(node)) is not None]
-    return [call.node.meta[SITE] for call in calls if call.op in BOUNDARY_OPS and weight_source(call.w) is not None]
-
-
 _NO_LAST = (
     "boundary.last was not applied: the model was captured as several graphs, and none that has a layer is known to end its forward; "
     "name the last layer in a rule or under exempt"
 )
-
-
-class _Fastpath:
-    """Switches torch's fused attention off while any compiled model runs, in whichever thread: the switch is the process's."""
-
-    def __init__(self) -> None:
-        self._lock, self._inside, self._was = threading.Lock(), 0, True
-
-    def __enter__(self) -> None:
-        with self._lock:
-            if not self._inside:
-                self._was = torch.backends.mha.get_fastpath_enabled()
-                torch.backends.mha.set_fastpath_enabled(False)
-            self._inside += 1
-
-    def __exit__(self, *problem: object) -> None:
-        with self._lock:
-            self._inside -= 1
-            if not self._inside:
-                torch.backends.mha.set_fastpath_enabled(self._was)
-
-
-# torch.nn's attention modules have a fused forward of their own for eval without gradients, which hides their layers. It is off at
-# every call, so that what Dynamo saw of the switch at capture holds at later calls.
-WITHOUT_FASTPATH = _Fastpath()
 
 
 class Runtime:
@@ -127,6 +63,7 @@ class Runtime:
         self.recipe = recipe
         self.options = options
         self.stream = Stream(seed=recipe.seed)
+        self.scaling = ScalingState(recipe.delayed)
         self.original: nn.Module | None = None  # the model passed to compile; a copy has none
         self._reset()
 
@@ -134,6 +71,8 @@ class Runtime:
         self.graphs: list[GraphRecord] = []
         self.numbering = Numbering()
         self.weights = WeightCache()
+        self._eval_only: bool | None = None  # since the last optimizer step, forwards with gradients ran in eval() only
+        self._told_eval_only = False
         self.monitor = UnderflowMonitor({}, _advice(self.recipe))
         self._first_layer: str | None = None
         self._hooked: set[str] = set()  # layers outside the graphs because of a backward hook
@@ -143,12 +82,16 @@ class Runtime:
         self._forward: Callable[..., Any] | None = None
 
     def __getstate__(self) -> dict[str, Any]:
-        return {"recipe": self.recipe, "options": self.options, "stream": self._position()}
+        return {"recipe": self.recipe, "options": self.options, "stream": self._position(), "scaling": self.scaling_state()}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
-        self.__dict__.update(state)
+        kept = dict(state)
+        scaling = kept.pop("scaling")
+        self.__dict__.update(kept)
         self.original = None
         self._reset()
+        self.scaling = ScalingState(self.recipe.delayed)
+        self.scaling.load(scaling)
 
     # -- the model ------------------------------------------------------------------------------------------------------
 
@@ -168,8 +111,12 @@ class Runtime:
         return [] if root is None else list(root.parameters())
 
     def optimizer_stepped(self) -> None:
-        self._stepped = True
+        self._stepped = self.scaling.due = True
         self.weights.clear()
+        if self._eval_only and not self._told_eval_only:
+            self._told_eval_only = True
+            warnings.warn(_EVAL_ONLY, FP8Warning, stacklevel=5)
+        self._eval_only = None
 
     # -- capture --------------------------------------------------------------------------------------------------------
 
@@ -205,11 +152,21 @@ class Runtime:
         if self.options.plan_only:
             self.graphs.append(record)
             return captured.module
-        call = GraphCall(self, compiled.module, example_inputs)
-        call.inner = self._inner(compiled.module, [*example_inputs, *dynamo.static(call.extras(example_inputs))])
-        self.graphs.append(record)
+        call = self._graph_call(compiled.module, example_inputs, example_inputs)
+        self.graphs.append(record)  # only now: Dynamo may interrupt the inner compiler, and capture anew
         self._hooked = self._hooked - {row.name for row in record.rows} | backward_hooked(self.root)
         self.monitor.formats.update({row.name: row.grad_format for row in record.rows if row.grad_format})
+        return Version(self, record, call)
+
+    def make(self, record: GraphRecord, mode: str, inputs: Sequence[Any], examples: Sequence[Any]) -> GraphCall:
+        """The graph of `record` as fp8fx.autocast's `mode` runs it. examples: `inputs` for the inner compiler, symbolic where sizes are."""
+        changes: dict[str, Any] = {"calibrating": True} if mode == CALIBRATING else {"recipe": Recipe.load("none")}
+        module = pipeline.run(record.captured, dataclasses.replace(record.context, **changes)).module
+        return self._graph_call(module, inputs, examples, mode == CALIBRATING)
+
+    def _graph_call(self, module: fx.GraphModule, inputs: Sequence[Any], examples: Sequence[Any], calibrating: bool = False) -> GraphCall:
+        call = GraphCall(self, module, inputs, calibrating)
+        call.inner = self._inner(module, [*examples, *dynamo.static(call.extras(inputs))])
         return call
 
     def _inner(self, module: fx.GraphModule, example_inputs: list[Any]) -> Callable[..., Any]:
@@ -274,8 +231,17 @@ class Runtime:
             warnings.warn(f"fp8fx: no layer runs in FP8: {plan.summary}. print(model.plan()) gives the reasons.", FP8Warning, stacklevel=4)
 
     def state(self) -> dict[str, Tensor]:
-        """What a checkpoint must hold besides the model's own tensors: the position in the random stream."""
-        return {"stream": self._position().tensor(torch.device("cpu"))}
+        """What a checkpoint must hold besides the model's own tensors: the position in the random stream, and scales that are kept."""
+        return {"stream": self._position().tensor(torch.device("cpu"))} | self.scaling_state()
+
+    def scaling_state(self) -> dict[str, Tensor]:
+        if self.scaling.calibrated:
+            self._end_calibration()
+        return self.scaling.state() if self.recipe.keeps_scales else {}
+
+    def _end_calibration(self) -> None:
+        self.scaling.step(at_once=True)
+        self.weights.clear()
 
     def _position(self) -> Stream:
         """Where the next training forward stands: in a new step if an optimizer has stepped since the last."""
@@ -283,20 +249,45 @@ class Runtime:
         return Stream(stream.seed, stream.step + 1) if self._stepped else Stream(stream.seed, stream.step, stream.call)
 
     def load_state(self, state: dict[str, Tensor]) -> None:
-        """Raises ModelError, with nothing loaded, for an entry that this recipe does not keep or of another form."""
-        check_state(state, self.state(), self.recipe.name)
+        """Take what `state` gave, all of it or, with ModelError, nothing. An original checkpoint has no entries: all stays as it is."""
+        if not state:
+            self.weights.clear()
+            return
+        kept = {key: value for key, value in state.items() if is_scaling(key)}
+        stream = {"stream": self._position().tensor(torch.device("cpu"))}
+        check_state({key: value for key, value in state.items() if key not in kept}, stream, self.recipe.name)
+        if bool(kept) != self.recipe.keeps_scales:
+            there, here = ("holds", "keeps none") if kept else ("holds no", "keeps them")
+            raise other_recipe(f"it {there} delayed scales, and recipe {self.recipe.name!r} {here}")
+        if kept:
+            self.scaling.load(kept)
         if "stream" in state:
             self.stream = Stream(*state["stream"].tolist())
             self._stepped = False
         self.weights.clear()
 
-    def begin_call(self) -> None:
-        """Advance the step if an optimizer stepped since the last training forward; number the call within the step."""
-        if self._stepped and torch.is_grad_enabled():
+    def begin_call(self, calibrating: bool) -> bool:
+        """Advance the step if an optimizer stepped since the last training forward. True if this call's amax counts.
+
+        Steps of the random stream ask for gradients only, those of the scales for train() too: evaluation leaves scales as they are.
+        """
+        training = torch.is_grad_enabled()
+        if self._stepped and training:
             self._stepped = False
             self.stream.step += 1
             self.stream.call = 0
             self.monitor.end_step()
+        if not len(self.scaling):
+            return False
+        if self.scaling.calibrated and not calibrating:
+            self._end_calibration()
+        if training and not calibrating:
+            self._eval_only = self._eval_only is not False and not self.root.training
+        training = training and self.root.training
+        if training and self.scaling.due:
+            self.scaling.step()
+            self.weights.clear()
+        return training or calibrating
 
     def keeps_weights(self, wanted: WeightInput) -> bool:
         """Quantized weights are kept under no_grad and in eval, and until the next optimizer step if the recipe says so."""
@@ -317,6 +308,12 @@ class Runtime:
             raise CaptureError(f"there is no graph {index}: the model was captured as {len(self.graphs)} graph(s), numbered from 0")
         record = self.graphs[index]
         return pipeline.run(record.captured, record.context, stage).module
+
+
+_EVAL_ONLY = (
+    "fp8fx: the model trains in eval(), where delayed scales stand still: they will not follow the tensors. Call train() (layers such as "
+    "dropout and batch norm can be put into eval() one by one), or use current scaling, such as recipe hybrid."
+)
 
 
 def _advice(recipe: Recipe) -> str:

@@ -102,6 +102,7 @@ class SiteSpec:
     weight_transpose: str = "recompute"
     save_activation_inputs: str = "model"
     weight_cache: str = "none"
+    calibrating: bool = False  # measure every role's amax and round nothing; no GEMM is in FP8 then
 
     def replace(self, **changes: object) -> SiteSpec:
         return dataclasses.replace(self, **changes)  # type: ignore[arg-type]
@@ -116,6 +117,8 @@ class SiteSpec:
         parts.append("gemms=" + ",".join(self.gemms))
         if self.save_for_backward != "fp8":
             parts.append("save_for_backward=" + self.save_for_backward)
+        if self.calibrating:
+            parts.append("calibrating=yes")
         return ";".join(parts)
 
     @staticmethod
@@ -127,6 +130,8 @@ class SiteSpec:
             key, value = part.split("=", 1)
             if key == "gemms":
                 fields[key] = tuple(filter(None, value.split(",")))
+            elif key == "calibrating":
+                fields[key] = True
             else:
                 fields[key] = value if key == "save_for_backward" else TensorSpec.parse(value)
         return SiteSpec(**fields)  # type: ignore[arg-type]

@@ -16,6 +16,8 @@ from torch.optim.optimizer import register_optimizer_step_post_hook
 
 from fp8fx.passes.lower import WeightInput
 
+Parts = tuple[Tensor, Tensor, Tensor]  # codes, scale, amax of a quantized weight
+
 
 @dataclass
 class Stream:
@@ -37,21 +39,21 @@ class WeightCache:
     """
 
     def __init__(self) -> None:
-        self._entries: dict[tuple[Any, ...], tuple[Any, int, int, Tensor, Tensor]] = {}
+        self._entries: dict[tuple[Any, ...], tuple[Any, int, int, Parts]] = {}
 
-    def get(self, weight: Tensor, wanted: WeightInput, keep: bool) -> tuple[Tensor, Tensor]:
-        """Codes and scale of `weight` as `wanted` says; read from the cache and kept there only if `keep`."""
+    def get(self, weight: Tensor, wanted: WeightInput, keep: bool, scale: Tensor | None = None) -> Parts:
+        """`weight` as `wanted` says, under `scale` if its scaling is delayed; read from the cache and kept there only if `keep`."""
         if not keep or weight.is_inference():
-            return quantize_weight(weight, wanted)
+            return quantize_weight(weight, wanted, scale)
         key = (id(weight), wanted.views, wanted.spec, wanted.dims)
         found = self._entries.get(key)
         if found is not None and found[0]() is weight and found[1:3] == (weight._version, weight.data_ptr()):
-            return found[3], found[4]
-        q, scale = quantize_weight(weight, wanted)
+            return found[3]
+        parts = quantize_weight(weight, wanted, scale)
         entries = self._entries
         gone = weakref.ref(weight, lambda _: entries.pop(key, None))  # an entry that is replaced takes its callback along
-        entries[key] = (gone, weight._version, weight.data_ptr(), q, scale)
-        return q, scale
+        entries[key] = (gone, weight._version, weight.data_ptr(), parts)
+        return parts
 
     def clear(self) -> None:
         self._entries.clear()
@@ -60,10 +62,10 @@ class WeightCache:
         return len(self._entries)
 
 
-def quantize_weight(weight: Tensor, wanted: WeightInput) -> tuple[Tensor, Tensor]:
+def quantize_weight(weight: Tensor, wanted: WeightInput, scale: Tensor | None = None) -> Parts:
     with torch.no_grad():
-        q, scale, _ = torch.ops.fp8fx.quantize.default(wanted.view(weight), wanted.spec, list(wanted.dims))
-    return q, scale
+        parts: Parts = torch.ops.fp8fx.quantize.default(wanted.view(weight), wanted.spec, list(wanted.dims), None, "", "", scale)
+    return parts
 
 
 class OptimizerSteps:

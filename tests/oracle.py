@@ -288,7 +288,7 @@ class Oracle(TorchFunctionMode):
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
-        handler = HANDLERS.get(func)
+        handler = _grouped_mm if str(func) == GROUPED else HANDLERS.get(func)
         if handler is not None:
             return handler(self, *args, **kwargs)
         if func is F.multi_head_attention_forward:  # written in Python: its own products are sites
@@ -358,6 +358,19 @@ def _convolution(op: str, function: Callable[..., Tensor]) -> Callable[..., Tens
     return run
 
 
+def grouped_product(x: Tensor, w: Tensor, offs: Tensor) -> Tensor:
+    """Each group of rows by its own matrix; `offs` holds where groups end, the last at the last row."""
+    ends = [0, *offs.tolist()]
+    return torch.cat([x[ends[e] : ends[e + 1]] @ w[e] for e in range(len(w))])
+
+
+GROUPED = "transformers.grouped_mm_fallback"  # an operator, registered once transformers' experts are imported
+
+
+def _grouped_mm(oracle: Oracle, input: Tensor, mat2: Tensor, offs: Tensor, bias: None = None, out_dtype: None = None) -> Tensor:
+    return oracle.product("grouped_mm", input, mat2, lambda x, w: grouped_product(x, w, offs))
+
+
 def _embedding(oracle: Oracle, input: Tensor, weight: Tensor, *args: Any, **kwargs: Any) -> Tensor:
     def lookup(table: Tensor) -> Tensor:
         return F.embedding(input, table, *args, **kwargs)
@@ -380,6 +393,7 @@ HANDLERS: dict[Any, Callable[..., Tensor]] = {
     Tensor.bmm: _matmul("bmm"),
     torch.addmm: _addmm,
     Tensor.addmm: _addmm,
+    torch._grouped_mm: _grouped_mm,
     torch.baddbmm: _baddbmm,
     Tensor.baddbmm: _baddbmm,
     F.embedding: _embedding,
@@ -434,7 +448,7 @@ class Gradient:
     """One parameter: SQNR in dB of the fast model's gradient and of the oracle's against the reference, and of fast against oracle.
 
     `zero`: the gradient vanishes in all three (the bias of attention keys: softmax does not see it), to float32's own rounding of the
-    terms it is summed from. Its SQNR is that of rounding noise and means nothing.
+    terms it is summed from: 1e-6 of the model's largest, 8 units in the last place. Its SQNR is that of rounding noise.
     """
 
     name: str
@@ -462,7 +476,7 @@ def compare_gradients(reference: nn.Module, oracle: Oracle | nn.Module, fast: nn
         if wanted is None or by_oracle is None or by_fast is None:
             missing = [who for who, g in (("reference", wanted), ("oracle", by_oracle), ("fast", by_fast)) if g is None]
             raise ValueError(f"{name} has no gradient in: {', '.join(missing)}")
-        zero = all(_rms(g) <= 1e-7 * largest for g in (wanted, by_oracle, by_fast))
+        zero = _rms(wanted) <= 1e-7 * largest and all(_rms(g) <= 1e-6 * largest for g in (by_oracle, by_fast))
         finite = bool(torch.isfinite(by_fast).all())
         found.append(Gradient(name, sqnr(wanted, by_fast), sqnr(wanted, by_oracle), sqnr(by_oracle, by_fast), finite, zero))
     return found

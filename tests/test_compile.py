@@ -324,9 +324,9 @@ def quantized(monkeypatch: pytest.MonkeyPatch) -> list[str]:
     done: list[str] = []
     real = state.quantize_weight
 
-    def spy(weight: Tensor, wanted: Any) -> tuple[Tensor, Tensor]:
+    def spy(weight: Tensor, wanted: Any, scale: Tensor | None = None) -> tuple[Tensor, Tensor, Tensor]:
         done.append(wanted.parameter)
-        return real(weight, wanted)
+        return real(weight, wanted, scale)
 
     monkeypatch.setattr(state, "quantize_weight", spy)
     return done

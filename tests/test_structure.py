@@ -12,14 +12,14 @@ SOURCES = sorted([*(ROOT / "fp8fx").rglob("*.py"), *(ROOT / "kernels").rglob("*.
 # Each may import those on the lines above, and those on its own line where the line is in PEERS.
 LAYERS = """
 errors
-formats spec clone
+formats spec clone fastpath options
 kernels
 numerics
 recipe ops functional
 capture
 passes
 pipeline show
-plan state monitor
+plan state scaling monitor autocast
 runtime graph_call
 coverage
 compile backend

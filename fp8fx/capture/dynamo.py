@@ -5,6 +5,7 @@ Everything that touches Dynamo's private side is in this file.
 
 from __future__ import annotations
 
+import contextlib
 import inspect
 import re
 import sys
@@ -230,6 +231,32 @@ def static(values: list[Tensor]) -> list[Tensor]:
     for value in values:
         torch._dynamo.mark_static(value)
     return values
+
+
+class Later:
+    """Lets the inner compiler compile a captured graph again after Dynamo is done with it.
+
+    Sizes that are symbolic in the graph stay so: its inputs are given as Dynamo's fake tensors, in Dynamo's own mode for them. Compiled
+    from real tensors, it would hold for their sizes only, and no guard would say so.
+    """
+
+    def __init__(self, graph: fx.Graph) -> None:
+        context = torch._guards.TracingContext.try_get()
+        self._mode = None if context is None else context.fake_mode
+        self._values = [node.meta[VAL] for node in graph.find_nodes(op="placeholder")]
+        self._stack = contextlib.ExitStack()
+
+    def inputs(self, values: Sequence[Any]) -> list[Any]:
+        """`values`, or what stands for them in the graph."""
+        return list(values) if self._mode is None else self._values
+
+    def __enter__(self) -> Later:
+        if self._mode is not None:
+            self._stack.enter_context(torch._guards.tracing(torch._guards.TracingContext(self._mode)))
+        return self
+
+    def __exit__(self, *problem: Any) -> None:
+        self._stack.close()
 
 
 def explain(error: Exception, fullgraph: bool = False) -> FP8Error | None:

@@ -6,6 +6,7 @@ frame is somewhere inside the model. It comes from the parameters, whose names i
 
 from __future__ import annotations
 
+import operator
 import re
 from collections import Counter
 from collections.abc import Iterable
@@ -105,6 +106,17 @@ def _is_layer(module: nn.Module | None) -> bool:
     return isinstance(module, kinds)
 
 
+def _reads_own_table(node: fx.Node, names: RootNames) -> bool:
+    """An embedding that looks rows up by indexing its own weight: a layer, though it calls no function that says so."""
+    if node.op != "call_function" or node.target is not operator.getitem:
+        return False
+    table, path = node.args[0], node.meta.get(MODULE, "")
+    module = names.modules.get(path)
+    if not isinstance(module, nn.Embedding) or not isinstance(table, fx.Node) or table.op != "placeholder":
+        return False
+    return table.meta.get(TENSOR_NAME) in names.of_tensor(module.weight)
+
+
 class Numbering:
     """Numbers functional sites over all graphs of one model: the second graph of a broken block goes on where the first ended.
 
@@ -131,11 +143,13 @@ def assign_site_names(graph: fx.Graph, names: RootNames, counts: Counter[str]) -
     for node in graph.nodes:
         node.meta[MODULE], *others = names.of_path(node.meta.get(MODULE, ""))
         call = read_site(node)
-        if call is None and unsupported(node) is None:
+        if call is None and unsupported(node) is None and not _reads_own_table(node, names):
             continue
         layer = _layer_name(call, names) if call is not None and call.op != "attention" else None
         if node.op == "call_module":
             layer = str(node.target)
+        elif call is None and node.target is operator.getitem:
+            layer = node.meta[MODULE]
         if not layer:
             op = call.op if call is not None else str(getattr(node.target, "__name__", node.target))
             layer = join(node.meta[MODULE], op)

@@ -129,6 +129,17 @@ def _embedding(node: fx.Node) -> SiteCall:
     return SiteCall(node, "embedding", a["input"], a["weight"], options=options)
 
 
+def _grouped_mm(node: fx.Node) -> SiteCall:
+    """Groups of rows, each by a matrix of its own: the experts of a mixture. Without offsets it is a bmm by another name."""
+    names = ("input", "mat2", "offs", "bias", "out_dtype")
+    a = _bind(node, names, {"offs": None, "bias": None, "out_dtype": None})
+    x, w = a.get("mat_a", a.get("self", a.get("input"))), a.get("mat_b", a.get("weight", a.get("mat2")))
+    extra = a["bias"] is not None or a["out_dtype"] is not None
+    if a["offs"] is None and not extra:
+        return SiteCall(node, "bmm", x, w)
+    return SiteCall(node, "grouped_mm", x, w, options={"offs": a["offs"], "extra": extra})
+
+
 def _attention(node: fx.Node) -> SiteCall:
     a = _bind(node, ("query", "key", "value"), {})
     return SiteCall(node, "attention", a["query"], a["key"], options={"value": a["value"]})
@@ -159,6 +170,15 @@ SITES: dict[Any, Callable[[fx.Node], SiteCall]] = {
     F.embedding: _embedding,
     F.scaled_dot_product_attention: _attention,
 }
+
+for _home in (torch, F):
+    for _name in ("_grouped_mm", "grouped_mm"):
+        if hasattr(_home, _name):
+            SITES[getattr(_home, _name)] = _grouped_mm
+
+# Operators of other libraries that mean one of these, by their registered name: a library need not be there to be known.
+# transformers runs experts through its own operator where the weights are not bfloat16.
+OPERATORS: dict[str, Callable[[fx.Node], SiteCall]] = {"transformers::grouped_mm_fallback": _grouped_mm}
 
 _VECTOR = "a product with a vector has no FP8 form"
 _IN_PLACE = "a product that writes in place has no FP8 form"
@@ -191,23 +211,25 @@ UNSUPPORTED |= {torch.linalg.vecdot: _VECTOR, torch.linalg.matrix_power: _CHAIN}
 UNSUPPORTED |= dict.fromkeys(("addmm_", "baddbmm_", "addbmm_", "addmv_", "addr_"), _IN_PLACE)
 for _name in ("lstm", "gru", "rnn_tanh", "rnn_relu", "lstm_cell", "gru_cell", "rnn_tanh_cell", "rnn_relu_cell"):
     UNSUPPORTED[getattr(torch, _name)] = _RECURRENT
-for _name in ("_grouped_mm", "grouped_mm"):
-    for _home in (torch, F):
-        if hasattr(_home, _name):
-            UNSUPPORTED[getattr(_home, _name)] = "grouped_mm has no FP8 form yet"
 
 
 def read_site(node: fx.Node) -> SiteCall | None:
     """The site this node is, or None if it does not multiply."""
     if node.op not in ("call_function", "call_method"):
         return None
-    reader = SITES.get(node.target)
+    reader = SITES.get(node.target) or OPERATORS.get(_operator_name(node.target))
     return reader(node) if reader is not None else None
 
 
 def fused_inference(node: fx.Node) -> bool:
     """Does the node hide the layers of one of torch.nn's attention modules, in evaluation without gradients?"""
-    return UNSUPPORTED.get(node.target) == _FUSED
+    return unsupported(node) == _FUSED
+
+
+def _operator_name(target: Any) -> str:
+    """`namespace::name` of a registered operator, overload or not; else ""."""
+    packet = target.overloadpacket if isinstance(target, torch._ops.OpOverload) else target
+    return str(packet._qualified_op_name) if isinstance(packet, torch._ops.OpOverloadPacket) else ""
 
 
 def unsupported(node: fx.Node) -> str | None:
@@ -229,7 +251,7 @@ def _flops(call: SiteCall) -> int:
     x, w = shapes
     if call.op == "linear":
         return 2 * math.prod(x) * (w[1] if call.transposed_weight else w[0])
-    if call.op in ("matmul", "bmm"):
+    if call.op in ("matmul", "bmm", "grouped_mm"):
         out = tensor(call.node)
         return 2 * math.prod(hints(out.shape)) * x[-1] if out is not None else 0
     if call.op == "attention":
@@ -250,6 +272,8 @@ def _shape(call: SiteCall) -> str:
     if call.op == "linear":
         n = w[1] if call.transposed_weight else w[0]
         return f"{math.prod(x[:-1])}x{n}x{x[-1]}"
+    if call.op == "grouped_mm" and len(x) == 2 and len(w) == 3:
+        return f"{x[0]}x{w[2]}x{x[1]} in {w[0]} groups"
     if call.op in ("matmul", "bmm"):
         batch = f"{math.prod(x[:-2])}*" if len(x) > 2 else ""
         return f"{batch}{x[-2] if len(x) > 1 else 1}x{w[-1]}x{x[-1]}"

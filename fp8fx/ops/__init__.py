@@ -3,12 +3,13 @@
     quantize, dequantize, round_values, round_gradient, underflow      quantize.py
     scaled_mm                                                          scaled_mm.py
     linear, matmul, conv, embedding                                    one page each
+    grouped_mm, scaled_grouped_mm                                      grouped.py
     layer_norm_quantize, linear_quantize                               producers.py   (made by fuse)
     mlp                                                                mlp.py         (made by fuse)
 
 Importing this package registers all of them.
 """
 
-from fp8fx.ops import conv, embedding, linear, matmul, mlp, producers, quantize, scaled_mm
+from fp8fx.ops import conv, embedding, grouped, linear, matmul, mlp, producers, quantize, scaled_mm
 
-__all__ = ["conv", "embedding", "linear", "matmul", "mlp", "producers", "quantize", "scaled_mm"]
+__all__ = ["conv", "embedding", "grouped", "linear", "matmul", "mlp", "producers", "quantize", "scaled_mm"]

@@ -1,6 +1,6 @@
 """conv: 1-d, 2-d and 3-d convolutions and their transposed forms, as `torch.convolution` takes them.
 
-    conv(x, w, b, input, weight, meter, rng, stride, padding, dilation, transposed, output_padding, groups,
+    conv(x, w, b, input, weight, meter, scales, rng, stride, padding, dilation, transposed, output_padding, groups,
          site, input_spec, weight_spec, backward, dtype) -> y
 
 The products are those of the codes, in fp32, times the two scales; a scale per tensor is the only granularity that factors
@@ -31,6 +31,7 @@ def conv_reference(
     input: list[Tensor],
     weight: list[Tensor],
     meter: Tensor | None,
+    scales: Tensor | None,
     rng: Tensor | None,
     stride: list[int],
     padding: list[int],
@@ -68,7 +69,7 @@ def layout(x: Tensor, w: Tensor) -> torch.memory_format:
 
 
 def conv_fake(x: Tensor, w: Tensor, b: Tensor | None, input: list[Tensor], weight: list[Tensor], *rest: Any) -> Tensor:
-    geometry = rest[2:8]
+    geometry = rest[3:9]
     shape = torch.convolution(x.to(w.dtype), w, None, *geometry).shape
     return torch.empty(shape, dtype=rest[-1], device=x.device, memory_format=layout(x, w))
 
@@ -109,27 +110,27 @@ conv_gradient = define(
 
 
 def _setup(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
-    x, w, b, input, weight, _, rng, *geometry, ctx.site, ctx.input_spec, ctx.weight_spec, backward, _ = inputs
+    x, w, b, input, weight, _, scales, rng, *geometry, ctx.site, ctx.input_spec, ctx.weight_spec, backward, _ = inputs
     ctx.geometry = tuple(geometry)
     ctx.spec = SiteSpec.parse_backward(backward)
     ctx.shapes, ctx.dtypes = (x.shape, w.shape), (x.dtype, w.dtype)
     ctx.bias_dtype = None if b is None else b.dtype
-    ctx.save_for_backward(*Saved.of(x, w, input, weight, ctx.spec.replace(save_for_backward="fp8")).tensors(), rng)
+    ctx.save_for_backward(*Saved.of(x, w, input, weight, ctx.spec.replace(save_for_backward="fp8")).tensors(), scales, rng)
 
 
 def _backward(ctx: Any, grad: Tensor) -> tuple[Any, ...]:
-    *tensors, rng = ctx.saved_tensors
+    *tensors, scales, rng = ctx.saved_tensors
     saved, needs = Saved.restore(tuple(tensors)), ctx.needs_input_grad
-    state = Backward(ctx.site, ctx.spec, rng)
+    state = Backward(ctx.site, ctx.spec, rng, scales)
     grad = grad.contiguous()
-    quantized, amax = state.quantize(grad, [1])
+    quantized = state.quantize(grad, [1])
     dx = _gradient(ctx, state, grad, quantized, (saved.weight, saved.w, ctx.weight_spec), of_input=True) if needs[0] else None
     dw = _gradient(ctx, state, grad, quantized, (saved.input, saved.x, ctx.input_spec), of_input=False) if needs[1] else None
     db = None
     if ctx.bias_dtype is not None and needs[2]:
         db = grad.sum([0, *range(2, grad.dim())], dtype=torch.promote_types(grad.dtype, torch.float32)).to(ctx.bias_dtype)
-    row = state.statistics(grad, quantized, amax) if needs[5] else None
-    return dx, dw, db, None, None, row, *([None] * 12)
+    row = state.statistics(grad) if needs[5] else None
+    return dx, dw, db, None, None, row, *([None] * 13)
 
 
 def _gradient(
@@ -156,7 +157,7 @@ def _gradient(
 
 
 conv = define(
-    "conv(Tensor x, Tensor w, Tensor? b, Tensor[] input, Tensor[] weight, Tensor? meter, Tensor? rng, SymInt[] stride,"
+    "conv(Tensor x, Tensor w, Tensor? b, Tensor[] input, Tensor[] weight, Tensor? meter, Tensor? scales, Tensor? rng, SymInt[] stride,"
     " SymInt[] padding, SymInt[] dilation, bool transposed, SymInt[] output_padding, SymInt groups,"
     " str site, str input_spec, str weight_spec, str backward, ScalarType dtype) -> Tensor",
     conv_reference,

@@ -1,6 +1,6 @@
 """embedding: rows of a quantized table, looked up as codes and then dequantized.
 
-    embedding(index, w, weight, meter, rng, padding_idx, scale_grad_by_freq, site, weight_spec, backward, dtype) -> y
+    embedding(index, w, weight, meter, scales, rng, padding_idx, scale_grad_by_freq, site, weight_spec, backward, dtype) -> y
 
 The lookup is the GEMM `output`: in high precision it reads the table itself. The sum is the GEMM `grad_weight`: dY is rounded on
 entry (`grad_output`) unless it runs in high precision, summed per row in fp32, and the sum rounded as the role `grad_weight` says.
@@ -25,6 +25,7 @@ def embedding_reference(
     w: Tensor,
     weight: list[Tensor],
     meter: Tensor | None,
+    scales: Tensor | None,
     rng: Tensor | None,
     padding_idx: int,
     scale_grad_by_freq: bool,
@@ -65,27 +66,29 @@ embedding_gradient = define(
 
 
 def _setup(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
-    index, w, _, _, rng, ctx.padding_idx, ctx.by_freq, ctx.site, _, backward, _ = inputs
+    index, w, _, _, scales, rng, ctx.padding_idx, ctx.by_freq, ctx.site, _, backward, _ = inputs
     ctx.spec = SiteSpec.parse_backward(backward)
     ctx.rows, ctx.dtype = w.shape[0], w.dtype
-    ctx.save_for_backward(index, rng)
+    ctx.save_for_backward(index, scales, rng)
 
 
 def _backward(ctx: Any, grad: Tensor) -> tuple[Any, ...]:
-    index, rng = ctx.saved_tensors
-    state = Backward(ctx.site, ctx.spec, rng)
+    index, scales, rng = ctx.saved_tensors
+    state = Backward(ctx.site, ctx.spec, rng, scales)
     grad = grad.contiguous()
-    quantized, amax = state.quantize(grad, [-1]) if state.fp8("grad_weight") else (Operand(grad), None)
+    measured = state.fp8("grad_weight") or ctx.spec.calibrating
+    quantized = state.quantize(grad, [-1]) if measured else Operand(grad)
     summed = embedding_gradient(quantized.values, quantized.scale, quantized.format, index, ctx.rows, ctx.padding_idx, ctx.by_freq)
-    row = state.statistics(grad, quantized, amax) if ctx.needs_input_grad[3] else None
-    return None, state.round(summed, "grad_weight", ctx.dtype), None, row, *([None] * 7)
+    dw = state.round(summed, "grad_weight", ctx.dtype)
+    row = state.statistics(grad) if ctx.needs_input_grad[3] else None
+    return None, dw, None, row, *([None] * 8)
 
 
 embedding = define(
-    "embedding(Tensor index, Tensor w, Tensor[] weight, Tensor? meter, Tensor? rng, int padding_idx, bool scale_grad_by_freq,"
-    " str site, str weight_spec, str backward, ScalarType dtype) -> Tensor",
+    "embedding(Tensor index, Tensor w, Tensor[] weight, Tensor? meter, Tensor? scales, Tensor? rng, int padding_idx,"
+    " bool scale_grad_by_freq, str site, str weight_spec, str backward, ScalarType dtype) -> Tensor",
     embedding_reference,
-    lambda index, w, weight, meter, rng, *rest: w.new_empty((*index.shape, w.shape[1]), dtype=rest[-1]),
+    lambda index, w, weight, *rest: w.new_empty((*index.shape, w.shape[1]), dtype=rest[-1]),
     setup_context=_setup,
     backward=_backward,
 )

@@ -1,6 +1,6 @@
 """linear: Y = X W^T + b, with the three GEMMs of its forward and backward each in FP8 or in high precision.
 
-    linear(x, w, b, input, weight, meter, rng, site, input_spec, weight_spec, backward, dtype) -> y
+    linear(x, w, b, input, weight, meter, scales, rng, site, input_spec, weight_spec, backward, dtype) -> y
 
 `x` [..., K] and `w` [N, K] are the anchors: they carry the gradient and are not read where `input` and `weight` hold codes.
 Saved for backward are codes and scales only, unless a GEMM runs in high precision.
@@ -29,6 +29,7 @@ def linear_reference(
     input: list[Tensor],
     weight: list[Tensor],
     meter: Tensor | None,
+    scales: Tensor | None,
     rng: Tensor | None,
     site: str,
     input_spec: str,
@@ -48,27 +49,32 @@ def linear_fake(x: Tensor, w: Tensor, b: Tensor | None, input: list[Tensor], wei
 
 @dataclass(frozen=True)
 class Saved:
-    """What a site's backward reads: a pair of codes and scale, or the high-precision tensor where a GEMM wants that."""
+    """What a site's backward reads: a pair of codes and scale, or the high-precision tensor where a GEMM wants that.
+
+    input_scale: that of an X which is kept and quantized once more in backward.
+    """
 
     input: list[Tensor]
     weight: list[Tensor]
     x: Tensor | None
     w: Tensor | None
+    input_scale: Tensor | None = None
 
     @classmethod
     def of(cls, x: Tensor, w: Tensor, input: list[Tensor], weight: list[Tensor], spec: SiteSpec) -> Saved:
         keep_x = not input or "grad_weight" not in spec.gemms or spec.save_for_backward == "high_precision"
         keep_w = not weight or "grad_input" not in spec.gemms
-        return cls([] if keep_x else input[-2:], [] if keep_w else weight[-2:], x if keep_x else None, w if keep_w else None)
+        scale = input[1] if keep_x and input and spec.save_for_backward == "high_precision" else None
+        return cls([] if keep_x else input[-2:], [] if keep_w else weight[-2:], x if keep_x else None, w if keep_w else None, scale)
 
     def tensors(self) -> list[Tensor | None]:
         nothing: list[Tensor | None] = [None, None]
-        return [*(self.input or nothing), *(self.weight or nothing), self.x, self.w]
+        return [*(self.input or nothing), *(self.weight or nothing), self.x, self.w, self.input_scale]
 
     @classmethod
     def restore(cls, tensors: tuple[Tensor | None, ...]) -> Saved:
         pairs = [[t for t in tensors[i : i + 2] if t is not None] for i in (0, 2)]
-        return cls(pairs[0], pairs[1], tensors[4], tensors[5])
+        return cls(pairs[0], pairs[1], *tensors[4:])
 
 
 @dataclass(frozen=True)
@@ -84,11 +90,11 @@ class LinearBackward:
     def __call__(self, grad: Tensor, needs_x: bool, needs_w: bool, needs_meter: bool) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
         """(dX [..., K], dW [N, K], meter row) from dY [..., N]."""
         flat = as_matrix(grad).contiguous()  # [M, N]
-        quantized, amax = self.state.quantize(flat, [-1])
+        quantized = self.state.quantize(flat, [-1])
         dx = self._grad_input(flat, quantized) if needs_x else None
         dx = None if dx is None else dx.reshape(*grad.shape[:-1], dx.shape[-1])
         dw = self._grad_weight(flat, quantized) if needs_w else None
-        return dx, dw, self.state.statistics(flat, quantized, amax) if needs_meter else None
+        return dx, dw, self.state.statistics(flat) if needs_meter else None
 
     def _grad_input(self, flat: Tensor, quantized: Operand) -> Tensor:
         """dX [M, K] = dY [M, N] W [N, K]."""
@@ -103,7 +109,7 @@ class LinearBackward:
             x = _present(self.saved.x)
             return self.state.round(flat.mT @ as_matrix(x).to(flat.dtype), "grad_weight", self.dtypes[1])
         if quantized.scale is not None and quantized.scale.dim() > 0:  # rows or blocks: this GEMM contracts the tokens
-            quantized, _ = self.state.quantize(flat, [0], other_axis=True)
+            quantized = self.state.quantize_other_axis(flat, [0])
         return self.state.product(quantized.mT, self._input().flat(), "grad_weight", self.dtypes[1])
 
     def _input(self) -> Operand:
@@ -114,7 +120,8 @@ class LinearBackward:
             return Operand(x)
         # save_for_backward: high_precision keeps X itself: the codes of forward are made once more, bit for bit.
         spec = turned(TensorSpec.parse(self.input_spec))
-        q, scale, _ = quantize(as_matrix(x), spec.text, [0], self.state.rng, self.state.site, "input")
+        known = self.saved.input_scale if spec.scaling == "delayed" else None
+        q, scale, _ = quantize(as_matrix(x), spec.text, [0], self.state.rng, self.state.site, "input", known)
         return backward_operand([q, scale], self.input_spec)
 
 
@@ -129,24 +136,25 @@ def bias_gradient(grad: Tensor, dtype: torch.dtype) -> Tensor:
 
 
 def linear_setup(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
-    x, w, b, input, weight, _, rng, ctx.site, ctx.input_spec, ctx.weight_spec, backward, _ = inputs
+    x, w, b, input, weight, _, scales, rng, ctx.site, ctx.input_spec, ctx.weight_spec, backward, _ = inputs
     ctx.spec = SiteSpec.parse_backward(backward)
     ctx.dtypes = (x.dtype, w.dtype)
     ctx.bias_dtype = None if b is None else b.dtype
-    ctx.save_for_backward(*Saved.of(x, w, input, weight, ctx.spec).tensors(), rng)
+    ctx.save_for_backward(*Saved.of(x, w, input, weight, ctx.spec).tensors(), scales, rng)
 
 
 def linear_backward(ctx: Any, grad: Tensor) -> tuple[Any, ...]:
-    *saved, rng = ctx.saved_tensors
+    *saved, scales, rng = ctx.saved_tensors
     needs = ctx.needs_input_grad
-    formula = LinearBackward(Backward(ctx.site, ctx.spec, rng), Saved.restore(tuple(saved)), ctx.input_spec, ctx.weight_spec, ctx.dtypes)
+    state = Backward(ctx.site, ctx.spec, rng, scales)
+    formula = LinearBackward(state, Saved.restore(tuple(saved)), ctx.input_spec, ctx.weight_spec, ctx.dtypes)
     dx, dw, row = formula(grad, needs[0], needs[1], needs[5])
     db = bias_gradient(grad, ctx.bias_dtype) if ctx.bias_dtype is not None and needs[2] else None
-    return dx, dw, db, None, None, row, None, None, None, None, None, None
+    return dx, dw, db, None, None, row, *([None] * 7)
 
 
 linear = define(
-    "linear(Tensor x, Tensor w, Tensor? b, Tensor[] input, Tensor[] weight, Tensor? meter, Tensor? rng,"
+    "linear(Tensor x, Tensor w, Tensor? b, Tensor[] input, Tensor[] weight, Tensor? meter, Tensor? scales, Tensor? rng,"
     " str site, str input_spec, str weight_spec, str backward, ScalarType dtype) -> Tensor",
     linear_reference,
     linear_fake,

@@ -1,6 +1,6 @@
 """matmul: Y = A B with batch dimensions that broadcast; both operands are usually activations.
 
-    matmul(a, b, left, right, meter, rng, site, left_spec, right_spec, backward, dtype) -> y
+    matmul(a, b, left, right, meter, scales, rng, site, left_spec, right_spec, backward, dtype) -> y
 
 `left_spec` and `right_spec` say how A [M, K] and B [K, N] are quantized as they lie: a block of B is rows of K by columns of N.
 In `backward`, dA is the GEMM and role `grad_input`, dB `grad_weight`; a gradient is summed over broadcast dimensions before its
@@ -27,6 +27,7 @@ def matmul_reference(
     left: list[Tensor],
     right: list[Tensor],
     meter: Tensor | None,
+    scales: Tensor | None,
     rng: Tensor | None,
     site: str,
     left_spec: str,
@@ -47,28 +48,28 @@ def matmul_fake(a: Tensor, b: Tensor, left: list[Tensor], right: list[Tensor], *
 
 
 def _setup(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
-    a, b, left, right, _, rng, ctx.site, ctx.left_spec, ctx.right_spec, backward, _ = inputs
+    a, b, left, right, _, scales, rng, ctx.site, ctx.left_spec, ctx.right_spec, backward, _ = inputs
     ctx.spec = SiteSpec.parse_backward(backward)
     ctx.shapes, ctx.dtypes = (a.shape, b.shape), (a.dtype, b.dtype)
-    ctx.save_for_backward(*Saved.of(a, b, left, right, ctx.spec.replace(save_for_backward="fp8")).tensors(), rng)
+    ctx.save_for_backward(*Saved.of(a, b, left, right, ctx.spec.replace(save_for_backward="fp8")).tensors(), scales, rng)
 
 
 def _backward(ctx: Any, grad: Tensor) -> tuple[Any, ...]:
-    *tensors, rng = ctx.saved_tensors
+    *tensors, scales, rng = ctx.saved_tensors
     saved, needs = Saved.restore(tuple(tensors)), ctx.needs_input_grad
-    state = Backward(ctx.site, ctx.spec, rng)
+    state = Backward(ctx.site, ctx.spec, rng, scales)
     grad = grad.contiguous()
-    by_n, amax = state.quantize(grad, [-1])
+    by_n = state.quantize(grad, [-1])
     da = db = None
     if needs[0]:
         other = _codes(saved.weight, saved.w, ctx.right_spec)
         da = _product(state, "grad_input", by_n, other.mT, (grad, other.values.mT), ctx.shapes[0], ctx.dtypes[0])
     if needs[1]:
-        by_m = by_n if by_n.scale is None or by_n.scale.dim() == 0 else state.quantize(grad, [-2], other_axis=True)[0]
+        by_m = by_n if by_n.scale is None or by_n.scale.dim() == 0 else state.quantize_other_axis(grad, [-2])
         other = _codes(saved.input, saved.x, ctx.left_spec)
         db = _product(state, "grad_weight", other.mT, by_m, (other.values.mT, grad), ctx.shapes[1], ctx.dtypes[1])
-    row = state.statistics(grad, by_n, amax) if needs[4] else None
-    return da, db, None, None, row, None, None, None, None, None, None
+    row = state.statistics(grad) if needs[4] else None
+    return da, db, None, None, row, *([None] * 7)
 
 
 def _codes(pair: list[Tensor], kept: Tensor | None, spec: str) -> Operand:
@@ -89,7 +90,7 @@ def _product(
 
 
 matmul = define(
-    "matmul(Tensor a, Tensor b, Tensor[] left, Tensor[] right, Tensor? meter, Tensor? rng,"
+    "matmul(Tensor a, Tensor b, Tensor[] left, Tensor[] right, Tensor? meter, Tensor? scales, Tensor? rng,"
     " str site, str left_spec, str right_spec, str backward, ScalarType dtype) -> Tensor",
     matmul_reference,
     matmul_fake,

@@ -13,12 +13,12 @@ from __future__ import annotations
 
 import dataclasses
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor
 
-from fp8fx.ops.quantize import STATISTICS, quantize, round_values, underflow
+from fp8fx.ops.quantize import GRADIENTS, STATISTICS, UNMEASURED, largest, quantize, round_values, underflow
 from fp8fx.ops.scaled_mm import scaled_mm
 from fp8fx.spec import SiteSpec, TensorSpec
 
@@ -81,25 +81,47 @@ def gemm(a: Operand, b: Operand, dtype: torch.dtype) -> Tensor:
     return scaled_mm(*a.arguments(), *b.arguments(), None, dtype)
 
 
-@dataclass(frozen=True)
+@dataclass
 class Backward:
-    """The gradient side of one site: its name, its roles, and the rng of the forward call it belongs to."""
+    """One backward pass of one site: its name, its roles, and what of the forward call it belongs to.
+
+    rng: int64 [seed, step, call]. scales: float32 [3], of GRADIENTS, read where a role's scaling is delayed. What it measures on
+    the way (`amax`, by role, and `counts`) ends in the meter's row.
+    """
 
     site: str
     spec: SiteSpec
     rng: Tensor | None
+    scales: Tensor | None
+    amax: dict[str, Tensor] = field(default_factory=dict)
+    counts: Tensor | None = None
 
     def fp8(self, which: str) -> bool:
         return which in self.spec.gemms
 
-    def quantize(self, grad: Tensor, dims: list[int], other_axis: bool = False) -> tuple[Operand, Tensor | None]:
-        """`grad` as an operand contracted over `dims`, and its amax; in high precision if the role is none."""
+    def scale(self, role: str) -> Tensor | None:
+        """The scale that was given for `role`; None if it is computed from the tensor."""
+        delayed = getattr(self.spec, role).scaling == "delayed"
+        return self.scales[GRADIENTS.index(role)] if delayed and self.scales is not None else None
+
+    def quantize(self, grad: Tensor, dims: list[int]) -> Operand:
+        """`grad` as an operand contracted over `dims`; in high precision if the role is none, and while calibrating."""
         spec = self.spec.grad_output
         if spec is None:
-            return Operand(grad), None
-        spec = turned(spec) if other_axis else spec
-        q, scale, amax = quantize(grad, spec.text, dims, self.rng, self.site, "grad_output")
-        return quantized_operand([q, scale], spec), amax
+            return Operand(grad)
+        q, scale, amax = quantize(grad, spec.text, dims, self.rng, self.site, "grad_output", self.scale("grad_output"))
+        self.amax["grad_output"] = largest(amax)
+        if self.spec.calibrating:
+            return Operand(grad)
+        self.counts = underflow(grad, q, spec.text)
+        return quantized_operand([q, scale], spec)
+
+    def quantize_other_axis(self, grad: Tensor, dims: list[int]) -> Operand:
+        """`grad` once more, for the GEMM that contracts the other axis: scales per row or block differ."""
+        assert self.spec.grad_output is not None
+        spec = turned(self.spec.grad_output)
+        q, scale, _ = quantize(grad, spec.text, dims, self.rng, self.site, "grad_output")
+        return quantized_operand([q, scale], spec)
 
     def product(self, a: Operand, b: Operand, role: str, dtype: torch.dtype) -> Tensor:
         """The gradient GEMM of `role`, rounded once from the fp32 accumulator if the role says so, in `dtype`."""
@@ -110,10 +132,15 @@ class Backward:
         spec: TensorSpec | None = getattr(self.spec, role)
         if spec is None:
             return grad.to(dtype)
-        return round_values(grad, spec.text, self.rng, self.site, role).to(dtype)
+        rounded, self.amax[role] = round_values(grad, spec.text, self.rng, self.site, role, self.scale(role))
+        return grad.to(dtype) if self.spec.calibrating else rounded.to(dtype)
 
-    def statistics(self, grad: Tensor, quantized: Operand, amax: Tensor | None) -> Tensor:
-        """The meter's row. It is returned as the meter's "gradient": so no operator mutates state (docs/decisions)."""
-        if amax is None or self.spec.grad_output is None:
-            return grad.new_zeros((STATISTICS,), dtype=torch.float32)
-        return underflow(grad, quantized.values, amax, self.spec.grad_output.text)
+    def statistics(self, grad: Tensor) -> Tensor:
+        """The meter's row, float32 [STATISTICS]: asked for last, when everything is measured.
+
+        It is returned as the meter's "gradient": so no operator mutates state (docs/decisions).
+        """
+        unmeasured = grad.new_full((), UNMEASURED, dtype=torch.float32)
+        row = torch.stack([self.amax.get(role, unmeasured) for role in GRADIENTS])
+        counts = grad.new_zeros((STATISTICS - len(GRADIENTS),), dtype=torch.float32) if self.counts is None else self.counts
+        return torch.cat([row, counts])

@@ -35,10 +35,10 @@ def layer_norm_quantize_reference(
     rng: Tensor | None,
     site: str,
     role: str,
+    scale: Tensor | None,
 ) -> tuple[Tensor, ...]:
     y, mean, rstd = torch.native_layer_norm(x, normalized_shape, weight, bias, eps)
-    q, scale, amax = quantize_reference(y, spec, dims, rng, site, role)
-    return make_anchor(y.shape, y.dtype, x.device), q, scale, amax, mean, rstd
+    return make_anchor(y.shape, y.dtype, x.device), *quantize_reference(y, spec, dims, rng, site, role, scale), mean, rstd
 
 
 def layer_norm_quantize_fake(
@@ -57,16 +57,17 @@ def _norm_setup(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -
 
 def _norm_backward(ctx: Any, grad: Tensor | None, *_: Any) -> tuple[Any, ...]:
     if grad is None:
-        return (None,) * 10
+        return (None,) * 11
     x, weight, bias, mean, rstd = ctx.saved_tensors
     needs = list(ctx.needs_input_grad[:3])
     grads = torch.ops.aten.native_layer_norm_backward(grad.contiguous(), x, ctx.shape, mean, rstd, weight, bias, needs)
-    return *(g if need else None for g, need in zip(grads, needs, strict=True)), *([None] * 7)
+    return *(g if need else None for g, need in zip(grads, needs, strict=True)), *([None] * 8)
 
 
 layer_norm_quantize = define(
     "layer_norm_quantize(Tensor x, Tensor? weight, Tensor? bias, SymInt[] normalized_shape, float eps, str spec, int[] dims,"
-    " Tensor? rng, str site, str role) -> (Tensor anchor, Tensor q, Tensor scale, Tensor amax, Tensor mean, Tensor rstd)",
+    " Tensor? rng, str site, str role, Tensor? scale) -> (Tensor anchor, Tensor q, Tensor used_scale, Tensor amax, Tensor mean,"
+    " Tensor rstd)",
     layer_norm_quantize_reference,
     layer_norm_quantize_fake,
     setup_context=_norm_setup,
@@ -75,15 +76,16 @@ layer_norm_quantize = define(
 
 
 def linear_quantize_reference(*args: Any) -> tuple[Tensor, ...]:
-    """The arguments of `linear`, then spec and dtype of the output: Q(X W^T + b), rounded once from the fp32 accumulator."""
-    *linear_args, spec, _ = args
+    """The arguments of `linear`, then spec, scale and dtype of the output: Q(X W^T + b), rounded once from the fp32 accumulator."""
+    *linear_args, spec, scale, _ = args
     accumulator: Any = (*linear_args, torch.float32)
     y = linear_reference(*accumulator)
-    return make_anchor(y.shape, torch.float32, y.device), *quantize_reference(y, spec, [-1], linear_args[6], linear_args[7], "output")
+    rng, site = linear_args[7:9]
+    return make_anchor(y.shape, torch.float32, y.device), *quantize_reference(y, spec, [-1], rng, site, "output", scale)
 
 
 def linear_quantize_fake(*args: Any) -> tuple[Tensor, ...]:
-    linear_args, spec = args[:-2], args[-2]
+    linear_args, spec = args[:-3], args[-3]
     y = linear_fake(*linear_args, torch.float32)
     return make_anchor(y.shape, torch.float32, y.device), *quantize_fake(y, spec, [-1])
 
@@ -91,17 +93,17 @@ def linear_quantize_fake(*args: Any) -> tuple[Tensor, ...]:
 def _linear_quantize_setup(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
     ctx.mark_non_differentiable(*output[1:])
     ctx.set_materialize_grads(False)
-    linear_setup(ctx, (*inputs[:-2], inputs[-1]), output[0])
+    linear_setup(ctx, (*inputs[:-3], inputs[-1]), output[0])
 
 
 def _linear_quantize_backward(ctx: Any, grad: Tensor | None, *_: Any) -> tuple[Any, ...]:
-    return (None,) * 13 if grad is None else (*linear_backward(ctx, grad)[:-1], None, None)
+    return (None,) * 15 if grad is None else (*linear_backward(ctx, grad)[:-1], None, None, None)
 
 
 linear_quantize = define(
-    "linear_quantize(Tensor x, Tensor w, Tensor? b, Tensor[] input, Tensor[] weight, Tensor? meter, Tensor? rng,"
-    " str site, str input_spec, str weight_spec, str backward, str output_spec, ScalarType dtype)"
-    " -> (Tensor anchor, Tensor q, Tensor scale, Tensor amax)",
+    "linear_quantize(Tensor x, Tensor w, Tensor? b, Tensor[] input, Tensor[] weight, Tensor? meter, Tensor? scales,"
+    " Tensor? rng, str site, str input_spec, str weight_spec, str backward, str output_spec, Tensor? scale, ScalarType dtype)"
+    " -> (Tensor anchor, Tensor q, Tensor used_scale, Tensor amax)",
     linear_quantize_reference,
     linear_quantize_fake,
     setup_context=_linear_quantize_setup,

@@ -1,11 +1,13 @@
 """quantize, dequantize and their relatives: the operators that change a tensor's precision.
 
-    quantize(x, spec)               -> q, scale, amax      x ~ decode(q) * scale; outside autograd
-    dequantize(anchor, q, scale)    -> decode(q) * scale   gradient: identity to `anchor`, the tensor that was quantized
-    round_values(x, spec)           -> decode(q) * scale   in one step and outside autograd: gradients that a role rounds
-    round_gradient(x, spec)         -> x                   rounds the gradient that passes through it
-    anchor(x, dtype)                -> zeros, stride 0     stands for a tensor that is only needed for its gradient
-    underflow(x, q)                 -> statistics [4]      amax, non-zero elements, those that became zero, 0
+    quantize(x, spec)               -> q, scale, amax          x ~ decode(q) * scale; outside autograd
+    dequantize(anchor, q, scale)    -> decode(q) * scale       gradient: identity to `anchor`, the tensor that was quantized
+    round_values(x, spec)           -> decode(q) * scale, amax in one step and outside autograd: gradients that a role rounds
+    round_gradient(x, spec)         -> x                       rounds the gradient that passes through it
+    anchor(x, dtype)                -> zeros, stride 0         stands for a tensor that is only needed for its gradient
+    underflow(x, q)                 -> counts [2]              non-zero elements, and those of them that became zero
+
+The scale of a role with delayed scaling is an argument, computed from earlier steps; every other scale is computed here.
 
 Quantize is not differentiable: an FP8 tensor as an autograd edge would have its gradient cast to FP8. What carries the
 gradient is the high-precision *anchor*.
@@ -23,20 +25,29 @@ from fp8fx import formats, numerics
 from fp8fx.ops.library import define
 from fp8fx.spec import TensorSpec
 
-STATISTICS = 4  # columns of a meter row: amax, non-zero gradient elements, those that quantized to zero, reserved
+GRADIENTS = ("grad_output", "grad_input", "grad_weight")
+STATISTICS = 5  # columns of a meter row: amax of each of GRADIENTS, non-zero elements of grad_output, those quantized to zero
+UNMEASURED = -1.0  # in place of an amax that nobody measured
 
 
 def quantize_reference(
-    x: Tensor, spec: str, dims: list[int], rng: Tensor | None = None, site: str = "", role: str = ""
+    x: Tensor,
+    spec: str,
+    dims: list[int],
+    rng: Tensor | None = None,
+    site: str = "",
+    role: str = "",
+    scale: Tensor | None = None,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Codes, float32 scale (the dequantization multiplier) and float32 amax of `x`.
 
     `dims`: the dimensions that a GEMM will contract, over which a `row` scale is shared. `rng`: int64 [seed, step, call],
-    read by stochastic rounding with the key hash(site, role).
+    read by stochastic rounding with the key hash(site, role). `scale`: float32 (), for delayed scaling; the scale returned is a copy.
     """
     parsed = TensorSpec.parse(spec)
-    q, scale, amax = numerics.quantize_tensor(x, parsed, tuple(dims), random_bits=_random_bits(x, parsed, rng, site, role))
-    return q.contiguous(), scale, amax
+    bits = _random_bits(x, parsed, rng, site, role)
+    q, used, amax = numerics.quantize_tensor(x, parsed, tuple(dims), random_bits=bits, scale=scale)
+    return q.contiguous(), used if scale is None else scale.clone(), amax
 
 
 def _random_bits(x: Tensor, spec: TensorSpec, rng: Tensor | None, site: str, role: str) -> Tensor | None:
@@ -48,13 +59,19 @@ def _random_bits(x: Tensor, spec: TensorSpec, rng: Tensor | None, site: str, rol
 
 
 def quantize_fake(
-    x: Tensor, spec: str, dims: list[int], rng: Tensor | None = None, site: str = "", role: str = ""
+    x: Tensor,
+    spec: str,
+    dims: list[int],
+    rng: Tensor | None = None,
+    site: str = "",
+    role: str = "",
+    scale: Tensor | None = None,
 ) -> tuple[Tensor, Tensor, Tensor]:
     parsed = TensorSpec.parse(spec)
     dtype = formats.get(parsed.format).torch_dtype or torch.uint8
     q = x.new_empty(x.shape, dtype=dtype)
-    scale, amax = (x.new_empty(_scale_shape(x, parsed, dims, of_amax=of_amax), dtype=torch.float32) for of_amax in (False, True))
-    return q, scale, amax
+    used, amax = (x.new_empty(_scale_shape(x, parsed, dims, of_amax=of_amax), dtype=torch.float32) for of_amax in (False, True))
+    return q, used, amax
 
 
 def _scale_shape(x: Tensor, spec: TensorSpec, dims: list[int], of_amax: bool) -> list[Any]:
@@ -69,7 +86,8 @@ def _scale_shape(x: Tensor, spec: TensorSpec, dims: list[int], of_amax: bool) ->
 
 
 quantize = define(
-    "quantize(Tensor x, str spec, int[] dims, Tensor? rng=None, str site='', str role='') -> (Tensor q, Tensor scale, Tensor amax)",
+    "quantize(Tensor x, str spec, int[] dims, Tensor? rng=None, str site='', str role='', Tensor? scale=None)"
+    " -> (Tensor q, Tensor scale, Tensor amax)",
     quantize_reference,
     quantize_fake,
 )
@@ -114,32 +132,39 @@ anchor = define(
 )
 
 
-def round_reference(x: Tensor, spec: str, rng: Tensor | None, site: str, role: str) -> Tensor:
+def round_reference(x: Tensor, spec: str, rng: Tensor | None, site: str, role: str, scale: Tensor | None = None) -> tuple[Tensor, Tensor]:
+    """`x` rounded, in its own dtype, and the float32 () largest amax."""
     parsed = TensorSpec.parse(spec)
-    q, scale, _ = quantize_reference(x, spec, [-1], rng, site, role)
-    return numerics.dequantize_tensor(q, scale, parsed.format, parsed.granularity, x.dtype)
+    q, used, amax = quantize_reference(x, spec, [-1], rng, site, role, scale)
+    return numerics.dequantize_tensor(q, used, parsed.format, parsed.granularity, x.dtype), largest(amax)
+
+
+def largest(amax: Tensor) -> Tensor:
+    """The largest of the amax values of rows or blocks; 0 of none. Never an alias of its argument."""
+    if amax.dim() == 0:
+        return amax.clone()
+    return amax.max() if amax.numel() else amax.new_zeros(())
 
 
 round_values = define(
-    "round_values(Tensor x, str spec, Tensor? rng, str site, str role) -> Tensor",
+    "round_values(Tensor x, str spec, Tensor? rng, str site, str role, Tensor? scale=None) -> (Tensor values, Tensor amax)",
     round_reference,
-    lambda x, spec, rng, site, role: torch.empty_like(x, memory_format=torch.contiguous_format),
+    lambda x, *rest: (torch.empty_like(x, memory_format=torch.contiguous_format), x.new_empty((), dtype=torch.float32)),
 )
 
 
-def underflow_reference(x: Tensor, q: Tensor, amax: Tensor, spec: str) -> Tensor:
-    """float32 [STATISTICS] of one quantized gradient `x` with codes `q`."""
+def underflow_reference(x: Tensor, q: Tensor, spec: str) -> Tensor:
+    """float32 [2] of one quantized gradient `x` with codes `q`: its non-zero elements, and those of them that became zero."""
     fast = q.dtype in (torch.float8_e5m2, torch.float8_e4m3fn)  # both have zero codes 0x00 and 0x80 only
     zero = (q.view(torch.uint8) & 0x7F) == 0 if fast else numerics.decode(q, TensorSpec.parse(spec).format) == 0
     nonzero = x != 0
-    counts = torch.stack([torch.count_nonzero(nonzero), torch.count_nonzero(nonzero & zero)]).float()
-    return torch.cat([amax.max().reshape(1) if amax.numel() else counts.new_zeros(1), counts, counts.new_zeros(1)])
+    return torch.stack([torch.count_nonzero(nonzero), torch.count_nonzero(nonzero & zero)]).float()
 
 
 underflow = define(
-    "underflow(Tensor x, Tensor q, Tensor amax, str spec) -> Tensor",
+    "underflow(Tensor x, Tensor q, str spec) -> Tensor",
     underflow_reference,
-    lambda x, q, amax, spec: x.new_empty((STATISTICS,), dtype=torch.float32),
+    lambda x, q, spec: x.new_empty((2,), dtype=torch.float32),
 )
 
 
@@ -150,7 +175,7 @@ def _round_gradient_setup(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> 
 
 def _round_gradient_backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None, None, None, None]:
     (rng,) = ctx.saved_tensors
-    return round_values(grad.contiguous(), ctx.spec, rng, ctx.site, ctx.role), None, None, None, None
+    return round_values(grad.contiguous(), ctx.spec, rng, ctx.site, ctx.role)[0], None, None, None, None
 
 
 round_gradient = define(

@@ -12,6 +12,7 @@ outputs the next operation reads in high precision anyway (conv -> batch norm, l
 
 from __future__ import annotations
 
+import dataclasses
 import operator
 from typing import Any
 
@@ -46,7 +47,7 @@ def annotate(module: fx.GraphModule, context: Context) -> PassResult:
     resolution = context.recipe.resolve(sites, context.modules, partial=not context.complete)
     modified = False
     for node, call, site, wanted in zip(nodes, calls, sites, resolution.decisions, strict=True):
-        made = _decide(node, call, site, wanted)
+        made = _decide(node, call, site, wanted, context)
         modified |= node.meta.get(DECISION) != made
         node.meta[DECISION] = made
     return PassResult(module, modified, [Skip("recipe", "", note) for note in resolution.notes])
@@ -70,19 +71,32 @@ def _weight(call: SiteCall) -> Any:
     return next((operand for operand in operands if weight_source(operand) is not None), None)
 
 
-def _decide(node: fx.Node, call: SiteCall | None, site: Site, wanted: Decision) -> SiteDecision:
+def _decide(node: fx.Node, call: SiteCall | None, site: Site, wanted: Decision, context: Context) -> SiteDecision:
     if wanted.mode == "exempt" or wanted.spec is None:
         return SiteDecision(site.name, site.op, "exempt", wanted.reason)
     if call is None:
-        return SiteDecision(site.name, site.op, "high_precision", unsupported(node) or "not a site fp8fx knows")
-    spec, why = _applicable(call, wanted.spec), wanted.reason
+        return SiteDecision(site.name, site.op, "high_precision", unsupported(node) or "an embedding that indexes its table itself")
+    spec, why = _with_scales_here(call, _applicable(call, wanted.spec), wanted.reason)
     if spec.output is not None and (reader := _fused_reader(node)):
         spec, why = spec.replace(output=None), f"{why}; output fused into {reader}"
     elif wanted.output_fused:
         why = f"{why}; output fused"
     if reason := _obstacle(call, spec, wanted.attention):
         return SiteDecision(site.name, site.op, "high_precision", reason)
+    if context.calibrating:
+        if not any(role is not None and role.scaling == "delayed" for role in (getattr(spec, name) for name in ROLES)):
+            return SiteDecision(site.name, site.op, "high_precision", "calibrating, and no scale of it is kept")
+        spec = spec.replace(gemms=(), calibrating=True)
     return SiteDecision(site.name, site.op, "fp8", why, spec, emulate_attention=call.op == "attention")
+
+
+def _with_scales_here(call: SiteCall, spec: SiteSpec, why: str) -> tuple[SiteSpec, str]:
+    """A delayed scale is kept under the name of a parameter: a site without one scales by what it sees."""
+    delayed = {name: role for name in ROLES if (role := getattr(spec, name)) is not None and role.scaling == "delayed"}
+    if not delayed or _weight(call) is not None:
+        return spec, why
+    changed = {name: dataclasses.replace(role, scaling="current") for name, role in delayed.items()}
+    return spec.replace(**changed), f"{why}; no parameter, so current scaling"
 
 
 def _obstacle(call: SiteCall, spec: SiteSpec, attention: str) -> str | None:
@@ -106,9 +120,19 @@ def _form_obstacle(call: SiteCall) -> str | None:
     weight = tensor(call.w)
     if call.node.kwargs.get("out") is not None:
         return "it writes its result to out="
+    if call.op == "grouped_mm":
+        return _grouped_obstacle(call)
     if call.op == "linear" and weight is not None and weight.dim() != 2:
         return f"a linear whose weight has {weight.dim()} dimension{'s' * (weight.dim() != 1)}"
     return None
+
+
+def _grouped_obstacle(call: SiteCall) -> str | None:
+    """Only groups of rows, [S, K] by [E, K, N], are a layer's product; torch has two more forms, for gradients."""
+    x, w = tensor(call.x), tensor(call.w)
+    if (x is not None and x.dim() != 2) or (w is not None and w.dim() != 3):
+        return "a grouped_mm whose groups are not the rows of its first operand"
+    return "a grouped_mm with a bias or out_dtype" if call.options["extra"] else None
 
 
 def _idle(call: SiteCall, spec: SiteSpec) -> str | None:
@@ -129,8 +153,8 @@ def _known(operand: Any) -> bool:
 def _geometry_obstacle(call: SiteCall, spec: SiteSpec) -> str | None:
     specs = [getattr(spec, role) for role in ROLES]
     granularities = {s.granularity for s in specs if s is not None}
-    if call.op in CONVOLUTIONS and granularities - {"tensor"}:
-        return "a convolution takes one scale per tensor only (granularity: tensor)"
+    if call.op in (*CONVOLUTIONS, "grouped_mm") and granularities - {"tensor"}:
+        return f"a {'grouped_mm' if call.op == 'grouped_mm' else 'convolution'} takes one scale per tensor only (granularity: tensor)"
     if call.op == "embedding":
         if call.options["max_norm"] is not None or call.options["sparse"]:
             return "an embedding with max_norm or sparse gradients"

@@ -51,7 +51,7 @@ def _merge_equal(graph: fx.Graph, effects: Effects) -> bool:
     for node in list(graph.find_nodes(op="call_function", target=QUANTIZE)):
         key = tuple(tuple(arg) if isinstance(arg, (list, tuple)) else arg for arg in node.args)
         spec = TensorSpec.parse(str(node.args[1]))
-        key = key if spec.stochastic else key[:3]  # site and role only name random bits
+        key = key if spec.stochastic else (*key[:3], *key[6:])  # site and role only name random bits
         kept = seen.setdefault(key, node)
         if kept is not node and effects.written_between(kept, node, node.args[0]):
             seen[key] = node

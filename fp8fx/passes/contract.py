@@ -26,7 +26,20 @@ from fp8fx.recipe import Recipe
 from fp8fx.spec import SiteSpec
 
 DECISION = "decision"  # meta key: SiteDecision, on every site
-METER, RNG = "fp8_meter", "fp8_rng"  # names of the further inputs that insert_qdq adds
+# Names of the further inputs and of the output that insert_qdq adds (passes/inputs.py); the last three are keys of module.meta too.
+METER, RNG, SCALES, GRAD_SCALES, AMAX = "fp8_meter", "fp8_rng", "fp8_scales", "fp8_grad_scales", "fp8_amax"
+SLOTS = "fp8_slots"  # module.meta: site name of each row of the meter
+SLOT = "slot"  # meta key: Slot, on a quantize node whose scaling is delayed
+
+
+@dataclass(frozen=True)
+class Slot:
+    """One scale that is kept between steps: of the tensor that `site` reads or writes as `role`, in `format`."""
+
+    site: str
+    role: str
+    format: str
+    power_of_two: bool
 
 
 @dataclass(frozen=True)
@@ -62,13 +75,14 @@ class Context:
     """What passes may look at besides the graph.
 
     modules: dotted name -> class names of the MRO, for all modules of the root. complete: the graph is the whole forward.
-    add_input: appends an input placeholder; the front end knows how.
+    add_input: appends an input placeholder; the front end knows how. calibrating: measure amax only (fp8fx.autocast).
     """
 
     recipe: Recipe
     modules: Mapping[str, tuple[str, ...]]
     complete: bool
     add_input: Callable[[fx.Graph, str], fx.Node]
+    calibrating: bool = False
 
 
 Pass = Callable[[fx.GraphModule, Context], PassResult]

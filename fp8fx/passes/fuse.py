@@ -74,35 +74,38 @@ def _mlp(graph: fx.Graph, node: fx.Node, effects: Effects) -> str | None:
     quantize = quantized[0].args[0]
     if set(act.users) - {quantize, node} or reads_values(node, act):
         return "the activation's output is read elsewhere"
-    if set(quantize.users) - set(quantized) or any(set(user.users) - {node} for user in quantized):
+    if any(user.args[1] != 2 for user in set(quantize.users) - set(quantized)) or any(set(user.users) - {node} for user in quantized):
         return "the quantized activation is read elsewhere"
     if set(first.users) != {act}:
         return "the first linear's output is read elsewhere"
     if problem := _mlp_obstacle(first, node, quantize) or _cannot_move(effects, first, node, first.args[2], first):
         return problem
-    x, w1, b1, input, weight1, row1, rng, site1, in1, wt1, back1, dtype1 = first.args
-    _, w2, b2, _, weight2, row2, _, site2, in2, wt2, back2, dtype2 = node.args
+    x, w1, b1, input, weight1, row1, scales1, rng, site1, in1, wt1, back1, dtype1 = first.args
+    _, w2, b2, _, weight2, row2, scales2, _, site2, in2, wt2, back2, dtype2 = node.args
     with graph.inserting_before(node):
         made = emit(
-            graph, node, ops.mlp.default, x, w1, b1, w2, b2, input, weight1, weight2, row1, row2, rng, name,
-            site1, in1, wt1, back1, dtype1, site2, in2, wt2, back2, dtype2,
+            graph, node, ops.mlp.default, x, w1, b1, w2, b2, input, weight1, weight2, row1, row2, scales1, scales2, quantize.args[6],
+            rng, name, site1, in1, wt1, back1, dtype1, site2, in2, wt2, back2, dtype2,
         )  # fmt: skip
     y = item(graph, made, 0)
     y.meta[VAL] = node.meta.get(VAL)
     node.replace_all_uses_with(y)
-    for dead in (node, *quantized, quantize, act, first):
+    amax = [user for user in quantize.users if user not in quantized]
+    for user in amax:
+        user.replace_all_uses_with(item(graph, made, 4))
+    for dead in (node, *quantized, *amax, quantize, act, first):
         graph.erase_node(dead)
     return None
 
 
 def _mlp_obstacle(first: fx.Node, second: fx.Node, quantize: fx.Node) -> str:
     for linear in (first, second):
-        spec = SiteSpec.parse_backward(str(linear.args[10]))
+        spec = SiteSpec.parse_backward(str(linear.args[11]))
         if set(spec.gemms) != set(GEMMS) or spec.save_for_backward != "fp8":
-            return f"{linear.args[7]}: not all of its GEMMs read codes"
+            return f"{linear.args[8]}: not all of its GEMMs read codes"
         if len(linear.args[4]) != 2 or len(linear.args[3]) != 2:  # type: ignore[arg-type]
-            return f"{linear.args[7]}: an operand stays in high precision, or needs two quantizations"
-    if (quantize.args[4], quantize.args[5]) != (second.args[7], "input") and TensorSpec.parse(str(quantize.args[1])).stochastic:
+            return f"{linear.args[8]}: an operand stays in high precision, or needs two quantizations"
+    if (quantize.args[4], quantize.args[5]) != (second.args[8], "input") and TensorSpec.parse(str(quantize.args[1])).stochastic:
         return "the random bits belong to another site"
     return ""
 
@@ -133,11 +136,11 @@ def _layer_norm(graph: fx.Graph, node: fx.Node, effects: Effects) -> str | None:
         return "autocast changes its dtype"
     if problem := _cannot_move(effects, node, quantize, a["input"], a["weight"], a["bias"]):
         return problem
-    _, spec, dims, rng, site, role = quantize.args
+    _, spec, dims, rng, site, role, scale = quantize.args
     with graph.inserting_before(quantize):
         made = emit(
             graph, node, ops.layer_norm_quantize.default, a["input"], a["weight"], a["bias"], list(a["normalized_shape"]), a["eps"],
-            spec, dims, rng, site, role,
+            spec, dims, rng, site, role, scale,
         )  # fmt: skip
     _replace_producer(graph, node, quantize, made)
     return None
@@ -146,19 +149,19 @@ def _layer_norm(graph: fx.Graph, node: fx.Node, effects: Effects) -> str | None:
 def _linear_quantize(graph: fx.Graph, node: fx.Node, effects: Effects) -> str | None:
     """`quantize(linear(x, w)) = linear_quantize(x, w)`."""
     readers = [user for user in node.users if user.target is QUANTIZE]
-    if len(readers) != 1 or node.args[11] is not torch.float32:
+    if len(readers) != 1 or node.args[12] is not torch.float32:
         return ""
     (quantize,) = readers
     if not read_only_as_anchor(node, but=(quantize,)):
         return "its output is also read in high precision"
     if not same_region(node, quantize):
         return "activation checkpointing begins or ends in between"
-    if (quantize.args[4], quantize.args[5]) != (node.args[7], "output"):
+    if (quantize.args[4], quantize.args[5]) != (node.args[8], "output"):
         return "the quantize belongs to the next site"
     if problem := _cannot_move(effects, node, quantize, node.args[2], node):
         return problem
     with graph.inserting_before(quantize):
-        made = emit(graph, node, ops.linear_quantize.default, *node.args[:11], quantize.args[1], node.args[11])
+        made = emit(graph, node, ops.linear_quantize.default, *node.args[:12], quantize.args[1], quantize.args[6], node.args[12])
     _replace_producer(graph, node, quantize, made)
     return None
 

@@ -8,13 +8,12 @@
                                      q_w, s_w, _ = quantize(w, 'e4m3fn/...', [-1])
                                      y = fp8fx.linear(x, w, b, [q_x, s_x], [q_w, s_w], meter, rng, 'fc1', ...)
 
-Two further inputs may appear: `fp8_meter` [sites, 4], whose "gradient" is the statistics of the sites' gradients, and `fp8_rng`
-[seed, step, call] where something is rounded stochastically. They come from the runtime at every call: the graph holds no state.
+Further inputs bring the state in (the meter, the random stream, delayed scales), and a further output takes amax out: passes/inputs.py.
+They come from the runtime at every call: the graph holds no state.
 """
 
 from __future__ import annotations
 
-import operator
 from typing import Any
 
 import torch
@@ -25,18 +24,19 @@ from fp8fx.capture.naming import weight_source
 from fp8fx.capture.sites import CONVOLUTIONS, SiteCall, read_site
 from fp8fx.errors import PassError
 from fp8fx.ops.operands import needs_two, turned
-from fp8fx.passes.contract import METER, RNG, Context, PassResult, SiteDecision, decision, emit, finish, input_node, item
+from fp8fx.passes.contract import SLOT, Context, PassResult, SiteDecision, decision, emit, finish, item
+from fp8fx.passes.inputs import FurtherInputs, slot_of
 from fp8fx.spec import GEMMS, ROLES, SiteSpec, TensorSpec
 
 ops = torch.ops.fp8fx
-SLOTS = "fp8_slots"  # module.meta: site name of each row of the meter
+Row = tuple[fx.Node | None, fx.Node | None]  # a site's rows of the meter and of the gradient scales
 
 
 def insert_qdq(module: fx.GraphModule, context: Context) -> PassResult:
     sites = [(node, made) for node in module.graph.nodes if (made := decision(node)) is not None and made.mode == "fp8"]
     if not sites:
         return finish(module, False)
-    writer = _Writer(module, context, [made for _, made in sites], [node for node, _ in sites])
+    writer = _Writer(module, context, sites)
     for node, made in sites:
         call = read_site(node)
         if call is None or made.spec is None:
@@ -46,6 +46,7 @@ def insert_qdq(module: fx.GraphModule, context: Context) -> PassResult:
         result.meta[VAL] = node.meta.get(VAL)
         node.replace_all_uses_with(result)
         module.graph.erase_node(node)
+    writer.inputs.finish()
     return finish(module, True)
 
 
@@ -58,27 +59,14 @@ def _metered(node: fx.Node, made: SiteDecision) -> bool:
 class _Writer:
     """Writes one graph's sites. `self.first` names each quantized tensor after the first site that reads it."""
 
-    def __init__(self, module: fx.GraphModule, context: Context, made: list[SiteDecision], nodes: list[fx.Node]) -> None:
+    def __init__(self, module: fx.GraphModule, context: Context, sites: list[tuple[fx.Node, SiteDecision]]) -> None:
         self.graph = module.graph
         self.first: dict[tuple[Any, ...], tuple[str, str]] = {}
-        self.rng: fx.Node | None = None
-        self.rows: dict[fx.Node, fx.Node] = {}
         self.matrices: dict[fx.Node, fx.Node] = {}  # a tensor of tokens -> its flattened form
-        specs = [getattr(d.spec, role) for d in made for role in ROLES]
-        if any(spec is not None and spec.stochastic for spec in specs):
-            self.rng = self._input(context, RNG)
-        metered = [node for node, d in zip(nodes, made, strict=True) if _metered(node, d)]
-        module.meta[SLOTS] = [d.name for node, d in zip(nodes, made, strict=True) if _metered(node, d)]
-        if metered:
-            meter = self._input(context, METER)
-            with self.graph.inserting_before(_first_call(self.graph)):
-                rows = emit(self.graph, meter, torch.unbind, meter)
-                self.rows = {node: emit(self.graph, meter, operator.getitem, rows, i) for i, node in enumerate(metered)}
-
-    def _input(self, context: Context, name: str) -> fx.Node:
-        node = input_node(self.graph, name) or context.add_input(self.graph, name)
-        node.meta["extra"] = name
-        return node
+        self.inputs = FurtherInputs(module, context)
+        specs = [getattr(made.spec, role) for _, made in sites for role in ROLES]
+        self.rng = self.inputs.rng() if any(spec is not None and spec.stochastic for spec in specs) else None
+        self.inputs.add_rows([(node, made) for node, made in sites if _metered(node, made)])
 
     def rewrite(self, call: SiteCall, made: SiteDecision, spec: SiteSpec) -> fx.Node:
         """The node that replaces the site: of the site's own shape and dtype."""
@@ -86,7 +74,8 @@ class _Writer:
         dtype = value.dtype if value is not None else torch.float32
         if made.emulate_attention:
             return self.attention(call, made, spec, dtype)
-        accumulated = torch.float32 if spec.output is not None else dtype
+        rounds = spec.output is not None and not spec.calibrating
+        accumulated = torch.float32 if rounds else dtype
         y = self.product(call, made, spec, accumulated)
         if spec.output is not None:
             y = self.rounded_output(call, made, spec.output, y, dtype)
@@ -109,17 +98,23 @@ class _Writer:
         return emit(self.graph, call.node, target, *args)
 
     def quantize(self, call: SiteCall, x: Any, spec: TensorSpec | None, dims: list[int], site: str, role: str) -> list[fx.Node]:
-        """[q, scale] of `x`, or [] if it stays in high precision."""
-        if spec is None:
+        """[q, scale] of `x`, or [] if it stays in high precision. While calibrating, only the amax of delayed roles is read."""
+        made = decision(call.node)
+        assert made is not None
+        assert made.spec is not None
+        if spec is None or (made.spec.calibrating and spec.scaling != "delayed"):
             return []
         dims = dims if spec.granularity == "row" else [-1]  # only scales per row depend on the contraction
         producer, name = self.first.setdefault((x, spec.text, tuple(dims)), (site, role))
         rng = self.rng if spec.stochastic else None
-        node = self.emit(call, ops.quantize.default, x, spec.text, dims, rng, producer, name)
-        made = decision(call.node)
-        if made is not None and made.spec is not None:
-            node.meta["weight_cache"] = made.spec.weight_cache
-        return [item(self.graph, node, 0), item(self.graph, node, 1)]
+        slot = slot_of(producer, "weight" if name == "other" else name, spec) if spec.scaling == "delayed" else None
+        scale = None if slot is None else self.inputs.scale(slot)
+        node = self.emit(call, ops.quantize.default, x, spec.text, dims, rng, producer, name, scale)
+        node.meta["weight_cache"] = made.spec.weight_cache
+        if slot is not None:
+            node.meta[SLOT] = slot
+            self.inputs.measure(slot, node)
+        return [] if made.spec.calibrating else [item(self.graph, node, 0), item(self.graph, node, 1)]
 
     def pair(
         self, call: SiteCall, x: Any, spec: TensorSpec | None, dims: tuple[list[int], list[int]], site: str, role: str
@@ -142,7 +137,7 @@ class _Writer:
         return self.matrices[x]
 
     def product(self, call: SiteCall, made: SiteDecision, spec: SiteSpec, dtype: torch.dtype) -> fx.Node:
-        row = self.rows.get(call.node)
+        row = (self.inputs.rows.get(call.node), self.inputs.scale_rows.get(call.node))
         texts = [s.text if s is not None else "" for s in (spec.input, spec.weight)]
         tail = (made.name, *texts, spec.backward_text, dtype)
         if call.op == "embedding":
@@ -150,17 +145,21 @@ class _Writer:
             padding = self.padding_row(call)
             frequency = bool(call.options["scale_grad_by_freq"])
             site = (made.name, texts[1], spec.backward_text, dtype)
-            return self.emit(call, ops.embedding.default, call.x, call.w, weight, row, self.rng, padding, frequency, *site)
+            return self.emit(call, ops.embedding.default, call.x, call.w, weight, *row, self.rng, padding, frequency, *site)
         if call.op in CONVOLUTIONS:
             return self.convolution(call, made, spec, row, tail)
         if call.op == "linear":
             w = self.emit(call, torch.t, call.w) if call.transposed_weight else call.w
             left = self.pair(call, call.x, spec.input, ([-1], [0]), made.name, "input")
             right = self.pair(call, w, spec.weight, ([-1], [0]), made.name, "weight")
-            return self.emit(call, ops.linear.default, call.x, w, call.bias, left, right, row, self.rng, *tail)
+            return self.emit(call, ops.linear.default, call.x, w, call.bias, left, right, *row, self.rng, *tail)
+        if call.op == "grouped_mm":
+            left = self.quantize(call, call.x, spec.input, [-1], made.name, "input")
+            right = self.quantize(call, call.w, spec.weight, [-1], made.name, "weight")
+            return self.emit(call, ops.grouped_mm.default, call.x, call.w, call.options["offs"], left, right, *row, self.rng, *tail)
         return self.matmul(call, made, spec, row, dtype)
 
-    def matmul(self, call: SiteCall, made: SiteDecision, spec: SiteSpec, row: fx.Node | None, dtype: torch.dtype) -> fx.Node:
+    def matmul(self, call: SiteCall, made: SiteDecision, spec: SiteSpec, row: Row, dtype: torch.dtype) -> fx.Node:
         """A parameter on the left (`W @ x`) takes the role `weight`, and its gradient is `grad_weight`.
 
         The right operand lies as [K, N], so its blocks (of N by K, as everywhere: the contraction last) are turned.
@@ -172,7 +171,7 @@ class _Writer:
         right = self.pair(call, call.w, b, ([-2], [-1]), made.name, "other")
         backward = exchanged(spec) if swapped else spec
         tail = (made.name, *(s.text if s is not None else "" for s in (a, b)), backward.backward_text, dtype)
-        return self.emit(call, ops.matmul.default, call.x, call.w, left, right, row, self.rng, *tail)
+        return self.emit(call, ops.matmul.default, call.x, call.w, left, right, *row, self.rng, *tail)
 
     def padding_row(self, call: SiteCall) -> Any:
         """The row without a gradient; -1 for none, where torch's function counts negative rows from the end."""
@@ -182,7 +181,7 @@ class _Writer:
         assert table is not None
         return row + table.shape[0] if row < 0 else row
 
-    def convolution(self, call: SiteCall, made: SiteDecision, spec: SiteSpec, row: fx.Node | None, tail: tuple[Any, ...]) -> fx.Node:
+    def convolution(self, call: SiteCall, made: SiteDecision, spec: SiteSpec, row: Row, tail: tuple[Any, ...]) -> fx.Node:
         value, o = tensor(call.x), call.options
         dims = len(o["stride"])
         x, padding = self.padded(call)
@@ -191,7 +190,7 @@ class _Writer:
         left = self.quantize(call, x, spec.input, [1], made.name, "input")
         right = self.quantize(call, call.w, spec.weight, [1], made.name, "weight")
         geometry = (list(o["stride"]), padding, list(o["dilation"]), o["transposed"], list(o["output_padding"]), o["groups"])
-        y = self.emit(call, ops.conv.default, x, call.w, call.bias, left, right, row, self.rng, *geometry, *tail)
+        y = self.emit(call, ops.conv.default, x, call.w, call.bias, left, right, *row, self.rng, *geometry, *tail)
         return y if batched else self.emit(call, torch.squeeze, y, 0)
 
     def padded(self, call: SiteCall) -> tuple[Any, list[int]]:
@@ -209,7 +208,10 @@ class _Writer:
         return call.x, [total // 2 for total in totals]
 
     def rounded_output(self, call: SiteCall, made: SiteDecision, spec: TensorSpec, y: fx.Node, dtype: torch.dtype) -> fx.Node:
-        q, scale = self.quantize(call, y, spec, [-1], made.name, "output")
+        pair = self.quantize(call, y, spec, [-1], made.name, "output")
+        if not pair:  # calibrating
+            return y
+        q, scale = pair
         return self.emit(call, ops.dequantize.default, y, q, scale, spec.text, dtype)
 
     def attention(self, call: SiteCall, made: SiteDecision, spec: SiteSpec, dtype: torch.dtype) -> fx.Node:
@@ -244,7 +246,3 @@ def exchanged(spec: SiteSpec) -> SiteSpec:
     other = {"output": "output", "grad_input": "grad_weight", "grad_weight": "grad_input"}
     gemms = tuple(gemm for gemm in GEMMS if other[gemm] in spec.gemms)
     return spec.replace(grad_input=spec.grad_weight, grad_weight=spec.grad_input, gemms=gemms)
-
-
-def _first_call(graph: fx.Graph) -> fx.Node:
-    return next(node for node in graph.nodes if node.op != "placeholder")

@@ -4,7 +4,7 @@
     leaves   a graph the runtime calls; weights arrive quantized as further inputs
     holds    outputs and gradients bit for bit
 
-        q_w, s_w, _ = quantize(w)    ->    further inputs fp8_weight_0_q, fp8_weight_0_scale, made by the runtime
+        q_w, s_w, a_w = quantize(w)  ->    further inputs fp8_weight_0_q, _scale and, if it is read, _amax: made by the runtime
         nodes of a checkpointed part ->    one checkpoint call of a body that holds them
 
 Quantized weights come from outside so that they can be kept: for all of evaluation, or until the next optimizer step where the
@@ -23,11 +23,12 @@ from torch import Tensor, fx
 
 from fp8fx.capture.graph import TENSOR_NAME
 from fp8fx.capture.regions import outline_regions
-from fp8fx.passes.contract import Context, PassResult, finish
+from fp8fx.passes.contract import SLOT, Context, PassResult, Slot, finish
 from fp8fx.passes.effects import Effects
 from fp8fx.spec import TensorSpec
 
 WEIGHTS = "fp8_weights"  # module.meta: list[WeightInput], in the order of their inputs
+PARTS = ("q", "scale", "amax")  # of a quantized weight: its further inputs are called fp8_weight_<index>_<part>
 _VIEWS: dict[Any, Callable[..., Tensor]] = {torch.t: torch.t, "t": Tensor.t, "transpose": Tensor.transpose}
 
 
@@ -41,6 +42,7 @@ class WeightInput:
     spec: str
     dims: tuple[int, ...]
     cache: str = "none"  # the recipe's weight_cache
+    slot: Slot | None = None  # whose scale it takes; None: from the weight itself
 
     def view(self, weight: Tensor) -> Tensor:
         for function, args in self.views:
@@ -60,11 +62,11 @@ def lower(module: fx.GraphModule, context: Context) -> PassResult:
         index = len(weights)
         made = WeightInput(
             placeholder.name, placeholder.meta[TENSOR_NAME], views, str(node.args[1]), tuple(node.args[2]),  # type: ignore[arg-type]
-            node.meta.get("weight_cache", "none"),
+            node.meta.get("weight_cache", "none"), node.meta.get(SLOT),
         )  # fmt: skip
         weights.append(made)
-        for output, suffix in ((0, "q"), (1, "scale")):
-            _replace_output(module.graph, node, output, context.add_input(module.graph, f"fp8_weight_{index}_{suffix}"))
+        for output, suffix in enumerate(PARTS):
+            _replace_output(module.graph, node, output, context, f"fp8_weight_{index}_{suffix}")
     module.meta[WEIGHTS] = weights
     finished = finish(module, len(weights) != before)
     if outline_regions(module):  # after dead nodes are gone: a body's outputs are what is read outside of it
@@ -94,9 +96,12 @@ def _is_view(node: Any) -> bool:
     return node.target in _VIEWS and all(isinstance(arg, int) for arg in node.args[1:])
 
 
-def _replace_output(graph: fx.Graph, quantize: fx.Node, output: int, placeholder: fx.Node) -> None:
+def _replace_output(graph: fx.Graph, quantize: fx.Node, output: int, context: Context, name: str) -> None:
+    readers = [user for user in quantize.users if user.args[1] == output]
+    if not any(user.users for user in readers):
+        return
+    placeholder = context.add_input(graph, name)
     placeholder.meta["extra"] = placeholder.name
-    for user in list(quantize.users):
-        if user.args[1] == output:
-            user.replace_all_uses_with(placeholder)
-            graph.erase_node(user)
+    for user in readers:
+        user.replace_all_uses_with(placeholder)
+        graph.erase_node(user)

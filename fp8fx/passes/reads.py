@@ -16,14 +16,16 @@ _CODES: dict[Any, dict[int, int]] = {
     ops.linear.default: {0: 3, 1: 4},
     ops.linear_quantize.default: {0: 3, 1: 4},
     ops.matmul.default: {0: 2, 1: 3},
+    ops.grouped_mm.default: {0: 3, 1: 4},
     ops.conv.default: {0: 3, 1: 4},
     ops.mlp.default: {0: 5, 1: 6, 3: 7},
 }
 _BACKWARD_TEXT: dict[Any, int] = {
-    ops.linear.default: 10,
-    ops.linear_quantize.default: 10,
-    ops.matmul.default: 9,
-    ops.conv.default: 16,
+    ops.linear.default: 11,
+    ops.linear_quantize.default: 11,
+    ops.matmul.default: 10,
+    ops.grouped_mm.default: 11,
+    ops.conv.default: 17,
 }
 
 

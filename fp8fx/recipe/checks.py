@@ -91,13 +91,6 @@ SATURATED_GRADIENT = (
 
 def refuse_unavailable(spec: SiteSpec, where: str) -> None:
     """What the grammar has and this version has not: delete a paragraph when its feature comes."""
-    for name in ROLES:
-        role = getattr(spec, name)
-        if role is not None and role.scaling == "delayed":
-            raise RecipeError(
-                f"{where}: {name}.scaling: got 'delayed'; delayed scaling needs the scaling state that this version of fp8fx does not "
-                "have yet; allowed: none or current"
-            )
     if spec.save_activation_inputs == "fp8":
         raise RecipeError(
             f"{where}: save_activation_inputs: got 'fp8'; keeping the inputs of activations in FP8 needs fused activations that this "

@@ -18,6 +18,7 @@ from fp8fx.recipe.load import Loaded, Merged, follow, is_path, load, merge_chain
 from fp8fx.recipe.match import Modules, Site
 from fp8fx.recipe.resolve import Resolution
 from fp8fx.recipe.source import from_dict
+from fp8fx.spec import ROLES
 
 Patterns = str | Mapping[str, Any] | Iterable[str | Mapping[str, Any]]
 
@@ -65,6 +66,13 @@ class Recipe:
     @property
     def delayed(self) -> Delayed:
         return self._merged.document.delayed
+
+    @property
+    def keeps_scales(self) -> bool:
+        """Some role's scaling is delayed, so that a model has scales to keep."""
+        document = self._merged.document
+        roles = [getattr(layer, name) for layer in (document.defaults, *document.rules) for name in ROLES]
+        return any(role is not None and role.scaling == "delayed" for role in roles)
 
     @property
     def scale(self) -> Scale:

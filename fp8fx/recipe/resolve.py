@@ -9,6 +9,7 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
+from typing import Any
 
 from fp8fx.recipe import match as matching
 from fp8fx.recipe.checks import refuse_unavailable, role_conflict
@@ -227,8 +228,9 @@ def _settle(layer: Layer, where: str, by: str, notes: list[str], strict: bool) -
 
 def _site_spec(layer: Layer, document: Document) -> SiteSpec:
     roles = {name: getattr(layer, name) for name in ROLES}
+    specs: dict[str, Any] = {name: None if role is None else tensor_spec(role, document.scale) for name, role in roles.items()}
     return SiteSpec(
-        **{name: None if role is None else tensor_spec(role, document.scale) for name, role in roles.items()},
+        **specs,
         gemms=tuple(gemm for gemm in GEMMS if getattr(layer.gemms, gemm) == "fp8"),
         accumulate=(layer.accumulate.output, layer.accumulate.grad_input, layer.accumulate.grad_weight),
         save_for_backward=layer.save_for_backward,
@@ -247,7 +249,10 @@ def tensor_spec(role: Role, scale: Scale) -> TensorSpec:
         rounding=role.rounding,
         overflow=role.overflow,
     )
-    return spec if role.scaling == "none" else dataclasses.replace(spec, power_of_two=scale.power_of_two, eps=scale.eps)
+    if role.scaling == "none":
+        return spec
+    spec = dataclasses.replace(spec, power_of_two=scale.power_of_two)
+    return spec if role.scaling == "delayed" else dataclasses.replace(spec, eps=scale.eps)
 
 
 def _unused(step: Step, n: int, used: set[tuple[int, int]], modules: Modules | None, strict: bool, partial: bool) -> Iterator[str]:

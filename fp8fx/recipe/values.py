@@ -58,6 +58,7 @@ OPS = (
     "linear",
     "matmul",
     "bmm",
+    "grouped_mm",
     "conv1d",
     "conv2d",
     "conv3d",

@@ -19,7 +19,7 @@ from conftest import _import_torchvision  # noqa: E402
 
 _import_torchvision()
 
-from models.measure import TOLERANCE, Measured, measure  # noqa: E402
+from models.measure import COVERAGE, EXEMPT, TOLERANCE, Measured, measure  # noqa: E402
 from models.zoo import ZOO, Case, build  # noqa: E402
 from oracle import METHODS, plain, sqnr  # noqa: E402
 
@@ -31,7 +31,12 @@ Random weights, training mode without dropout, batch 2, {seeds} seeds, torch {to
 `direct` runs with gradients rounded to nearest instead of stochastically, so that there is one right answer, and a loss scale.
 
 - **layers**: sites in FP8 of all sites; fused attention (`-sdpa`) counts as a site and stays in high precision.
+- **exempt**: share of the forward's FLOPs in exempt layers; **besides**: of these, in others than `lm_head`. The bar is {exempt:.0%}.
 - **FP8 FLOPs**: share of the non-exempt FLOPs of forward and backward whose two operands were seen to lie on an FP8 grid when they ran.
+  The bar is {coverage:.0%}. Fused attention is not among the FLOPs, unless torch runs it as separate products: these count as high
+  precision.
+- **graphs**: what TorchDynamo compiled for all training forwards of a row, over all seeds. It is 1 where there is no graph break and no
+  recompilation. The tests hold that evaluation and training in turn cost what `torch.compile` of the plain model costs, and no more.
 - **output**: SQNR in dB of the logits against the plain model in float64, mean over the seeds. **margin**: how much better than the
   oracle's in the worst seed; the bar is -{tolerance}. The oracle is an independent fake quantization of the same sites (`tests/oracle.py`).
 - **gradients**: median SQNR in dB over all parameters and seeds. **worst margin**: of the parameter furthest below the oracle's.
@@ -48,18 +53,24 @@ but the input image to E4M3 ({image:.0f} dB), in an otherwise plain float64 mode
 So at -3 dB (two unrelated tensors of equal size) the gradients of the table above say that compiled model and oracle agree, and nothing
 about training; for that see the demo.
 """
-COLUMNS = ("model", "recipe", "layers", "exempt", "FP8 FLOPs", "output", "margin", "gradients", "worst margin", "parameters", "equal")
+COLUMNS = (
+    "model", "recipe", "layers", "exempt", "besides", "FP8 FLOPs", "graphs",
+    "output", "margin", "gradients", "worst margin", "parameters", "equal",
+)  # fmt: skip
 
 
 def row(measured: Measured, recipe: str) -> tuple[str, ...]:
     gradients = [g for seed in measured.seeds for g in seed.gradients]
     bad = sum(not g.finite for g in gradients)
+    plan = measured.plan
     return (
         measured.name,
         recipe,
-        f"{len(measured.plan.fp8)} of {len(measured.plan.rows)}",
-        str(len(measured.plan.exempt)),
+        f"{len(plan.fp8)} of {len(plan.rows)}",
+        f"{plan.exempt_flops / plan.flops:.1%}",
+        f"{measured.exempt_share:.1%}",
         f"{measured.share:.1%}",
+        str(measured.graphs.compiled),
         f"{measured.output:.1f}",
         signed(measured.output_margin),
         f"{measured.median_gradient:.1f}",
@@ -94,12 +105,14 @@ def main() -> None:
     parser.add_argument("--recipes", nargs="*", default=["hybrid", "direct"])
     options = parser.parse_args()
     warnings.simplefilter("ignore")
+    torch.set_num_threads(1)
     lines = ["| " + " | ".join(COLUMNS) + " |", "|---|---|" + "---:|" * (len(COLUMNS) - 2)]
     for name in options.names:
         for recipe in options.recipes:
             lines.append("| " + " | ".join(row(measure(name, recipe, range(options.seeds)), recipe)) + " |")
             print(lines[-1], flush=True)
-    head = HEAD.format(seeds=options.seeds, torch=torch.__version__.split("+")[0], tolerance=TOLERANCE)
+    version = torch.__version__.split("+")[0]
+    head = HEAD.format(seeds=options.seeds, torch=version, tolerance=TOLERANCE, coverage=COVERAGE, exempt=EXEMPT)
     controls = {name: control(name) for name in options.names if ZOO[name].family == "timm"}
     table = ["| model | output | gradients |", "|---|---:|---:|"]
     table += [f"| {name} | {output:.1f} | {gradients:.1f} |" for name, (_, output, gradients) in controls.items()]

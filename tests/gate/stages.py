@@ -17,8 +17,13 @@ from fp8fx.graph_call import GraphCall
 QUANTIZED_STAGES = ("insert_qdq", "cancel", "fuse", "lower")
 
 
-def run_stages(model: nn.Module, recipe: Any, args: tuple[Any, ...], **options: Any) -> dict[str, tuple[list[Tensor], dict[str, Tensor]]]:
-    """stage -> (outputs, gradients by parameter name), each from the same parameters, inputs and random stream."""
+def run_stages(
+    model: nn.Module, recipe: Any, args: tuple[Any, ...], on_stage: Callable[[str], None] | None = None, **options: Any
+) -> dict[str, tuple[list[Tensor], dict[str, Tensor]]]:
+    """stage -> (outputs, gradients by parameter name), each from the same parameters, inputs and random stream.
+
+    on_stage: called after each stage's backward.
+    """
     fast = fp8fx.compile(model, recipe, **options)
     runtime = runtime_of(fast)
     seen: list[tuple[Any, ...]] = []
@@ -44,6 +49,8 @@ def run_stages(model: nn.Module, recipe: Any, args: tuple[Any, ...], **options: 
         outputs = [out for out in call(*inputs) if isinstance(out, Tensor)]
         sum(out.float().square().sum() for out in outputs).backward()  # type: ignore[union-attr]
         grads = {name: p.grad.clone() for name, p in model.named_parameters() if p.grad is not None}
+        if on_stage is not None:
+            on_stage(stage)
         results[stage] = ([out.detach() for out in outputs], grads)
     model.zero_grad(set_to_none=True)
     return results

@@ -16,6 +16,7 @@ from torch.nn import functional as F
 
 from fp8fx import numerics
 from fp8fx.ops.library import REFERENCES
+from fp8fx.ops.quantize import STATISTICS
 from fp8fx.spec import TensorSpec
 
 ops = torch.ops.fp8fx
@@ -24,6 +25,9 @@ RANDOM = "e4m3ieee/none/tensor/stochastic/saturate"
 BACKWARD = f"grad_output={SPEC};grad_input={RANDOM};grad_weight={SPEC};gemms=output,grad_input,grad_weight"
 PLAIN = "gemms=output,grad_input,grad_weight"  # dY as it is: gradients are those of the dequantized operands
 RNG = torch.tensor([3, 1, 4])
+DELAYED = SPEC.replace("current", "delayed")
+KEPT = f"grad_output={DELAYED};grad_input={DELAYED};grad_weight={DELAYED};gemms=output,grad_input,grad_weight"
+SCALE = torch.tensor(0.125)
 
 
 def codes(x: Tensor, spec: str = SPEC) -> list[Tensor]:
@@ -40,17 +44,22 @@ def learned(*shape: int, seed: int = 1) -> Tensor:
 
 
 def meter() -> Tensor:
-    return torch.zeros(4, requires_grad=True)
+    return torch.zeros(STATISTICS, requires_grad=True)
+
+
+def scales() -> Tensor:
+    """Of grad_output, grad_input and grad_weight."""
+    return torch.tensor([0.25, 0.125, 0.5])
 
 
 def linear_args(backward: str, x_shape: tuple[int, ...] = (3, 8)) -> tuple[Any, ...]:
     x, w, b = learned(*x_shape), learned(6, 8, seed=2), learned(6, seed=3)
-    return x, w, b, codes(x), codes(w), meter(), RNG, "fc", SPEC, SPEC, backward, torch.float32
+    return x, w, b, codes(x), codes(w), meter(), scales(), RNG, "fc", SPEC, SPEC, backward, torch.float32
 
 
 def matmul_args(backward: str) -> tuple[Any, ...]:
     a, b = learned(2, 3, 8), learned(8, 6, seed=2)
-    return a, b, codes(a), codes(b), meter(), RNG, "scores", SPEC, SPEC, backward, torch.float32
+    return a, b, codes(a), codes(b), meter(), scales(), RNG, "scores", SPEC, SPEC, backward, torch.float32
 
 
 GEOMETRY = ([2, 1], [1, 0], [1, 2], False, [0, 0], 2)
@@ -58,7 +67,20 @@ GEOMETRY = ([2, 1], [1, 0], [1, 2], False, [0, 0], 2)
 
 def conv_args(backward: str) -> tuple[Any, ...]:
     x, w, b = learned(2, 4, 7, 6), learned(6, 2, 3, 2, seed=2), learned(6, seed=3)
-    return x, w, b, codes(x), codes(w), meter(), RNG, *GEOMETRY, "conv", SPEC, SPEC, backward, torch.float32
+    return x, w, b, codes(x), codes(w), meter(), scales(), RNG, *GEOMETRY, "conv", SPEC, SPEC, backward, torch.float32
+
+
+ENDS = torch.tensor([2, 2, 5], dtype=torch.int32)  # groups of 2, 0 and 3 rows, and one row more that is in none
+
+
+def grouped_args(backward: str) -> tuple[Any, ...]:
+    x, w = learned(6, 8), learned(3, 8, 4, seed=2)
+    return x, w, ENDS, codes(x), codes(w), meter(), scales(), RNG, "experts", SPEC, SPEC, backward, torch.float32
+
+
+def scaled_grouped_args(of_weight: bool) -> tuple[Any, ...]:
+    a, b = codes(randn(6, 8)), codes(randn(6, 4) if of_weight else randn(3, 8, 4))
+    return *a, "e4m3ieee", *b, "e4m3ieee", ENDS, torch.float32
 
 
 INDEX = torch.tensor([[0, 3, 3], [7, 1, 3]])
@@ -66,18 +88,18 @@ INDEX = torch.tensor([[0, 3, 3], [7, 1, 3]])
 
 def embedding_args(backward: str) -> tuple[Any, ...]:
     w = learned(8, 6)
-    return INDEX, w, codes(w), meter(), RNG, 1, False, "embed", SPEC, backward, torch.float32
+    return INDEX, w, codes(w), meter(), scales(), RNG, 1, False, "embed", SPEC, backward, torch.float32
 
 
 def mlp_args(backward: str, act: str = "gelu") -> tuple[Any, ...]:
     x, w1, b1 = learned(3, 8), learned(10, 8, seed=2), learned(10, seed=3)
     w2, b2 = learned(6, 10, seed=4), learned(6, seed=5)
     texts = ("up", SPEC, SPEC, backward, torch.float32, "down", SPEC, SPEC, backward, torch.float32)
-    return x, w1, b1, w2, b2, codes(x), codes(w1), codes(w2), meter(), meter(), RNG, act, *texts
+    return x, w1, b1, w2, b2, codes(x), codes(w1), codes(w2), meter(), meter(), scales(), scales(), None, RNG, act, *texts
 
 
 def norm_args() -> tuple[Any, ...]:
-    return learned(3, 8), learned(8, seed=2), learned(8, seed=3), [8], 1e-5, SPEC, [-1], None, "fc", "input"
+    return learned(3, 8), learned(8, seed=2), learned(8, seed=3), [8], 1e-5, SPEC, [-1], None, "fc", "input", None
 
 
 def scaled_mm_args(block: list[int]) -> tuple[Any, ...]:
@@ -100,27 +122,42 @@ def gradient_args(of_input: bool) -> tuple[Any, ...]:
 
 def underflow_args() -> tuple[Any, ...]:
     x = randn(3, 8)
-    q, _, amax = ops.quantize(x, SPEC, [-1])
-    return x, q, amax, SPEC
+    return x, ops.quantize(x, SPEC, [-1])[0], SPEC
 
 
 SAMPLES: dict[str, list[Callable[[], tuple[Any, ...]]]] = {
-    "quantize": [lambda: (learned(3, 8), SPEC, [-1]), lambda: (learned(3, 8), RANDOM, [-1], RNG, "fc", "input")],
+    "quantize": [
+        lambda: (learned(3, 8), SPEC, [-1]),
+        lambda: (learned(3, 8), RANDOM, [-1], RNG, "fc", "input"),
+        lambda: (learned(3, 8), DELAYED, [-1], None, "fc", "input", SCALE),
+    ],
     "dequantize": [lambda: (*quantized(), SPEC, torch.float32), lambda: (*quantized(), SPEC, torch.bfloat16)],
     "anchor": [lambda: (learned(3, 8), torch.float32)],
-    "round_values": [lambda: (randn(3, 8), SPEC, None, "fc", "grad_input"), lambda: (randn(3, 8), RANDOM, RNG, "fc", "grad_input")],
+    "round_values": [
+        lambda: (randn(3, 8), SPEC, None, "fc", "grad_input"),
+        lambda: (randn(3, 8), RANDOM, RNG, "fc", "grad_input"),
+        lambda: (randn(3, 8), DELAYED, None, "fc", "grad_input", SCALE),
+    ],
     "round_gradient": [lambda: (learned(3, 8), SPEC, None, "attn", "grad_output")],
     "underflow": [underflow_args],
     "scaled_mm": [lambda: scaled_mm_args([]), lambda: scaled_mm_args([1, 4]), lambda: scaled_mm_args([4, 4])],
-    "linear": [lambda: linear_args(BACKWARD), lambda: linear_args(BACKWARD, (2, 3, 8)), lambda: linear_args("gemms=grad_weight")],
-    "matmul": [lambda: matmul_args(BACKWARD), lambda: matmul_args("gemms=output")],
-    "conv": [lambda: conv_args(BACKWARD), lambda: conv_args("gemms=grad_input")],
+    "linear": [
+        lambda: linear_args(BACKWARD),
+        lambda: linear_args(BACKWARD, (2, 3, 8)),
+        lambda: linear_args("gemms=grad_weight"),
+        lambda: linear_args(KEPT),
+        lambda: linear_args(KEPT.replace("output,grad_input,grad_weight", "") + ";calibrating=yes"),
+    ],
+    "matmul": [lambda: matmul_args(BACKWARD), lambda: matmul_args("gemms=output"), lambda: matmul_args(KEPT)],
+    "grouped_mm": [lambda: grouped_args(BACKWARD), lambda: grouped_args("gemms=grad_weight"), lambda: grouped_args(KEPT)],
+    "scaled_grouped_mm": [lambda: scaled_grouped_args(False), lambda: scaled_grouped_args(True)],
+    "conv": [lambda: conv_args(BACKWARD), lambda: conv_args("gemms=grad_input"), lambda: conv_args(KEPT)],
     "conv_gradient": [lambda: gradient_args(True), lambda: gradient_args(False)],
-    "embedding": [lambda: embedding_args(BACKWARD)],
+    "embedding": [lambda: embedding_args(BACKWARD), lambda: embedding_args(KEPT)],
     "embedding_gradient": [lambda: (*codes(randn(2, 3, 6)), "e4m3ieee", INDEX, 8, -1, True)],
     "layer_norm_quantize": [norm_args],
-    "linear_quantize": [lambda: (*linear_args(BACKWARD)[:-1], SPEC, torch.float32)],
-    "mlp": [lambda: mlp_args(BACKWARD)],
+    "linear_quantize": [lambda: (*linear_args(BACKWARD)[:-1], SPEC, None, torch.float32)],
+    "mlp": [lambda: mlp_args(BACKWARD), lambda: mlp_args(KEPT)],
 }
 
 
@@ -139,7 +176,7 @@ def test_opcheck(name: str, index: int) -> None:
 def gradients(name: str, args: tuple[Any, ...], output: Tensor) -> list[Tensor]:
     """Of the leaves among `args`, for a fixed gradient of `output`."""
     output.backward(randn(*output.shape, seed=9).to(output.dtype))
-    leaves = [a for a in args if isinstance(a, Tensor) and a.requires_grad and a.numel() != 4]
+    leaves = [a for a in args if isinstance(a, Tensor) and a.requires_grad and a.numel() != STATISTICS]
     assert leaves, name
     assert all(leaf.grad is not None for leaf in leaves), name
     return [leaf.grad for leaf in leaves]  # type: ignore[misc]
@@ -165,7 +202,7 @@ def test_linear_gradients() -> None:
 
 
 def test_linear_quantize_gradients() -> None:
-    args = (*linear_args(PLAIN)[:-1], SPEC, torch.float32)
+    args = (*linear_args(PLAIN)[:-1], SPEC, None, torch.float32)
     x, w, b = exact(values(args[3]), values(args[4]), args[2])
     assert_gradients("linear_quantize", args, F.linear(x, w, b), [x, w, b])
 
@@ -176,20 +213,26 @@ def test_matmul_gradients() -> None:
     assert_gradients("matmul", args, a @ b, [a, b])
 
 
+def test_grouped_mm_gradients() -> None:
+    args = grouped_args(PLAIN)
+    x, w = exact(values(args[3]), values(args[4]))
+    assert_gradients("grouped_mm", args, torch.cat([x[:2] @ w[0], x[2:5] @ w[2], torch.zeros(1, 4, dtype=torch.float64)]), [x, w])
+
+
 @pytest.mark.parametrize("transposed", [False, True])
 def test_conv_gradients(transposed: bool) -> None:
     args = list(conv_args(PLAIN))
     if transposed:
         args[1] = learned(4, 3, 3, 2, seed=2)
-        args[4], args[10] = codes(args[1]), True
+        args[4], args[11] = codes(args[1]), True
     x, w, b = exact(values(args[3]), values(args[4]), args[2])
-    assert_gradients("conv", tuple(args), torch.convolution(x, w, b, *args[7:13]), [x, w, b])
+    assert_gradients("conv", tuple(args), torch.convolution(x, w, b, *args[8:14]), [x, w, b])
 
 
 @pytest.mark.parametrize("by_frequency", [False, True])
 def test_embedding_gradients(by_frequency: bool) -> None:
     args = list(embedding_args(PLAIN))
-    args[6] = by_frequency
+    args[7] = by_frequency
     (w,) = exact(values(args[2]))
     assert_gradients("embedding", tuple(args), F.embedding(INDEX, w, padding_idx=1, scale_grad_by_freq=by_frequency), [w])
 
@@ -208,7 +251,7 @@ def test_mlp_gradients(act: str) -> None:
     args = mlp_args(PLAIN, act)
     x, w1, b1, w2, b2 = exact(values(args[5]), values(args[6]), args[2], values(args[7]), args[4])
     a = ACTIVATIONS[act](F.linear(x, w1, b1))
-    rounded = values(list(ops.mlp(*args)[2:]))
+    rounded = values(list(ops.mlp(*args)[2:4]))
     assert_gradients("mlp", args, F.linear(a + (rounded - a).detach(), w2, b2), [x, w1, b1, w2, b2])
 
 
@@ -231,14 +274,29 @@ def test_round_gradient_rounds_what_passes() -> None:
 
 
 def test_meter_row_counts_what_became_zero() -> None:
-    """float32 [amax, non-zero elements, those that became zero, 0], as the "gradient" of the meter."""
+    """float32 [amax of dY, of dX, of dW, non-zero elements of dY, those that became zero], as the "gradient" of the meter."""
     args = list(linear_args(f"grad_output={SPEC.replace('current', 'none')};{PLAIN}"))
     y = ops.linear(*args)
     grad = torch.full_like(y, 2.0**-12)  # under half of the smallest e4m3ieee number, 2^-9
     grad[0] = 0
     grad[1, 0] = 1.5
     y.backward(grad)
-    assert args[5].grad.tolist() == [1.5, 12, 11, 0]
+    assert args[5].grad.tolist() == [1.5, -1, -1, 12, 11]  # -1: dX and dW are not quantized
+
+
+@pytest.mark.parametrize("calibrating", [False, True])
+def test_delayed_gradients_take_the_scales_they_are_given_and_measure(calibrating: bool) -> None:
+    """Rounding under a given scale is checked on dX: the values of its codes. Calibrating rounds nothing and measures the same roles."""
+    text = KEPT.replace("output,grad_input,grad_weight", "") + ";calibrating=yes" if calibrating else KEPT
+    args = list(linear_args(text))
+    args[3:5] = [[], []] if calibrating else args[3:5]
+    ops.linear(*args).backward(grad := randn(3, 6, seed=9))
+    x, w = (args[0].detach(), args[1].detach()) if calibrating else (values(args[3]).float(), values(args[4]).float())
+    dy = grad if calibrating else values(list(ops.quantize(grad, DELAYED, [-1], None, "", "", scales()[0])[:2])).float()
+    dx, dw = dy @ w, dy.mT @ x
+    torch.testing.assert_close(args[5].grad[:3], torch.stack([grad.abs().max(), dx.abs().max(), dw.abs().max()]))
+    rounded = dx if calibrating else values(list(ops.quantize(dx, DELAYED, [-1], None, "", "", scales()[1])[:2])).float()
+    torch.testing.assert_close(args[0].grad, rounded)
 
 
 def test_quantize_is_outside_of_autograd() -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import importlib
 from collections.abc import Callable
 from typing import Any
 
@@ -47,6 +48,27 @@ class Embedding(nn.Module):
 
     def forward(self, index: Tensor) -> Tensor:
         return F.embedding(index, self.table, **self.options)
+
+
+def grouped_mm_fallback() -> Any:
+    """The operator that transformers registers when its experts are imported."""
+    importlib.import_module("transformers.integrations.moe")
+    return torch.ops.transformers.grouped_mm_fallback
+
+
+class Experts(nn.Module):
+    """Tokens sorted by expert, each expert a linear of its own: weights as [experts, out, in].
+
+    `product`: by default the operator of transformers, since torch's own is compiled for bfloat16 only.
+    """
+
+    def __init__(self, product: Callable[..., Tensor] | None = None) -> None:
+        super().__init__()
+        self.weights = nn.Parameter(torch.randn(3, 16, 8))
+        self.product = grouped_mm_fallback() if product is None else product
+
+    def forward(self, x: Tensor, ends: Tensor) -> Tensor:
+        return self.product(x, self.weights.transpose(-2, -1), offs=ends)
 
 
 class Shared(nn.Module):
@@ -129,6 +151,11 @@ def index() -> tuple[Tensor]:
     return (torch.tensor([[0, 3, 3], [7, 1, 3]]),)
 
 
+def tokens(*ends: int) -> tuple[Any, ...]:
+    """Six tokens of width 8, and where each of three experts' share ends."""
+    return randn(6, 8), torch.tensor(ends or (2, 3, 6), dtype=torch.int32)
+
+
 def _layer(kind: Any, shape: tuple[int, ...], *args: Any, **kwargs: Any) -> Case:
     return _inside(kind, *args, **kwargs), _inputs(shape)
 
@@ -147,6 +174,8 @@ SINGLE: dict[str, Case] = {
     "matmul, two operands with gradients": _call(lambda a, b: a @ b, [(2, 4, 8), (8, 6)]),
     "mm": _call(torch.mm, [(4, 8)], (8, 6)),
     "bmm": _call(torch.bmm, [(2, 4, 8), (2, 8, 6)]),
+    "grouped_mm": (_module(Experts), tokens),
+    "grouped_mm, experts without tokens": (_module(Experts), lambda: tokens(0, 0, 6)),
     "addmm with a weight": (_inside(TransposedLinear, 8, 6), _inputs((2, 3, 8))),
     "addmm": _call(lambda a, b, c: torch.addmm(c, a, b, beta=0.5, alpha=2.0), [(4, 8), (8, 6)], (4, 6)),
     "addmm, beta only": _call(lambda a, b, c: torch.addmm(c, a, b, beta=3), [(4, 8), (8, 6)], (4, 6)),

@@ -6,7 +6,7 @@ from typing import Any
 
 import pytest
 import torch
-from passes.models import Attention, Call, ConvNet, Embedding, together
+from passes.models import Attention, Call, ConvNet, Embedding, Experts, grouped_mm_fallback, together, tokens
 from passes.trace import Trace, randn, seeded
 from torch import Tensor, nn
 from torch.nn import functional as F
@@ -72,6 +72,13 @@ class Recurrent(nn.Module):
         return self.out(self.bag(index))
 
 
+class Positions(nn.Embedding):
+    """Looks its rows up by itself, as Whisper's decoder does."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x + self.weight[1 : 1 + x.shape[-2]]
+
+
 INTEGERS = (torch.ones(4, 8, dtype=torch.int64), torch.ones(8, 3, dtype=torch.int64))
 CONVOLUTION = nn.Sequential(nn.Conv1d(3, 4, 3))
 SIGNAL = (randn(2, 3, 9),)
@@ -100,6 +107,24 @@ REFUSED: dict[str, tuple[nn.Module, Any, tuple[Any, ...], str]] = {
         {"extends": "hybrid", "defaults": {"input": ROW}},
         SIGNAL,
         "a convolution takes one scale per tensor only (granularity: tensor)",
+    ),
+    "experts by rows": (
+        seeded(Experts),
+        {"extends": "hybrid", "defaults": {"input": ROW}},
+        tokens(),
+        "a grouped_mm takes one scale per tensor only (granularity: tensor)",
+    ),
+    "groups along the contraction": (
+        Call(lambda x, ends: torch._grouped_mm(x.t(), x, offs=ends)),
+        "hybrid",
+        (randn(16, 8).bfloat16(), torch.tensor([8, 16], dtype=torch.int32)),
+        "a grouped_mm whose groups are not the rows of its first operand",
+    ),
+    "a table read by index": (
+        nn.Sequential(Positions(8, 6), nn.Linear(6, 4)),
+        "hybrid",
+        (randn(3, 6),),
+        "an embedding that indexes its table itself",
     ),
     "fused attention": (
         seeded(Attention),
@@ -229,3 +254,27 @@ def test_attention_emulated_on_request() -> None:
 def test_conv_net_is_quantized_whole() -> None:
     trace = Trace(seeded(ConvNet), "hybrid", randn(2, 3, 6, 6))
     assert [row.decision for row in trace.plan.rows] == ["fp8", "fp8"]
+
+
+# -- experts ----------------------------------------------------------------------------------------------------------------
+
+
+def test_experts_are_one_site_named_after_their_weights() -> None:
+    trace = Trace(seeded(Experts), "hybrid", *tokens())
+    (row,) = trace.plan.rows
+    assert (row.name, row.op, row.decision, row.shape, row.flops) == ("weights", "grouped_mm", "fp8", "6x16x8 in 3 groups", 2 * 6 * 16 * 8)
+
+
+def test_a_grouped_product_without_offsets_is_a_bmm() -> None:
+    a, b = randn(2, 8, 8).bfloat16(), randn(2, 8, 8).bfloat16()
+    trace = Trace(Call(lambda a, b: torch._grouped_mm(a, b)), "hybrid", a, b)
+    assert [(row.name, row.op, row.decision) for row in trace.plan.rows] == [("bmm", "bmm", "fp8")]
+
+
+def test_torch_and_transformers_run_experts_alike() -> None:
+    x, ends = tokens()
+    kinds = (torch._grouped_mm, F.grouped_mm, grouped_mm_fallback(), grouped_mm_fallback().default)
+    traces = [Trace(seeded(Experts, kind).bfloat16(), "hybrid", x.bfloat16(), ends) for kind in kinds]
+    assert [row.op for trace in traces for row in trace.plan.rows] == ["grouped_mm"] * 4
+    first, *others = (trace.fast(x.bfloat16(), ends) for trace in traces)
+    assert all(torch.equal(first, other) for other in others)

@@ -57,7 +57,7 @@ def test_the_weight_input_says_how_to_quantize(name: str) -> None:
     trace = Trace(make(), "hybrid", *inputs())
     (made,) = weights(trace)
     weight = dict(trace.model.named_parameters())[made.parameter]
-    q, scale = quantize_weight(weight, made)
+    q, scale, _ = quantize_weight(weight, made)
     viewed = weight.t() if name.startswith("addmm") else weight
     assert q.shape == viewed.shape
     error = (q.float() * scale - viewed).abs().max()

@@ -37,7 +37,7 @@ def test_message(text: str, expected: str, tmp_path: Path) -> None:
     [
         (None, "a recipe is a shipped name, a path, a dict or a Recipe; got None"),
         (b"hybrid", "got b'hybrid'"),
-        ("hybird", "no shipped recipe is called 'hybird'; allowed: blockwise, direct, emulation-direct, emulation-hybrid, hybrid"),
+        ("hybird", "no shipped recipe is called 'hybird'; allowed: blockwise, delayed, direct, emulation-direct, emulation-hybrid"),
         ("hybird", "Did you mean 'hybrid'?"),
         ("", "no shipped recipe is called ''"),
         ("none.yml", "none.yml: there is no such file"),
@@ -142,10 +142,6 @@ def test_overrides_say_where_they_come_from() -> None:
 @pytest.mark.parametrize(
     ("keys", "part"),
     [
-        (
-            {"input": {"scaling": "delayed"}},
-            "input.scaling: got 'delayed'; delayed scaling needs .*; allowed: none or current",
-        ),
         ({"save_activation_inputs": "fp8"}, "save_activation_inputs: got 'fp8'; .*; allowed: model"),
     ],
 )

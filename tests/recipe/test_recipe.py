@@ -100,7 +100,7 @@ def test_overrides_add() -> None:
 
 
 def test_shipped_recipes_exempt_only_the_vocabulary_projection() -> None:
-    assert Recipe.shipped() == ["blockwise", "direct", "emulation-direct", "emulation-hybrid", "hybrid", "none", "rowwise"]
+    assert Recipe.shipped() == ["blockwise", "delayed", "direct", "emulation-direct", "emulation-hybrid", "hybrid", "none", "rowwise"]
     for name in Recipe.shipped():
         data = Recipe.load(name).to_dict()
         exempting = [rule for rule in data["rules"] if "mode" in rule]

@@ -1,0 +1,224 @@
+"""Scales that are kept between steps: the state of delayed scaling, one record per Slot (site and role) of a model.
+
+    begin of a step   history, scale = delayed_update(history, scale, amax of the step before)
+    every forward     scales are read; the amax of forward roles is merged by max
+    every backward    the amax of gradient roles is merged by max
+
+A step begins at the first training forward after an optimizer step, so microbatches share one scale and are merged. Evaluation reads
+the scales and changes nothing. A slot nobody measured in a step (a layer that was not reached) keeps scale and history.
+
+All slots lie in three tensors, so that a step is one vectorised update, and a forward one gather and one scatter, without a host sync.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import threading
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from fp8fx.errors import ModelError
+from fp8fx.numerics.delayed import delayed_update
+from fp8fx.ops.quantize import UNMEASURED
+from fp8fx.passes.contract import Slot
+from fp8fx.recipe.grammar import Delayed
+
+ORDER = {"before": "history_first", "after": "scale_first"}  # is the scale renewed before this step's tensors are quantized, or after?
+FIELDS = ("scale", "history", "amax")
+MEANING = "delayed"  # the entry of a checkpoint that says what the others mean
+
+
+class ScalingState:
+    """history [n, length], scale [n] and amax [n] of this step so far, float32; slots are added as graphs are made."""
+
+    def __init__(self, rule: Delayed) -> None:
+        self.rule = rule
+        self.slots: dict[Slot, int] = {}
+        self.version = 0  # of the scales: quantized weights kept from another version are stale
+        self.due = False  # an optimizer stepped: the next training forward begins a step
+        self.calibrated = False  # amax was measured while calibrating, and no scale has followed yet
+        self.loaded: dict[str, Tensor] = {}  # entries of a checkpoint whose slots no graph has asked for yet
+        self.loaded_formats: dict[str, Any] = {}
+        self._lock = threading.Lock()
+        self._allocate(torch.device("cpu"), 0)
+
+    def _allocate(self, device: torch.device, count: int) -> None:
+        self.scale = torch.ones(count, device=device)
+        self.history = torch.zeros(count, self.rule.history, device=device)
+        self.amax = torch.full((count,), UNMEASURED, device=device)
+
+    def __len__(self) -> int:
+        return len(self.slots)
+
+    @property
+    def tensors(self) -> dict[str, Tensor]:
+        return {field: getattr(self, field) for field in FIELDS}
+
+    def indices(self, slots: Iterable[Slot | None]) -> list[int]:
+        """The rows of `slots`, added where they are new; 0 for None, which nobody reads."""
+        return [0 if slot is None else self._index(slot) for slot in slots]
+
+    def _index(self, slot: Slot) -> int:
+        with self._unlogged():
+            if slot not in self.slots:
+                known = {_name(other): _format(other) for other in self.slots} | self.loaded_formats
+                if problem := _mismatch(slot, known):
+                    raise ModelError(f"a scale kept for one format cannot serve another: {problem}")
+                self.slots[slot] = len(self.slots)
+                self.scale = torch.cat([self.scale, self.scale.new_ones(1)])
+                self.history = torch.cat([self.history, self.history.new_zeros(1, self.rule.history)])
+                self.amax = torch.cat([self.amax, self.amax.new_full((1,), UNMEASURED)])
+                self._fill(slot)
+            return self.slots[slot]
+
+    @contextlib.contextmanager
+    def _unlogged(self) -> Iterator[None]:
+        """One thread at a time; and no inference tensors, which later training could not write."""
+        with self._lock, torch.inference_mode(False), torch.no_grad():
+            yield
+
+    # -- calls ----------------------------------------------------------------------------------------------------------
+
+    def read(self, indices: Tensor) -> Tensor:
+        """Scales of `indices` (int64, any shape), a copy on their device."""
+        with self._unlogged():
+            self._move(indices.device)
+        return self.scale[indices]
+
+    def merge(self, indices: Tensor, amax: Tensor) -> None:
+        """Merge `amax` into this step's, by max. `indices`: int64 [m], a slot may occur twice; `amax`: float32 [m]."""
+        with self._unlogged():
+            self._move(indices.device)
+            self.amax.scatter_reduce_(0, indices, amax.detach().float(), "amax")
+
+    def step(self, at_once: bool = False) -> None:
+        """The step is over: its amax enters the history, and the scales follow; `at_once` even where the order is `after`."""
+        order = ORDER["before"] if at_once else ORDER[self.rule.order]
+        with self._unlogged():
+            history, scale = self.history.clone(), self.scale.clone()
+            for (format, power_of_two), rows in self._groups().items():
+                chosen = torch.tensor(rows, device=scale.device)
+                rule = (self.rule.algorithm, self.rule.margin, power_of_two, order)
+                renewed = delayed_update(self.history[chosen], self.scale[chosen], self.amax[chosen], format, *rule)
+                measured = self.amax[chosen] >= 0
+                history[chosen] = torch.where(measured.unsqueeze(1), renewed[0], self.history[chosen])
+                scale[chosen] = torch.where(measured, renewed[1], self.scale[chosen])
+            self.history, self.scale = history, scale
+            self.amax = torch.full_like(self.amax, UNMEASURED)
+            self.version += 1
+            self.due = self.calibrated = False
+
+    def _groups(self) -> dict[tuple[str, bool], list[int]]:
+        groups: dict[tuple[str, bool], list[int]] = {}
+        for slot, index in self.slots.items():
+            groups.setdefault((slot.format, slot.power_of_two), []).append(index)
+        return groups
+
+    def _move(self, device: torch.device) -> None:
+        """To where the model is now: it may have been moved since."""
+        if self.scale.device != device:
+            self.scale, self.history, self.amax = (t.to(device) for t in (self.scale, self.history, self.amax))
+
+    # -- checkpoints ----------------------------------------------------------------------------------------------------
+
+    def state(self) -> dict[str, Tensor]:
+        """Plain tensors by `<site>.<role>.<field>`: scale (), history [length], amax () of the step so far (-1: not measured).
+
+        `delayed` says what they mean: JSON as uint8 [n], with the rule, the formats, and whether a step is due.
+        """
+        with self._lock:
+            entries, formats = dict(self.loaded), dict(self.loaded_formats)
+            for slot, index in self.slots.items():
+                entries |= {_key(slot, field): tensor[index].clone() for field, tensor in self.tensors.items()}
+                formats[_name(slot)] = _format(slot)
+            meaning = {"rule": self.rule.model_dump(), "due": self.due, "formats": formats}
+            return entries | {MEANING: _from_json(meaning)}
+
+    def load(self, entries: Mapping[str, Tensor]) -> None:
+        """Take what `state` gave; slots without an entry start anew. Raises ModelError, and changes nothing, for another recipe's."""
+        meaning = _to_json(entries[MEANING]) if MEANING in entries else {}
+        rest = {key: value.detach().clone() for key, value in entries.items() if key != MEANING}
+        if problem := self._problem(rest, meaning):
+            raise other_recipe(problem)
+        with self._unlogged():
+            self._allocate(self.scale.device, len(self.slots))
+            self.loaded, self.loaded_formats, self.due = rest, dict(meaning.get("formats", {})), bool(meaning.get("due", False))
+            for slot in self.slots:
+                self._fill(slot)
+            self.version += 1
+
+    def _fill(self, slot: Slot) -> None:
+        self.loaded_formats.pop(_name(slot), None)
+        for field, tensor in self.tensors.items():
+            value = self.loaded.pop(_key(slot, field), None)
+            if value is not None:
+                tensor[self.slots[slot]] = value.to(tensor)
+
+    def _problem(self, entries: Mapping[str, Tensor], meaning: Mapping[str, Any]) -> str | None:
+        """Why these entries cannot be this model's, or None."""
+        here, there = self.rule.model_dump(), meaning.get("rule", {})
+        for key in here:
+            if key in there and there[key] != here[key]:
+                return f"delayed.{key} is {there[key]!r} there and {here[key]!r} here"
+        for slot in self.slots:
+            if problem := _mismatch(slot, meaning.get("formats", {})):
+                return problem
+        shapes = {"scale": (), "history": (self.rule.history,), "amax": ()}
+        for key, value in entries.items():
+            field = key.rpartition(".")[2]
+            if field not in shapes:
+                return f"{key!r} is no entry of delayed scaling (those end in {', '.join(FIELDS)})"
+            if tuple(value.shape) != shapes[field]:
+                return f"{key!r} has shape {list(value.shape)}, where delayed.history: {self.rule.history} gives {list(shapes[field])}"
+            if field == "scale" and not bool(torch.isfinite(value) & (value > 0)):
+                return f"{key!r} is {value.item()}, which is no scale"
+        return None
+
+
+def is_scaling(key: str) -> bool:
+    """An entry of a checkpoint is one of ScalingState's."""
+    return key == MEANING or key.rpartition(".")[2] in FIELDS
+
+
+def other_recipe(problem: str) -> ModelError:
+    return ModelError(
+        f"this state is of another recipe: {problem}. Load the weights alone (fp8fx.strip(state)), or compile the model with the recipe "
+        "the state was made with"
+    )
+
+
+def _mismatch(slot: Slot, formats: Mapping[str, Any]) -> str | None:
+    known = formats.get(_name(slot))
+    if known is None or list(known) == _format(slot):
+        return None
+    there, here = (f"{name}{' with powers of two' if power else ''}" for name, power in (known, _format(slot)))
+    return f"{slot.role} of {slot.site!r} is {there} there and {here} here"
+
+
+def _name(slot: Slot) -> str:
+    return f"{slot.site}.{slot.role}"
+
+
+def _key(slot: Slot, field: str) -> str:
+    return f"{_name(slot)}.{field}"
+
+
+def _format(slot: Slot) -> list[Any]:
+    return [slot.format, slot.power_of_two]
+
+
+def _from_json(value: Any) -> Tensor:
+    return torch.tensor(list(json.dumps(value, sort_keys=True).encode()), dtype=torch.uint8)
+
+
+def _to_json(value: Tensor) -> dict[str, Any]:
+    found: dict[str, Any] = json.loads(bytes(value.tolist()).decode())
+    return found
+
+
+def flat(rows: Sequence[Sequence[Slot | None]]) -> list[Slot | None]:
+    return [slot for row in rows for slot in row]

@@ -1,0 +1,67 @@
+# mypy: allow-untyped-defs, allow-incomplete-defs
+"""Scales on the device: current scaling from amax, and its inverse. `x ~ q * scale`; all float32.
+
+    scale     = clamp(max(amax, eps) / fmax, 2^-126, 2^126)
+    scale     = 1 / 2^floor(log2(fmax / max(amax, eps)))      power_of_two, by exponent bits
+    inv_scale = 1 / scale
+
+Every quotient is the IEEE one, as in the reference (which gets it through float64): Triton's plain float32 division is only
+within 2 ulp. Reference: `fp8fx.numerics.compute_scale` and `inverse`, equal bit for bit.
+"""
+
+from __future__ import annotations
+
+import torch
+import triton
+import triton.language as tl
+from fp8fx.kernels.codes import hardware_format
+from torch import Tensor
+
+from fp8fx.formats import Format
+
+_SMALLEST = tl.constexpr(2.0**-126)
+_LARGEST = tl.constexpr(2.0**126)
+_BLOCK = 1024
+
+
+@triton.jit
+def divide(a, b):
+    """The IEEE quotient of float32 values: the same bits as through float64, which `/` does not promise."""
+    return tl.div_rn(a, b)
+
+
+@triton.jit
+def inverse(scale):
+    """1 / scale, correctly rounded."""
+    return divide(tl.zeros_like(scale) + 1.0, scale)
+
+
+@triton.jit
+def current_scale(amax, eps, FMAX: tl.constexpr, POWER_OF_TWO: tl.constexpr):
+    """The scale of float32 `amax`; a non-finite amax counts as 0. eps: a float32 scalar."""
+    amax = tl.where(amax < float("inf"), amax, 0.0)
+    amax = tl.where(amax < eps, eps, amax)
+    fmax = tl.zeros_like(amax) + FMAX
+    if POWER_OF_TWO:
+        power = (divide(fmax, amax).to(tl.int32, bitcast=True) & 0x7F800000).to(tl.float32, bitcast=True)
+        scale = inverse(tl.minimum(tl.maximum(power, _SMALLEST), _LARGEST))
+    else:
+        scale = tl.minimum(tl.maximum(divide(amax, fmax), _SMALLEST), _LARGEST)
+    return scale
+
+
+@triton.jit
+def _scale_kernel(amax_ptr, scale_ptr, n, eps, FMAX: tl.constexpr, POWER_OF_TWO: tl.constexpr, BLOCK: tl.constexpr):
+    at = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
+    amax = tl.load(amax_ptr + at, mask=at < n, other=1.0)
+    tl.store(scale_ptr + at, current_scale(amax, eps, FMAX, POWER_OF_TWO), mask=at < n)
+
+
+def compute_scale(amax: Tensor, format: str | Format, power_of_two: bool = False, eps: float = 1e-12) -> Tensor:
+    """Current scaling of float32 `amax` of any shape: float32 of that shape, contiguous."""
+    amax = amax.contiguous()
+    scale = torch.empty_like(amax)
+    if (n := amax.numel()) > 0:
+        fmax = hardware_format(format).max
+        _scale_kernel[(triton.cdiv(n, _BLOCK),)](amax, scale, n, eps, FMAX=fmax, POWER_OF_TWO=power_of_two, BLOCK=_BLOCK)
+    return scale

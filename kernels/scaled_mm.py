@@ -1,0 +1,256 @@
+# mypy: allow-untyped-defs, allow-incomplete-defs
+"""scaled_mm: the FP8 matrix product, every pairing of e4m3fn and e5m2, at any size.
+
+    C [..., M, N] = (A [..., M, K] @ B [..., K, N]) * scale_a * scale_b + bias      one rounding, to bf16, fp16 or fp32
+
+Layout: both operands K-major, A with stride 1 along K and B likewise (a transposed row-major [N, K], as torch._scaled_mm wants
+it), rows a multiple of 16 bytes apart. What is laid out otherwise, or has an odd K, is copied once into rows padded to 16 bytes.
+Scales are dequantization multipliers in float32: one, one per row of A ([..., M, 1]) or column of B ([..., 1, N]), or one per
+block, which multiplies the partial sum of its block of K. `fast` keeps Hopper's own accumulator over the whole of K, `precise`
+adds it to float32 registers every 128; block scales always do. Few rows (decoding) run transposed, so that the rows of B
+fill the 64 of the matrix instruction. Reference: `fp8fx.ops.scaled_mm`; the order of accumulation differs.
+
+The kernel never synchronizes with the host, and needs no workspace: its descriptors travel as arguments, so it may be captured
+into a CUDA graph and run on any stream.
+"""
+
+from __future__ import annotations
+
+import functools
+import math
+from dataclasses import dataclass
+
+import torch
+import triton
+import triton.language as tl
+from fp8fx.kernels.codes import INTERPRET
+from fp8fx.kernels.scaled_mm_kernels import blocked_mm_kernel, scaled_mm_kernel
+from torch import Tensor
+from triton.tools.tensor_descriptor import TensorDescriptor
+
+from fp8fx.errors import KernelError
+
+_DTYPES = {torch.bfloat16: tl.bfloat16, torch.float16: tl.float16, torch.float32: tl.float32}
+_FP8 = (torch.float8_e4m3fn, torch.float8_e5m2)
+
+
+@dataclass(frozen=True)
+class Config:
+    """Tile sizes and launch options, chosen by shape from the table below."""
+
+    block_m: int
+    block_n: int
+    block_k: int
+    group: int
+    halves: bool
+    flatten: bool
+    num_warps: int
+    num_stages: int
+    per_multiprocessor: int = 1  # programs; two hide each other's epilogues where registers and shared memory hold both
+
+
+# Measured: docs/log.md. 256 columns want the least from the L2 cache, which long sums are bound by; two programs of 128 x 128 per
+# multiprocessor hide each other's last steps, of which short sums have more. Groups of 4 go with 132 multiprocessors.
+CONFIGS = {
+    "long": Config(128, 256, 128, 4, True, True, 8, 4),
+    "long_wide": Config(128, 256, 128, 16, True, True, 8, 4),
+    "short": Config(128, 128, 128, 4, True, True, 4, 3, 2),
+    "precise": Config(128, 128, 128, 4, True, False, 4, 3, 2),
+    "small": Config(64, 128, 128, 8, False, False, 4, 4, 2),
+    "decode": Config(64, 16, 256, 1, False, False, 4, 4, 2),
+    "decode_64": Config(64, 64, 128, 1, False, False, 4, 5),
+    "blocked": Config(128, 128, 128, 8, False, False, 8, 4),
+}
+
+
+def choose(m: int, n: int, k: int, batches: int, precise: bool, programs: int) -> str:
+    """The name of the configuration for an [m, n] output, after the exchange of operands that few rows ask for."""
+    if n <= 64 and m > n:
+        return "decode" if n <= 16 else "decode_64"
+    if batches * triton.cdiv(m, 128) * triton.cdiv(n, 128) < programs:
+        return "small"
+    if precise:
+        return "precise"
+    if k <= 4096 or batches * triton.cdiv(m, 128) * triton.cdiv(n, 256) < programs:
+        return "short"
+    return "long" if n <= 4096 else "long_wide"
+
+
+@functools.cache
+def multiprocessors(device: torch.device) -> int:
+    return 4 if INTERPRET.value else torch.cuda.get_device_properties(device).multi_processor_count
+
+
+def scaled_mm(
+    a: Tensor,
+    b: Tensor,
+    scale_a: Tensor,
+    scale_b: Tensor,
+    bias: Tensor | None = None,
+    dtype: torch.dtype = torch.bfloat16,
+    accumulate: str = "fast",
+    block_a: tuple[int, int] | None = None,
+    block_b: tuple[int, int] | None = None,
+    config: Config | None = None,
+) -> Tensor:
+    """C [..., M, N] in `dtype` (bf16, fp16, fp32) of FP8 `a` [..., M, K] and `b` [..., K, N], batches broadcasting; contiguous.
+
+    scale_a: float32 with one element, [..., M, 1], or with block_a = (rows, columns) [..., ceil(M / rows), ceil(K / columns)].
+    scale_b: one element, [..., 1, N], or with block_b = (rows, columns) [..., ceil(K / rows), ceil(N / columns)]. Any strides.
+    bias: bf16, fp16 or fp32 [N]. accumulate: `fast` or `precise`.
+    Raises KernelError for what only the reference does: other formats, blocks along K that are no multiple of 32.
+    """
+    _check(a, b, bias, dtype, accumulate)
+    batch = torch.broadcast_shapes(a.shape[:-2], b.shape[:-2])
+    (m, k), n, count = a.shape[-2:], b.shape[-1], math.prod(batch)
+    c = torch.empty((*batch, m, n), dtype=dtype, device=a.device)
+    if c.numel() == 0:
+        return c
+    if k == 0:
+        return c.zero_() if bias is None else c.copy_(bias)
+    left, right = (
+        _Operand.of(a, batch, scale_a, block_a),
+        _Operand.of(b.mT, batch, scale_b.mT if scale_b.dim() > 1 else scale_b, _turn(block_b)),
+    )
+    c3 = c.view(count, m, n)
+    if m <= 64 and n > m:  # few rows: C^T = B^T A^T
+        _launch(right, left, c3.mT, bias, 2, accumulate == "precise", config)
+    else:
+        _launch(left, right, c3, bias, 1, accumulate == "precise", config)
+    return c
+
+
+def _check(a: Tensor, b: Tensor, bias: Tensor | None, dtype: torch.dtype, accumulate: str) -> None:
+    if a.dtype not in _FP8 or b.dtype not in _FP8:
+        raise KernelError(f"scaled_mm: operands must be float8_e4m3fn or float8_e5m2, got {a.dtype} and {b.dtype}")
+    if a.dim() < 2 or b.dim() < 2 or a.shape[-1] != b.shape[-2]:
+        raise KernelError(f"scaled_mm: expected [..., M, K] and [..., K, N], got {tuple(a.shape)} and {tuple(b.shape)}")
+    if dtype not in _DTYPES or accumulate not in ("fast", "precise"):
+        raise KernelError(f"scaled_mm: no output of {dtype} with accumulation {accumulate!r}")
+    if bias is not None and (bias.shape != b.shape[-1:] or bias.dtype not in _DTYPES):
+        raise KernelError(f"scaled_mm: bias must be bf16, fp16 or fp32 [{b.shape[-1]}], got {bias.dtype} {tuple(bias.shape)}")
+
+
+def _turn(block: tuple[int, int] | None) -> tuple[int, int] | None:
+    return None if block is None else (block[1], block[0])
+
+
+@dataclass(frozen=True)
+class _Operand:
+    """One operand as the kernel reads it: codes [rows of all batches, K] with K innermost, and its scales over [batch, rows, K]."""
+
+    codes: Tensor
+    rows: int  # of one batch
+    batch_rows: int  # from one batch to the next; 0 where one matrix serves all
+    scale: Tensor
+    block: tuple[int, int] | None
+
+    @classmethod
+    def of(cls, x: Tensor, batch: torch.Size, scale: Tensor, block: tuple[int, int] | None) -> _Operand:
+        """`x` [..., R, K] with `scale` in the same orientation."""
+        shared = math.prod(x.shape[:-2]) == 1
+        if not shared:
+            x = x.expand(*batch, *x.shape[-2:])
+        flat = x.reshape(-1, *x.shape[-2:])
+        rows, k = flat.shape[1:]
+        if scale.dtype != torch.float32:
+            raise KernelError(f"scaled_mm: scales must be float32, got {scale.dtype}")
+        if scale.numel() != 1:
+            wanted = (rows, 1) if block is None else (triton.cdiv(rows, block[0]), triton.cdiv(k, block[1]))
+            if tuple(scale.shape[-2:]) != wanted:
+                raise KernelError(
+                    f"scaled_mm: scale of shape {tuple(scale.shape)} for {rows} rows of {k}, block {block}: expected {wanted}"
+                )
+            scale = scale.expand(*batch, *wanted).reshape(-1, *wanted)
+        return cls(_stacked(flat), rows, 0 if shared else rows, scale, block)
+
+    @property
+    def per_row(self) -> bool:
+        return self.block is None and self.scale.numel() != 1
+
+    def strides(self) -> tuple[int, int, int]:
+        """Of the scales, by batch, row (or block of rows) and block of K; 0 where one scale serves all."""
+        if self.scale.numel() == 1:
+            return 0, 0, 0
+        by_batch, by_row, by_k = self.scale.stride()
+        return (by_batch if self.batch_rows else 0), by_row, (0 if self.block is None else by_k)
+
+    def descriptor(self, block_rows: int, block_k: int) -> TensorDescriptor:
+        return TensorDescriptor(self.codes, list(self.codes.shape), list(self.codes.stride()), [block_rows, block_k])
+
+
+def _stacked(x: Tensor) -> Tensor:
+    """[B, R, K] as [B * R, K] that the copy engine can read: stride 1 along K, rows and start on multiples of 16 bytes."""
+    count, rows, k = x.shape
+    by_batch, by_row, by_k = x.stride()
+    aligned = (by_k == 1 or k == 1) and (by_row % 16 == 0 or rows == 1) and by_row >= k and x.data_ptr() % 16 == 0
+    if aligned and (count == 1 or by_batch == rows * by_row):
+        pitch = by_row if rows > 1 or count > 1 else triton.cdiv(k, 16) * 16
+        if pitch % 16 == 0:
+            return x.as_strided((count * rows, k), (pitch, 1))
+    padded = torch.empty((count * rows, triton.cdiv(k, 16) * 16), dtype=x.dtype, device=x.device)
+    padded.view(torch.uint8)[:, :k].view(count, rows, k).copy_(x.view(torch.uint8))
+    return padded[:, :k]
+
+
+def _launch(a: _Operand, b: _Operand, c: Tensor, bias: Tensor | None, bias_axis: int, precise: bool, config: Config | None) -> None:
+    """c [B, M, N], any strides, from A and B^T."""
+    count, m, n = c.shape
+    k = a.codes.shape[1]
+    blocked = a.block is not None or b.block is not None
+    programs = multiprocessors(c.device)
+    chosen = config or CONFIGS["blocked" if blocked else choose(m, n, k, count, precise, programs)]
+    block_k = _block_k(a, b, chosen.block_k) if blocked else chosen.block_k
+    width = chosen.block_n // 2 if chosen.halves else chosen.block_n
+    by_tma = c.stride(2) == 1 and c.stride(1) * c.element_size() % 16 == 0 and (count == 1 or m % chosen.block_m == 0)
+    target = TensorDescriptor(c, [count * m, n], [c.stride(1), 1], [chosen.block_m, width]) if by_tma else c
+    tiles = count * triton.cdiv(m, chosen.block_m) * triton.cdiv(n, chosen.block_n)
+    operands = (a.descriptor(chosen.block_m, block_k), b.descriptor(chosen.block_n, block_k), target, a.scale, b.scale)
+    sizes = (a.scale if bias is None else bias, count, m, n, k, a.batch_rows, b.batch_rows, *c.stride())
+    programs *= chosen.per_multiprocessor
+    grid = (min(tiles, programs),)
+    shared = {
+        "BIAS": 0 if bias is None else bias_axis,
+        "TMA_STORE": by_tma,
+        "DTYPE": _DTYPES[c.dtype],
+        "BLOCK_M": chosen.block_m,
+        "BLOCK_N": chosen.block_n,
+        "BLOCK_K": block_k,
+        "GROUP": chosen.group,
+        "PROGRAMS": programs,
+        "num_warps": chosen.num_warps,
+        "num_stages": chosen.num_stages,
+    }
+    if blocked:
+        steps = [max(operand.block[1] // block_k, 1) if operand.block else 1 for operand in (a, b)]
+        rows = [operand.block[0] if operand.block else 1 for operand in (a, b)]
+        blocked_mm_kernel[grid](
+            *operands,
+            *sizes,
+            *a.strides(),
+            *b.strides(),
+            BLOCK_ROWS_A=rows[0],
+            BLOCK_ROWS_B=rows[1],
+            STEPS_A=steps[0],
+            STEPS_B=steps[1],
+            **shared,
+        )
+    else:
+        scaled_mm_kernel[grid](
+            *operands,
+            *sizes,
+            ROW_A=a.per_row,
+            ROW_B=b.per_row,
+            PRECISE=precise,
+            HALVES=chosen.halves,
+            FLATTEN=chosen.flatten,
+            **shared,
+        )
+
+
+def _block_k(a: _Operand, b: _Operand, most: int) -> int:
+    """The step along K: it divides the blocks of both operands."""
+    step = math.gcd(*(operand.block[1] for operand in (a, b) if operand.block is not None), most)
+    if step < 32:
+        raise KernelError(f"scaled_mm: blocks {a.block} and {b.block} are no multiples of 32 along K: run the reference operator instead")
+    return step

@@ -1,0 +1,128 @@
+"""Activations and norms that write FP8, against the unfused operators: the same codes but where a last bit moves a rounding."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+from fp8fx import formats, numerics
+from fp8fx.errors import KernelError
+from fp8fx.numerics.tensor import quantize_scaled
+
+pytest.importorskip("triton")
+from fp8fx.kernels.activation_cast import activation_backward_cast, activation_cast
+from fp8fx.kernels.cast import Rounding
+from fp8fx.kernels.norm_cast import norm_cast
+
+FORWARD = {
+    "silu": F.silu,
+    "gelu": F.gelu,
+    "gelu_tanh": lambda h: F.gelu(h, approximate="tanh"),
+    "relu": F.relu,
+}
+
+
+def nearly_the_codes(actual: Tensor | None, y: Tensor, format: str, scale: Tensor | None) -> None:
+    """`actual` holds the codes of y, up to one code where y lies next to a boundary: under 1% of them, all one step away.
+
+    Where terms of a derivative cancel, what is left of them may err by more steps: up to 2^-16 of the largest value.
+    """
+    assert actual is not None
+    assert actual.is_contiguous()
+    expected = quantize_scaled(y.detach(), formats.get(format), scale)
+    assert actual.shape == expected.shape
+    ours, theirs = (codes.cpu().view(torch.uint8).int() for codes in (actual, expected))
+    steps = torch.where((ours ^ theirs) & 0x80 != 0, (ours & 0x7F) + (theirs & 0x7F), (ours - theirs).abs())
+    error = (actual.cpu().float() - expected.cpu().float()).abs()
+    assert bool(((steps <= 1) | (error <= 2.0**-16 * expected.float().abs().max().cpu())).all())
+    assert float((steps != 0).float().mean()) < 0.01
+
+
+@pytest.mark.parametrize("gated", [False, True])
+@pytest.mark.parametrize("activation", sorted(FORWARD))
+def test_forward(device: str, activation: str, gated: bool) -> None:
+    for shape, dtype in (((70, 150), torch.float32), ((2, 34, 33), torch.float32), ((130, 256), torch.bfloat16)):
+        if device == "cpu" and dtype != torch.float32:
+            continue  # the interpreter rounds to bfloat16 by truncation
+        both = (torch.randn(*shape[:-1], 2 * shape[-1], device=device) * 2).to(dtype)
+        h, u = both[..., : shape[-1]], both[..., shape[-1] :]
+        y = FORWARD[activation](h) * u if gated else FORWARD[activation](h)
+        for scale in (torch.tensor(0.013, device=device), None):
+            largest = torch.zeros((), device=device)
+            q, t = activation_cast(h, u if gated else None, activation, "e4m3fn", scale, amax=largest)
+            nearly_the_codes(q, y, "e4m3fn", scale)
+            nearly_the_codes(t, y.mT, "e4m3fn", scale)
+            torch.testing.assert_close(largest, numerics.amax(y), rtol=1e-2 if dtype == torch.bfloat16 else 1e-5, atol=0)
+
+
+@pytest.mark.parametrize("gated", [False, True])
+@pytest.mark.parametrize("activation", sorted(FORWARD))
+def test_backward(device: str, activation: str, gated: bool) -> None:
+    for shape, dtype in (((70, 150), torch.float32), ((130, 256), torch.bfloat16)):
+        if device == "cpu" and dtype != torch.float32:
+            continue
+        h, u = ((torch.randn(shape, device=device) * 2).to(dtype).requires_grad_() for _ in range(2))
+        dy = torch.randn(shape, device=device).to(dtype)
+        y = FORWARD[activation](h) * u if gated else FORWARD[activation](h)
+        grads = torch.autograd.grad(y, (h, u) if gated else (h,), dy)
+        scale, scale_u, largest, largest_u = (torch.tensor(v, device=device) for v in (1e-3, 2e-3, 0.0, 0.0))
+        pairs = activation_backward_cast(
+            dy, h.detach(), u.detach() if gated else None, activation, "e5m2", scale, scale_u, amax=largest, amax_u=largest_u
+        )
+        rtol = 1e-2 if dtype == torch.bfloat16 else 1e-5
+        for (q, t), grad, s, seen in zip(pairs, grads, (scale, scale_u), (largest, largest_u), strict=False):
+            nearly_the_codes(q, grad, "e5m2", s)
+            nearly_the_codes(t, grad.mT, "e5m2", s)
+            torch.testing.assert_close(seen, numerics.amax(grad), rtol=rtol, atol=0)
+        assert gated or pairs[1] == (None, None)
+
+
+def test_layouts_stochastic_and_special_values(device: str) -> None:
+    h = torch.tensor([[0.0, -0.0, float("nan"), float("inf"), -1.0, 3.3, 500.0, -5.0]], device=device).repeat(8, 1)
+    rng, key = torch.tensor([3, 4, 5], device=device), 77
+    bits = numerics.philox_bits((8, 8), 3, key, 4, 5)
+    for layout in ("rows", "transposed"):
+        q, t = activation_cast(h, None, "relu", "e4m3fn", None, layout, Rounding("stochastic", "saturate", rng, key))
+        expected = quantize_scaled(F.relu(h.cpu()), formats.get("e4m3fn"), None, "tensor", "stochastic", "saturate", bits)
+        made = q if t is None else t.mT
+        assert made is not None
+        assert torch.equal(made.cpu().contiguous().view(torch.uint8), expected.view(torch.uint8))
+    assert activation_cast(h[:0], None, "silu", "e5m2")[0] is not None
+
+
+@pytest.mark.parametrize("kind", ["layer", "rms"])
+def test_norms(device: str, kind: str) -> None:
+    for shape, dtype in (((70, 150), torch.float32), ((2, 5, 300), torch.float32), ((130, 5000), torch.bfloat16)):
+        if device == "cpu" and dtype != torch.float32:
+            continue
+        x = (torch.randn(shape, device=device) * 3 + 1).to(dtype)
+        weight, bias = torch.randn(shape[-1], device=device).to(dtype), torch.randn(shape[-1], device=device).to(dtype)
+        scale, largest = torch.tensor(0.02, device=device), torch.zeros((), device=device)
+        if kind == "layer":
+            y = F.layer_norm(x, shape[-1:], weight, bias, 1e-5)
+            (q, t), mean, rstd = norm_cast(x, weight, bias, "e4m3fn", kind, 1e-5, scale, amax=largest)
+            assert mean is not None
+            torch.testing.assert_close(mean, x.float().mean(-1, keepdim=True), rtol=1e-5, atol=1e-5)
+        else:
+            y = F.rms_norm(x, shape[-1:], weight, 1e-5)
+            (q, t), _, rstd = norm_cast(x, weight, None, "e4m3fn", kind, 1e-5, scale, amax=largest)
+        variance = x.float().var(-1, keepdim=True, unbiased=False) if kind == "layer" else x.float().square().mean(-1, keepdim=True)
+        torch.testing.assert_close(rstd, (variance + 1e-5).rsqrt(), rtol=1e-5, atol=0)
+        nearly_the_codes(q, y, "e4m3fn", scale)
+        nearly_the_codes(t, y.mT, "e4m3fn", scale)
+        torch.testing.assert_close(largest, numerics.amax(y), rtol=1e-2 if dtype == torch.bfloat16 else 1e-5, atol=0)
+    (q, t), _, _ = norm_cast(x[..., :0], None, None, "e4m3fn")
+    assert q is not None
+    assert q.numel() == 0
+
+
+def test_refusals() -> None:
+    with pytest.raises(KernelError, match="batch"):
+        norm_cast(torch.ones(2, 2), None, None, "e4m3fn", "batch")
+    with pytest.raises(KernelError, match="mish"):
+        activation_cast(torch.ones(2, 2), None, "mish", "e4m3fn")
+    one = torch.ones(())
+    with pytest.raises(KernelError, match="together"):
+        activation_backward_cast(torch.ones(2, 2), torch.ones(2, 2), torch.ones(2, 2), "silu", "e5m2", one, None)
