@@ -36,6 +36,7 @@ RECIPES: dict[str, Any] = {**MEASURED, "rowwise": "rowwise"}
 # Recipes that carry state from call to call: what must not cross between models is compared with separate processes.
 STATEFUL: dict[str, Any] = {
     "direct": "direct",
+    "delayed": "delayed",
     "stochastic forward": {"extends": "hybrid", "defaults": {"rounding": "stochastic"}},
 }
 ENTRIES = ("compile", "backend")
