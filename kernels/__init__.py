@@ -1,5 +1,12 @@
-"""The Triton kernels that *lower* calls on a CUDA device; installed as `fp8fx.kernels`. There are none yet.
+"""The Triton kernels that *lower* calls on a CUDA device; installed as `fp8fx.kernels`.
 
-Until a kernel is here, every operator runs its reference in `fp8fx.ops`, on a GPU too: exact, and slower than high precision. A kernel
-implements the schema of an operator, imports nothing of fp8fx but formats and errors, and is tested against the reference byte for byte.
+    cast, cast_block            codes in both layouts, with one scale per tensor, row, column or block; amax in the same pass
+    activation_cast, norm_cast  the same from what produces the tensor: SiLU, GELU, SwiGLU and their backwards, LayerNorm, RMSNorm
+    amax, scale, delayed        amax alone; current scaling from it; the update of delayed scaling for all slots at once
+    scaled_mm                   the FP8 matrix product, every pairing of e4m3fn and e5m2
+    codes, quarters, layout     what these share: rounding, random bits, tiles, shapes
+
+A kernel implements what an operator's reference in `fp8fx.ops` defines, imports nothing of fp8fx but formats and errors, and is tested
+against the reference byte for byte, products within a derived bound. Public functions take tensors of any strides on one device,
+never wait for it, and may be captured into CUDA graphs. Importing this package imports no Triton; importing its modules does.
 """

@@ -248,7 +248,7 @@ def cast_current(
     made = {g: torch.empty(axis_shape(x.shape, g), dtype=torch.float32, device=x.device) for g in wanted}
     shared = sides[0] == sides[1]
     axes = (-1 if sides[0] is None else AXES[sides[0]], -2 if shared else -1 if sides[1] is None else AXES[sides[1]])
-    amaxes, scales = ([table.get(side) for side in sides] for table in (found, made))
+    amaxes, scales = ([None if side is None else table[side] for side in sides] for table in (found, made))
     parts = _launch(x, hardware_format(format), axes, tuple(amaxes), tuple(scales), None, how, power_of_two, eps)
     if x.numel() == 0:
         for scale, largest in zip(scales, amaxes, strict=True):

@@ -7,7 +7,7 @@ Layout: both operands K-major, A with stride 1 along K and B likewise (a transpo
 it), rows a multiple of 16 bytes apart. What is laid out otherwise, or has an odd K, is copied once into rows padded to 16 bytes.
 Scales are dequantization multipliers in float32: one, one per row of A ([..., M, 1]) or column of B ([..., 1, N]), or one per
 block, which multiplies the partial sum of its block of K. `fast` keeps Hopper's own accumulator over the whole of K, `precise`
-adds it to float32 registers every 128; block scales always do. Few rows (decoding) run transposed, so that the rows of B
+adds it to float32 registers every 128 (every 256 where few rows run); block scales always do. Few rows (decoding) run transposed, so that the rows of B
 fill the 64 of the matrix instruction. Reference: `fp8fx.ops.scaled_mm`; the order of accumulation differs.
 
 The kernel never synchronizes with the host, and needs no workspace: its descriptors travel as arguments, so it may be captured
@@ -49,12 +49,10 @@ class Config:
     per_multiprocessor: int = 1  # programs; two hide each other's epilogues where registers and shared memory hold both
 
 
-# Measured: docs/log.md. 256 columns want the least from the L2 cache, which long sums are bound by; two programs of 128 x 128 per
-# multiprocessor hide each other's last steps, of which short sums have more. Groups of 4 go with 132 multiprocessors.
+# Tiles 256 wide ask least of the L2 cache. With few tiles, two programs of 128 x 128 per multiprocessor hide each other's last steps.
 CONFIGS = {
-    "long": Config(128, 256, 128, 4, True, True, 8, 4),
-    "long_wide": Config(128, 256, 128, 16, True, True, 8, 4),
-    "short": Config(128, 128, 128, 4, True, True, 4, 3, 2),
+    "large": Config(128, 256, 128, 8, True, True, 8, 4),
+    "medium": Config(128, 128, 128, 4, True, True, 4, 3, 2),
     "precise": Config(128, 128, 128, 4, True, False, 4, 3, 2),
     "small": Config(64, 128, 128, 8, False, False, 4, 4, 2),
     "decode": Config(64, 16, 256, 1, False, False, 4, 4, 2),
@@ -63,7 +61,7 @@ CONFIGS = {
 }
 
 
-def choose(m: int, n: int, k: int, batches: int, precise: bool, programs: int) -> str:
+def choose(m: int, n: int, batches: int, precise: bool, programs: int) -> str:
     """The name of the configuration for an [m, n] output, after the exchange of operands that few rows ask for."""
     if n <= 64 and m > n:
         return "decode" if n <= 16 else "decode_64"
@@ -71,9 +69,7 @@ def choose(m: int, n: int, k: int, batches: int, precise: bool, programs: int) -
         return "small"
     if precise:
         return "precise"
-    if k <= 4096 or batches * triton.cdiv(m, 128) * triton.cdiv(n, 256) < programs:
-        return "short"
-    return "long" if n <= 4096 else "long_wide"
+    return "medium" if batches * triton.cdiv(m, 128) * triton.cdiv(n, 256) < 4 * programs else "large"
 
 
 @functools.cache
@@ -199,7 +195,7 @@ def _launch(a: _Operand, b: _Operand, c: Tensor, bias: Tensor | None, bias_axis:
     k = a.codes.shape[1]
     blocked = a.block is not None or b.block is not None
     programs = multiprocessors(c.device)
-    chosen = config or CONFIGS["blocked" if blocked else choose(m, n, k, count, precise, programs)]
+    chosen = config or CONFIGS["blocked" if blocked else choose(m, n, count, precise, programs)]
     block_k = _block_k(a, b, chosen.block_k) if blocked else chosen.block_k
     width = chosen.block_n // 2 if chosen.halves else chosen.block_n
     by_tma = c.stride(2) == 1 and c.stride(1) * c.element_size() % 16 == 0 and (count == 1 or m % chosen.block_m == 0)

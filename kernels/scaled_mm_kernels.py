@@ -88,7 +88,8 @@ def scaled_mm_kernel(
         acc = tl.zeros((BLOCK_M, BLOCK_N), dtype=tl.float32)
         for step in range(steps):
             left, right = a.load([row_a, step * BLOCK_K]), b.load([row_b, step * BLOCK_K])
-            # Hopper's accumulator keeps 14 bits below the largest term; PRECISE adds it to float32 registers every BLOCK_K.
+            # Hopper aligns the terms of each addition to the largest and keeps 13 bits below it; PRECISE adds what it has to float32
+            # registers every BLOCK_K.
             acc = tl.dot(left, right.T, acc, max_num_imprecise_acc=BLOCK_K if PRECISE else None)
 
         if ROW_A:

@@ -79,7 +79,8 @@ class DelayedOracle(Oracle):
             return None
         name = self.seen[-1]
         assert self.rows is not None
-        spec = next(self.rows[alias] for alias in self._aliases(name) if alias in self.rows).spec
+        rows = next(self.rows[alias] for alias in self._aliases(name) if alias in self.rows)
+        spec = next((row for row in rows if row.op == op), rows[0]).spec
         return Method(**{role: self._role(name, role, getattr(spec, role)) for role in ROLES})
 
     def _role(self, name: str, role: str, spec: Any) -> Role | None:
@@ -90,8 +91,10 @@ class DelayedOracle(Oracle):
 
     def end_step(self) -> None:
         rule, power_of_two = self.recipe.delayed, self.recipe.scale.power_of_two
-        formats = {(row.name, role): getattr(row.spec, role).format for row in (self.rows or {}).values() if row.spec for role in ROLES
-                   if getattr(row.spec, role) is not None}  # fmt: skip
+        rows = [row for same in (self.rows or {}).values() for row in same if row.spec]
+        formats = {
+            (row.name, role): getattr(row.spec, role).format for row in rows for role in ROLES if getattr(row.spec, role) is not None
+        }
         for key, record in self.records.items():
             if record.amax is None:
                 continue

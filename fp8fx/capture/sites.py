@@ -221,15 +221,15 @@ def read_site(node: fx.Node) -> SiteCall | None:
     return reader(node) if reader is not None else None
 
 
-def fused_inference(node: fx.Node) -> bool:
-    """Does the node hide the layers of one of torch.nn's attention modules, in evaluation without gradients?"""
-    return unsupported(node) == _FUSED
-
-
 def _operator_name(target: Any) -> str:
     """`namespace::name` of a registered operator, overload or not; else ""."""
     packet = target.overloadpacket if isinstance(target, torch._ops.OpOverload) else target
     return str(packet._qualified_op_name) if isinstance(packet, torch._ops.OpOverloadPacket) else ""
+
+
+def fused_inference(node: fx.Node) -> bool:
+    """Does the node hide the layers of one of torch.nn's attention modules, in evaluation without gradients?"""
+    return UNSUPPORTED.get(node.target) == _FUSED
 
 
 def unsupported(node: fx.Node) -> str | None:

@@ -55,7 +55,7 @@ def gpt(context: int = 64, batch: int = 8, held_out_batches: int = 128) -> Task:
         steps=600,
         lr=3e-3,
         weight_decay=0.1,
-        bars={"hybrid": 0.01, "rowwise": 0.01, "blockwise": 0.01, "direct": 0.03},
+        bars={"hybrid": 0.01, "delayed": 0.01, "rowwise": 0.01, "blockwise": 0.01, "direct": 0.03},
     )
 
 
@@ -71,7 +71,7 @@ def digits(batch: int = 64) -> Task:
         steps=200,
         lr=3e-3,
         weight_decay=0.05,
-        bars={"hybrid": 1.0, "rowwise": 1.0, "blockwise": 1.0, "direct": 1.0},
+        bars={"hybrid": 1.0, "delayed": 1.0, "rowwise": 1.0, "blockwise": 1.0, "direct": 1.0},
     )
 
 

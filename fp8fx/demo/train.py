@@ -88,7 +88,7 @@ def train(
     device = device or default_device()
     with reproducible(device, seed):
         source = task.build().to(device)
-        run = Run(task=task.name, recipe=recipe, seed=seed, source=source, model=fp8fx.compile(source, recipe=recipe))
+        run = Run(task=task.name, recipe=recipe, seed=seed, source=source, model=fp8fx.compile(source, recipe=recipe, fullgraph=True))
         scaler = fp8fx.GradScaler(recipe=recipe, device=device.type)
         start = time.perf_counter()
         _fit(run, task, scaler, device, on_step)

@@ -20,12 +20,14 @@ from torch import fx
 from fp8fx.capture.regions import REGION
 from fp8fx.ops.quantize import GRADIENTS
 from fp8fx.passes.contract import AMAX, GRAD_SCALES, METER, RNG, SCALES, SLOTS, Context, SiteDecision, Slot, emit, input_node, item
-from fp8fx.spec import SiteSpec, TensorSpec
+from fp8fx.spec import TensorSpec
 
 WRAPPED = "fp8_wrapped"  # module.meta: the graph's own output was no tuple, and became the first item of one
 
 
-def slot_of(site: str, role: str, spec: TensorSpec) -> Slot:
+def slot_of(made: SiteDecision, role: str, spec: TensorSpec) -> Slot:
+    """The record of one role of a site. A tied weight is one name with two operations, whose gradients differ: the lookup has its own."""
+    site = f"{made.name}.embedding" if made.op == "embedding" else made.name
     return Slot(site, role, spec.format, spec.power_of_two)
 
 
@@ -59,7 +61,7 @@ class FurtherInputs:
         if not sites:
             return
         self.rows = self._rows(METER, sites)
-        slots = [gradient_slots(made.name, made.spec) for _, made in sites]
+        slots = [gradient_slots(made) for _, made in sites]
         if any(any(row) for row in slots):
             self.module.meta[GRAD_SCALES] = slots
             self.scale_rows = self._rows(GRAD_SCALES, sites)
@@ -96,7 +98,7 @@ class FurtherInputs:
         output.args = ((given, stacked) if self.module.meta[WRAPPED] else (*given, stacked),)
 
 
-def gradient_slots(site: str, spec: SiteSpec | None) -> tuple[Slot | None, ...]:
+def gradient_slots(made: SiteDecision) -> tuple[Slot | None, ...]:
     """A Slot for each of GRADIENTS whose scaling is delayed."""
-    roles = [(role, getattr(spec, role)) for role in GRADIENTS]
-    return tuple(slot_of(site, role, s) if s is not None and s.scaling == "delayed" else None for role, s in roles)
+    roles = [(role, getattr(made.spec, role)) for role in GRADIENTS]
+    return tuple(slot_of(made, role, spec) if spec is not None and spec.scaling == "delayed" else None for role, spec in roles)

@@ -61,7 +61,7 @@ class _Writer:
 
     def __init__(self, module: fx.GraphModule, context: Context, sites: list[tuple[fx.Node, SiteDecision]]) -> None:
         self.graph = module.graph
-        self.first: dict[tuple[Any, ...], tuple[str, str]] = {}
+        self.first: dict[tuple[Any, ...], tuple[str, str, SiteDecision]] = {}
         self.matrices: dict[fx.Node, fx.Node] = {}  # a tensor of tokens -> its flattened form
         self.inputs = FurtherInputs(module, context)
         specs = [getattr(made.spec, role) for _, made in sites for role in ROLES]
@@ -105,9 +105,9 @@ class _Writer:
         if spec is None or (made.spec.calibrating and spec.scaling != "delayed"):
             return []
         dims = dims if spec.granularity == "row" else [-1]  # only scales per row depend on the contraction
-        producer, name = self.first.setdefault((x, spec.text, tuple(dims)), (site, role))
+        producer, name, first = self.first.setdefault((x, spec.text, tuple(dims)), (site, role, made))
         rng = self.rng if spec.stochastic else None
-        slot = slot_of(producer, "weight" if name == "other" else name, spec) if spec.scaling == "delayed" else None
+        slot = slot_of(first, "weight" if name == "other" else name, spec) if spec.scaling == "delayed" else None
         scale = None if slot is None else self.inputs.scale(slot)
         node = self.emit(call, ops.quantize.default, x, spec.text, dims, rng, producer, name, scale)
         node.meta["weight_cache"] = made.spec.weight_cache

@@ -161,19 +161,35 @@ def measure_passes(layers: int, recipe: str, repeat: int) -> float:
     return min(front for _, front, _ in runs) + min(passes for *_, passes in runs)
 
 
-def report(rows: list[Figures], sizes: dict[int, float]) -> list[dict[str, Any]]:
-    """Print the two tables; return the bars as data."""
+def table(inners: Sequence[str], layers: int, recipe: str, repeat: int) -> list[Figures]:
+    """Measure and print one row per inner compiler."""
     print("| inner compiler | layers | baseline | fp8fx | fp8fx / baseline | front end | pipeline | passes / baseline |")
-    print("|---|---:|---:|---:|---:|---:|---:|---:|")
-    for row in rows:
+    print("|---|---:|---:|---:|---:|---:|---:|---:|", flush=True)
+    rows = []
+    for inner in inners:
+        measure(2, inner, recipe, 1)  # imports and first-use caches are nobody's compile time
+        rows.append(row := measure(layers, inner, recipe, repeat))
         print(
-            f"| {row.inner} | {row.layers} | {row.baseline:.2f} s | {row.fp8fx:.2f} s | {row.ratio:.2f} "
-            f"| {row.front_end:.2f} s | {row.pipeline:.2f} s | {row.share:.1%} |"
+            f"| {inner} | {layers} | {row.baseline:.2f} s | {row.fp8fx:.2f} s | {row.ratio:.2f} "
+            f"| {row.front_end:.2f} s | {row.pipeline:.2f} s | {row.share:.1%} |",
+            flush=True,
         )
-    print("\n| layers | passes | per layer |\n|---:|---:|---:|")
+    return rows
+
+
+def growth(sizes: Sequence[int], recipe: str, repeat: int) -> dict[int, float]:
+    """Measure and print the passes for each number of layers."""
+    print("\n| layers | passes | per layer |\n|---:|---:|---:|", flush=True)
+    found = {}
+    for layers in sizes:
+        found[layers] = seconds = measure_passes(layers, recipe, repeat)
+        print(f"| {layers} | {seconds:.2f} s | {seconds / layers * 1e3:.1f} ms |", flush=True)
+    return found
+
+
+def judge(rows: list[Figures], sizes: dict[int, float]) -> list[dict[str, Any]]:
+    """Print the bars, and return them as data."""
     per_layer = [seconds / layers for layers, seconds in sizes.items()]
-    for (layers, seconds), each in zip(sizes.items(), per_layer, strict=True):
-        print(f"| {layers} | {seconds:.2f} s | {each * 1e3:.1f} ms |")
     values = [
         ("passes over baseline, largest", max(row.share for row in rows), SHARE),
         ("fp8fx over baseline, largest", max(row.ratio for row in rows), TOTAL),
@@ -195,13 +211,10 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--json", type=Path, help="write the figures here")
     options = parser.parse_args(argv)
     torch.set_num_threads(1)
-    rows = []
-    for inner in options.inner:
-        measure(2, inner, options.recipe, 1)  # imports and first-use caches are nobody's compile time
-        rows.append(measure(options.layers, inner, options.recipe, options.repeat))
-    sizes = {layers: measure_passes(layers, options.recipe, options.repeat) for layers in options.sizes}
     print(f"LlamaForCausalLM, forward and backward, recipe {options.recipe}, torch {torch.__version__}, {platform.machine()}\n")
-    bars = report(rows, sizes)
+    rows = table(options.inner, options.layers, options.recipe, options.repeat)
+    sizes = growth(options.sizes, options.recipe, options.repeat)
+    bars = judge(rows, sizes)
     if options.json:
         figures = [{**asdict(row), "passes": row.passes, "share": row.share, "ratio": row.ratio} for row in rows]
         data = {"torch": torch.__version__, "recipe": options.recipe, "rows": figures, "passes_by_layers": sizes, "bars": bars}

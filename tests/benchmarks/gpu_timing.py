@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import json
 import math
+import random
 import statistics
 from collections.abc import Callable, Iterable
 from pathlib import Path
@@ -34,19 +35,20 @@ def captured(calls: Iterable[Call]) -> torch.cuda.CUDAGraph:
     return graph
 
 
-def interleaved(candidates: dict[str, list[Call]], rounds: int = 9, least: float = 0.02) -> dict[str, float]:
+def interleaved(candidates: dict[str, list[Call]], rounds: int = 9, least: float = 0.03) -> dict[str, float]:
     """Median seconds per call of each candidate, a list of calls that differ in their buffers only.
 
-    A candidate's turn lasts `least` seconds after half as much unmeasured: at the power limit a kernel runs at the clock that the
-    kernels before it left, and only after some milliseconds at its own.
+    A candidate's turn lasts `least` seconds after as much unmeasured, and every round has an order of its own: at the power limit a
+    kernel runs for a while at the clock that the kernel before it left. For the same reason, compare what draws alike.
     """
     graphs = {name: captured(calls) for name, calls in candidates.items()}
     start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+    shuffle = random.Random(0)
     replays, times = {}, {name: list[float]() for name in graphs}
     for i in range(-1, rounds):  # the round before the first says how long a replay takes
-        for name, graph in graphs.items():
-            count = replays.get(name, 2)
-            for _ in range((count + 1) // 2):
+        for name in shuffle.sample(list(graphs), len(graphs)):
+            graph, count = graphs[name], replays.get(name, 2)
+            for _ in range(count):
                 graph.replay()
             start.record()
             for _ in range(count):

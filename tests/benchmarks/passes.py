@@ -30,9 +30,9 @@ from torch.nn import functional as F
 
 from fp8fx import pipeline
 from fp8fx.capture import dynamo
+from fp8fx.capture.layers import module_types
 from fp8fx.passes.contract import Context
 from fp8fx.recipe import Recipe
-from fp8fx.runtime import module_types
 
 FLAT, SHARE = 1.5, 0.25  # the bars
 

@@ -58,7 +58,7 @@ def test_bars_pass_and_fail(tasks: dict[str, Task]) -> None:
     failed = [v.text for v in report.verdicts(bad, tasks, judge_quality=True) if not v.passed]
     assert len(failed) == 3
     assert "gpt hybrid: held-out loss +1.50%, asked within 1% of none" in failed[0]
-    for recipe in ("rowwise", "blockwise"):
+    for recipe in ("delayed", "rowwise", "blockwise"):
         near, far = (report.verdicts([GOOD[0], result("gpt", recipe, loss=loss)], tasks, judge_quality=True) for loss in (2.019, 2.021))
         assert [v.passed for v in (*near, *far)] == [True, True, False, True]
     assert "90.0% of non-exempt FLOPs" in failed[1]

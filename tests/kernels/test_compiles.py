@@ -81,7 +81,7 @@ PAIRS = [("e4m3", "e4m3"), ("e4m3", "e5m2"), ("e5m2", "e4m3"), ("e5m2", "e5m2")]
 
 @pytest.mark.parametrize(
     ("config", "pair"),
-    [("long", pair) for pair in PAIRS] + [(config, PAIRS[3]) for config in mm.CONFIGS if config not in ("blocked", "long")],
+    [("large", pair) for pair in PAIRS] + [(config, PAIRS[3]) for config in mm.CONFIGS if config not in ("blocked", "large")],
 )
 def test_scaled_mm(config: str, pair: tuple[str, str], compiled: Compiled, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     monkeypatch.setattr(mm, "multiprocessors", lambda device: 132)

@@ -52,10 +52,11 @@ def without_randomness(model: nn.Module) -> nn.Module:
 
 
 def wake_blocks(model: nn.Module) -> nn.Module:
-    """`model` with the norms that start at zero (the last of a residual block, often) at one: they switch their block off."""
+    """`model` with what starts at zero and switches a residual block off at one: the gain of its last norm or convolution."""
     for module in model.modules():
-        if isinstance(module, nn.modules.batchnorm._BatchNorm) and module.weight is not None and not module.weight.any():
-            nn.init.ones_(module.weight)
+        gain = module.weight if isinstance(module, nn.modules.batchnorm._BatchNorm) else getattr(module, "gain", None)
+        if isinstance(gain, nn.Parameter) and not gain.any():
+            nn.init.ones_(gain)
     return model
 
 

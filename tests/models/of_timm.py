@@ -27,7 +27,7 @@ _MODELS: dict[str, dict[str, Any]] = {
     # convolutions
     "resnet18": {"size": 96},
     "resnext26ts": {"size": 64},
-    "regnety_002": {"size": 64},
+    "regnety_002": {"size": 64, "loss_scale": 16.0},
     "densenet121": {"size": 64, "block_config": (2, 2, 2, 2)},
     "nf_resnet26": {"size": 64},
     "mobilenetv2_100": {"size": 96, "loss_scale": 16.0},

@@ -5,10 +5,12 @@ from __future__ import annotations
 from typing import Any
 
 import pytest
-from coverage_meter import CoverageMeter
+import torch
+from coverage_meter import CoverageMeter, plain_flops
 from models import measure as measuring
 from models.measure import check, measure
 from models.zoo import build
+from passes.models import Experts, tokens
 
 import fp8fx
 
@@ -43,3 +45,14 @@ def test_coverage_sees_a_gemm_in_high_precision() -> None:
     assert meter.forward.flops["", ""] == inside > 0
     assert meter.share(plan) == pytest.approx(plan.fp8_flops_share)
     assert meter.backward.flops["", ""] == 0
+
+
+@pytest.mark.parametrize("of_torch", [True, False])
+def test_flops_of_experts_are_those_of_their_tokens(of_torch: bool) -> None:
+    """Forward and two gradients, of torch's grouped product and of the operator that transformers has for other dtypes."""
+    model = Experts(torch._grouped_mm if of_torch else None)
+    x, ends = tokens(2, 2, 6)
+    x.requires_grad_()
+    assert plain_flops(lambda: model(x, ends).square().sum().backward()) == 3 * 2 * 6 * 16 * 8
+    with torch.no_grad():
+        assert plain_flops(lambda: model(x, torch.tensor([1, 2, 3], dtype=torch.int32))) == 2 * 3 * 16 * 8

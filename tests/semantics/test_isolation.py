@@ -1,6 +1,7 @@
 """State never crosses: models that share a process end where each ends alone in a process of its own, bit for bit.
 
-The recipes round stochastically, so that the position in the random stream is state: one call too many of another model shows.
+The recipes round stochastically, so that the position in the random stream is state, or scale by earlier steps: one call too many of
+another model shows.
 """
 
 from __future__ import annotations
