@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import dataclasses
 import logging
-import threading
 import warnings
 import weakref
 from collections.abc import Callable, Sequence
@@ -26,6 +25,7 @@ from fp8fx.capture.layers import boundary_layers, module_types
 from fp8fx.capture.naming import Numbering
 from fp8fx.clone import base_class, check_materialized, check_state
 from fp8fx.errors import CaptureError, FP8Warning, RecipeError
+from fp8fx.fastpath import WITHOUT_FASTPATH
 from fp8fx.graph_call import GraphCall, SharedGraph, Version, alive
 from fp8fx.monitor import UnderflowMonitor
 from fp8fx.options import Options
@@ -54,31 +54,6 @@ _NO_LAST = (
     "boundary.last was not applied: the model was captured as several graphs, and none that has a layer is known to end its forward; "
     "name the last layer in a rule or under exempt"
 )
-
-
-class _Fastpath:
-    """Switches torch's fused attention off while any compiled model runs, in whichever thread: the switch is the process's."""
-
-    def __init__(self) -> None:
-        self._lock, self._inside, self._was = threading.Lock(), 0, True
-
-    def __enter__(self) -> None:
-        with self._lock:
-            if not self._inside:
-                self._was = torch.backends.mha.get_fastpath_enabled()
-                torch.backends.mha.set_fastpath_enabled(False)
-            self._inside += 1
-
-    def __exit__(self, *problem: object) -> None:
-        with self._lock:
-            self._inside -= 1
-            if not self._inside:
-                torch.backends.mha.set_fastpath_enabled(self._was)
-
-
-# torch.nn's attention modules have a fused forward of their own for eval without gradients, which hides their layers. It is off at
-# every call, so that what Dynamo saw of the switch at capture holds at later calls.
-WITHOUT_FASTPATH = _Fastpath()
 
 
 class Runtime:

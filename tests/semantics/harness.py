@@ -36,8 +36,8 @@ RECIPES: dict[str, Any] = {**MEASURED, "rowwise": "rowwise"}
 # Recipes that carry state from call to call: what must not cross between models is compared with separate processes.
 STATEFUL: dict[str, Any] = {
     "direct": "direct",
-    "stochastic forward": {"extends": "hybrid", "defaults": {"rounding": "stochastic"}},
     "delayed": "delayed",
+    "stochastic forward": {"extends": "hybrid", "defaults": {"rounding": "stochastic"}},
 }
 ENTRIES = ("compile", "backend")
 # Every recipe through the front door, and every entry; not each with each.

@@ -32,8 +32,10 @@ def trains(run: Run, steps: int = 2, seed: int = 0) -> dict[str, Tensor | None]:
     return found
 
 
-@pytest.mark.parametrize("called", [False, True])
-@pytest.mark.parametrize(("by", "entry"), [(copy.deepcopy, "compile"), (by_pickle, "compile"), (copy.deepcopy, "backend")])
+@pytest.mark.parametrize(
+    ("by", "entry", "called"),
+    [(copy.deepcopy, "compile", False), (copy.deepcopy, "compile", True), (by_pickle, "compile", True), (copy.deepcopy, "backend", True)],
+)
 def test_a_copy_trains_alone(by: Callable[[Any], Any], entry: str, called: bool) -> None:
     """The copy trains, then the first, then a copy of the copy: each from its own weights, as the plain models do."""
 

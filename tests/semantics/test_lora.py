@@ -91,7 +91,7 @@ def merges(run: Run) -> Tensors:
     model = run.model.eval()
     found: dict[str, Tensor | None] = {}
     with torch.no_grad():
-        for number, adapter in enumerate(("default", "other1", "default")):
+        for number, adapter in enumerate(("default", "other1")):
             model.set_adapter(adapter)
             for change in (None, "merge_adapter", "unmerge_adapter"):
                 if change is not None:

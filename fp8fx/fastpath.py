@@ -1,0 +1,33 @@
+"""torch.nn's attention modules have a fused forward of their own for eval without gradients, which hides their layers.
+
+It is off at every call of a compiled model, so that what Dynamo saw of the switch at capture holds at later calls.
+"""
+
+from __future__ import annotations
+
+import threading
+
+import torch
+
+
+class _Fastpath:
+    """Switches torch's fused attention off while any compiled model runs, in whichever thread: the switch is the process's."""
+
+    def __init__(self) -> None:
+        self._lock, self._inside, self._was = threading.Lock(), 0, True
+
+    def __enter__(self) -> None:
+        with self._lock:
+            if not self._inside:
+                self._was = torch.backends.mha.get_fastpath_enabled()
+                torch.backends.mha.set_fastpath_enabled(False)
+            self._inside += 1
+
+    def __exit__(self, *problem: object) -> None:
+        with self._lock:
+            self._inside -= 1
+            if not self._inside:
+                torch.backends.mha.set_fastpath_enabled(self._was)
+
+
+WITHOUT_FASTPATH = _Fastpath()
