@@ -54,7 +54,7 @@ def random_bits(shape: torch.Size, rng: Tensor, key: int) -> Tensor:
     return numerics.philox_bits(tuple(shape), seed, key, step, call)
 
 
-SHAPES = [(1, 1), (70, 150), (2, 3, 8, 36)]
+SHAPES = [(1, 1), (66, 131), (2, 3, 8, 36)]
 
 
 @pytest.mark.parametrize("overflow", OVERFLOWS)
@@ -130,7 +130,7 @@ def test_empty(device: str, shape: tuple[int, ...]) -> None:
         assert cast_block(x, "e4m3fn", layout="both").q_t is not None
 
 
-@pytest.mark.parametrize("shape", [(5,), (70, 150), (3, 37, 20), (16, 4096)], ids=str)
+@pytest.mark.parametrize("shape", [(5,), (70, 150), (3, 37, 20), (4, 4096)], ids=str)
 def test_amax(device: str, shape: tuple[int, ...]) -> None:
     for dtype in DTYPES:
         x = specials(torch.randn(shape) * 5).to(dtype)
@@ -186,7 +186,7 @@ def test_each_layout_with_scales_along_its_contraction(device: str) -> None:
 
 
 @pytest.mark.parametrize("block", [(1, 128), (128, 128), (128, 1), (1, 32), (64, 64)], ids=str)
-@pytest.mark.parametrize("shape", [(2, 36, 50)], ids=str)
+@pytest.mark.parametrize("shape", [(2, 20, 40)], ids=str)
 def test_blocks(device: str, shape: tuple[int, ...], block: tuple[int, int]) -> None:
     rng, key = torch.tensor([5, 6, 7]), 99
     for rounding, power_of_two in (("nearest_even", False), ("stochastic", True)):

@@ -32,7 +32,7 @@ def state(length: int) -> tuple[torch.Tensor, ...]:
 @pytest.mark.parametrize("order", ["scale_first", "history_first"])
 @pytest.mark.parametrize("power_of_two", [True, False])
 def test_equals_the_reference(device: str, algorithm: str, order: str, power_of_two: bool) -> None:
-    for length, margin in itertools.product((1, 2, 16, 1000), (0, 3 if power_of_two else -2)):
+    for length, margin in itertools.product((1, 2, 1000), (0, 3 if power_of_two else -2)):
         history, scale, amax = state(length)
         names = [("e4m3fn", "e5m2")[i % 2] for i in range(len(amax))]
         fmax = torch.tensor([FMAX[name] for name in names])
