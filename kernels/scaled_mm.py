@@ -7,8 +7,8 @@ Layout: both operands K-major, A with stride 1 along K and B likewise (a transpo
 it), rows a multiple of 16 bytes apart. What is laid out otherwise, or has an odd K, is copied once into rows padded to 16 bytes.
 Scales are dequantization multipliers in float32: one, one per row of A ([..., M, 1]) or column of B ([..., 1, N]), or one per
 block, which multiplies the partial sum of its block of K. `fast` keeps Hopper's own accumulator over the whole of K, `precise`
-adds it to float32 registers every 128 (every 256 where few rows run); block scales always do. Few rows (decoding) run transposed, so that the rows of B
-fill the 64 of the matrix instruction. Reference: `fp8fx.ops.scaled_mm`; the order of accumulation differs.
+adds it to float32 registers every 128 (every 256 where rows are few); block scales always do. Few rows (decoding) run transposed,
+so that the rows of B fill the 64 of the matrix instruction. Reference: `fp8fx.ops.scaled_mm`; the order of accumulation differs.
 
 The kernel never synchronizes with the host, and needs no workspace: its descriptors travel as arguments, so it may be captured
 into a CUDA graph and run on any stream.
@@ -194,9 +194,13 @@ def _launch(a: _Operand, b: _Operand, c: Tensor, bias: Tensor | None, bias_axis:
     count, m, n = c.shape
     k = a.codes.shape[1]
     blocked = a.block is not None or b.block is not None
+    if blocked:  # refused before anything asks for a device
+        chosen = config or CONFIGS["blocked"]
+        block_k = _block_k(a, b, chosen.block_k)
     programs = multiprocessors(c.device)
-    chosen = config or CONFIGS["blocked" if blocked else choose(m, n, count, precise, programs)]
-    block_k = _block_k(a, b, chosen.block_k) if blocked else chosen.block_k
+    if not blocked:
+        chosen = config or CONFIGS[choose(m, n, count, precise, programs)]
+        block_k = chosen.block_k
     width = chosen.block_n // 2 if chosen.halves else chosen.block_n
     by_tma = c.stride(2) == 1 and c.stride(1) * c.element_size() % 16 == 0 and (count == 1 or m % chosen.block_m == 0)
     target = TensorDescriptor(c, [count * m, n], [c.stride(1), 1], [chosen.block_m, width]) if by_tma else c

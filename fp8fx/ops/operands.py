@@ -18,7 +18,7 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor
 
-from fp8fx.ops.quantize import GRADIENTS, STATISTICS, UNMEASURED, largest, quantize, round_values, underflow
+from fp8fx.ops.quantize import GRADIENTS, meter_row, quantize, round_values
 from fp8fx.ops.scaled_mm import scaled_mm
 from fp8fx.spec import SiteSpec, TensorSpec
 
@@ -86,7 +86,7 @@ class Backward:
     """One backward pass of one site: its name, its roles, and what of the forward call it belongs to.
 
     rng: int64 [seed, step, call]. scales: float32 [3], of GRADIENTS, read where a role's scaling is delayed. What it measures on
-    the way (`amax`, by role, and `counts`) ends in the meter's row.
+    the way (`amax`, by role, and the codes of dY) ends in the meter's row.
     """
 
     site: str
@@ -94,7 +94,7 @@ class Backward:
     rng: Tensor | None
     scales: Tensor | None
     amax: dict[str, Tensor] = field(default_factory=dict)
-    counts: Tensor | None = None
+    codes: Tensor | None = None
 
     def fp8(self, which: str) -> bool:
         return which in self.spec.gemms
@@ -110,10 +110,10 @@ class Backward:
         if spec is None:
             return Operand(grad)
         q, scale, amax = quantize(grad, spec.text, dims, self.rng, self.site, "grad_output", self.scale("grad_output"))
-        self.amax["grad_output"] = largest(amax)
+        self.amax["grad_output"] = amax
         if self.spec.calibrating:
             return Operand(grad)
-        self.counts = underflow(grad, q, spec.text)
+        self.codes = q
         return quantized_operand([q, scale], spec)
 
     def quantize_other_axis(self, grad: Tensor, dims: list[int]) -> Operand:
@@ -140,7 +140,5 @@ class Backward:
 
         It is returned as the meter's "gradient": so no operator mutates state (docs/decisions).
         """
-        unmeasured = grad.new_full((), UNMEASURED, dtype=torch.float32)
-        row = torch.stack([self.amax.get(role, unmeasured) for role in GRADIENTS])
-        counts = grad.new_zeros((STATISTICS - len(GRADIENTS),), dtype=torch.float32) if self.counts is None else self.counts
-        return torch.cat([row, counts])
+        spec = "" if self.spec.grad_output is None else self.spec.grad_output.text
+        return meter_row(grad, self.codes, spec, *(self.amax.get(role) for role in GRADIENTS))

@@ -5,7 +5,7 @@
     round_values(x, spec)           -> decode(q) * scale, amax in one step and outside autograd: gradients that a role rounds
     round_gradient(x, spec)         -> x                       rounds the gradient that passes through it
     anchor(x, dtype)                -> zeros, stride 0         stands for a tensor that is only needed for its gradient
-    underflow(x, q)                 -> counts [2]              non-zero elements, and those of them that became zero
+    meter_row(grad, q, amax...)     -> row [STATISTICS]        what one backward measured
 
 The scale of a role with delayed scaling is an argument, computed from earlier steps; every other scale is computed here.
 
@@ -153,7 +153,16 @@ round_values = define(
 )
 
 
-def underflow_reference(x: Tensor, q: Tensor, spec: str) -> Tensor:
+def meter_row_reference(
+    x: Tensor, q: Tensor | None, spec: str, grad_output: Tensor | None, grad_input: Tensor | None, grad_weight: Tensor | None
+) -> Tensor:
+    """float32 [STATISTICS]: the amax of each gradient role, UNMEASURED where it is None, then the counts of `x` with codes `q`."""
+    amax = [x.new_full((), UNMEASURED, dtype=torch.float32) if a is None else largest(a) for a in (grad_output, grad_input, grad_weight)]
+    counts = x.new_zeros((2,), dtype=torch.float32) if q is None else _underflow(x, q, spec)
+    return torch.cat([torch.stack(amax), counts])
+
+
+def _underflow(x: Tensor, q: Tensor, spec: str) -> Tensor:
     """float32 [2] of one quantized gradient `x` with codes `q`: its non-zero elements, and those of them that became zero."""
     fast = q.dtype in (torch.float8_e5m2, torch.float8_e4m3fn)  # both have zero codes 0x00 and 0x80 only
     zero = (q.view(torch.uint8) & 0x7F) == 0 if fast else numerics.decode(q, TensorSpec.parse(spec).format) == 0
@@ -161,10 +170,10 @@ def underflow_reference(x: Tensor, q: Tensor, spec: str) -> Tensor:
     return torch.stack([torch.count_nonzero(nonzero), torch.count_nonzero(nonzero & zero)]).float()
 
 
-underflow = define(
-    "underflow(Tensor x, Tensor q, str spec) -> Tensor",
-    underflow_reference,
-    lambda x, q, spec: x.new_empty((2,), dtype=torch.float32),
+meter_row = define(
+    "meter_row(Tensor x, Tensor? q, str spec, Tensor? grad_output, Tensor? grad_input, Tensor? grad_weight) -> Tensor",
+    meter_row_reference,
+    lambda x, *rest: x.new_empty((STATISTICS,), dtype=torch.float32),
 )
 
 

@@ -120,9 +120,10 @@ def gradient_args(of_input: bool) -> tuple[Any, ...]:
     return *grad, "e4m3ieee", *other, "e4m3ieee", size, of_input, *GEOMETRY, torch.float32
 
 
-def underflow_args() -> tuple[Any, ...]:
+def meter_row_args() -> tuple[Any, ...]:
     x = randn(3, 8)
-    return x, ops.quantize(x, SPEC, [-1])[0], SPEC
+    q, _, amax = ops.quantize(x, SPEC, [-1])
+    return x, q, SPEC, amax, None, torch.tensor(0.5)
 
 
 SAMPLES: dict[str, list[Callable[[], tuple[Any, ...]]]] = {
@@ -139,7 +140,7 @@ SAMPLES: dict[str, list[Callable[[], tuple[Any, ...]]]] = {
         lambda: (randn(3, 8), DELAYED, None, "fc", "grad_input", SCALE),
     ],
     "round_gradient": [lambda: (learned(3, 8), SPEC, None, "attn", "grad_output")],
-    "underflow": [underflow_args],
+    "meter_row": [meter_row_args, lambda: (randn(3, 8), None, "", None, None, None)],
     "scaled_mm": [lambda: scaled_mm_args([]), lambda: scaled_mm_args([1, 4]), lambda: scaled_mm_args([4, 4])],
     "linear": [
         lambda: linear_args(BACKWARD),
