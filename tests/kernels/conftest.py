@@ -25,6 +25,11 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
             item.add_marker(pytest.mark.gpu)
 
 
+@pytest.fixture(autouse=True)
+def seeded() -> None:
+    torch.manual_seed(int(os.environ.get("FP8FX_TEST_SEED", "0")))
+
+
 @pytest.fixture
 def device() -> str:
     """Where the test's tensors live: a GPU, or the CPU under the interpreter."""
