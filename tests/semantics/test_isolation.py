@@ -87,16 +87,16 @@ def test_two_deep_copies_in_turns(processes: Alone, recipe: str, entry: str) -> 
 
 def test_two_threads(processes: Alone, recipe: str, entry: str) -> None:
     """Captured, run and differentiated at the same time."""
+    models = {seed: build(recipe, entry, seed) for seed in SEEDS}  # here: the generator they are drawn from is the process's
     found: dict[int, Any] = {}
     together = threading.Barrier(len(SEEDS))
 
     def work(seed: int) -> None:
         torch.set_num_threads(1)  # OpenMP's setting is one per thread
         try:
-            model = build(recipe, entry, seed)
             together.wait()
-            finish(training(model, seed))
-            found[seed] = weights(model)
+            finish(training(models[seed], seed))
+            found[seed] = weights(models[seed])
         except BaseException as error:
             found[seed] = error
             raise
