@@ -72,7 +72,7 @@ class Exploding(nn.Module):
 
 
 def test_divergence_ends_the_run_with_a_message(tasks: dict[str, Task], monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(fp8fx, "compile", lambda model, recipe: model)
+    monkeypatch.setattr(fp8fx, "compile", lambda model, recipe, **options: model)
     run = train(dataclasses.replace(tasks["digits"], build=Exploding), "none", device=CPU)
     assert run.diverged == "diverged at step 1: the loss is nan"
     assert len(run.losses) == 2
