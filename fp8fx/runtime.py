@@ -146,7 +146,8 @@ class Runtime:
         if layers and self._first_layer is None:
             self._first_layer = layers[0]
         recipe = self.recipe.with_boundary(first=first, last=captured.ends)
-        context = Context(recipe, module_types(self.root), complete, add_input)
+        device = next((x.device.type for x in example_inputs if isinstance(x, Tensor) and x.is_cuda), "cpu")
+        context = Context(recipe, module_types(self.root), complete, add_input, device=device)
         compiled = pipeline.run(captured, context, "annotate" if self.options.plan_only else "lower")
         record = GraphRecord(captured, context, compiled, site_rows(compiled.annotated), bool(layers))
         if self.options.plan_only:

@@ -102,6 +102,7 @@ class SiteSpec:
     weight_transpose: str = "recompute"
     save_activation_inputs: str = "model"
     weight_cache: str = "none"
+    columns: bool = False  # codes for GEMMs over rows are made column-major, as FP8 matrix instructions want them; lower decides
     calibrating: bool = False  # measure every role's amax and round nothing; no GEMM is in FP8 then
 
     def replace(self, **changes: object) -> SiteSpec:
@@ -117,8 +118,9 @@ class SiteSpec:
         parts.append("gemms=" + ",".join(self.gemms))
         if self.save_for_backward != "fp8":
             parts.append("save_for_backward=" + self.save_for_backward)
-        if self.calibrating:
-            parts.append("calibrating=yes")
+        if self.accumulate != SiteSpec.accumulate:
+            parts.append("accumulate=" + ",".join(self.accumulate))
+        parts += [f"{flag}=yes" for flag in ("columns", "calibrating") if getattr(self, flag)]
         return ";".join(parts)
 
     @staticmethod
@@ -128,9 +130,9 @@ class SiteSpec:
         fields: dict[str, object] = {}
         for part in text.split(";"):
             key, value = part.split("=", 1)
-            if key == "gemms":
+            if key in ("gemms", "accumulate"):
                 fields[key] = tuple(filter(None, value.split(",")))
-            elif key == "calibrating":
+            elif key in ("columns", "calibrating"):
                 fields[key] = True
             else:
                 fields[key] = value if key == "save_for_backward" else TensorSpec.parse(value)

@@ -1,6 +1,7 @@
 """The operators of a rewritten graph, `torch.ops.fp8fx.*`: one page each, with schema, reference and autograd formula.
 
-    quantize, dequantize, round_values, round_gradient, underflow      quantize.py
+    quantize, dequantize, round_values, round_gradient, meter_row      quantize.py
+    quantize_both, quantize_columns                                    quantize.py    (made by lower)
     scaled_mm                                                          scaled_mm.py
     linear, matmul, conv, embedding                                    one page each
     grouped_mm, scaled_grouped_mm                                      grouped.py

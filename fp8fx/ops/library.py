@@ -38,7 +38,7 @@ def define(
     """
     name = schema.split("(", 1)[0]
     LIBRARY.define(schema, tags=(torch.Tag.pt2_compliant_tag,))
-    LIBRARY.impl(name, _without_autocast(reference), "CompositeExplicitAutograd")
+    LIBRARY.impl(name, without_autocast(reference), "CompositeExplicitAutograd")
     torch.library.register_fake(f"fp8fx::{name}", fake, lib=LIBRARY)
     setup_context, backward = _with_lists(setup_context or _nothing_differentiable, backward or _no_gradient, name, twice)
     torch.library.register_autograd(f"fp8fx::{name}", backward, setup_context=setup_context, lib=LIBRARY)
@@ -84,7 +84,7 @@ def _refuse_second_derivative(name: str, grads: tuple[Any, ...]) -> None:
         )
 
 
-def _without_autocast(reference: Callable[..., Any]) -> Callable[..., Any]:
+def without_autocast(reference: Callable[..., Any]) -> Callable[..., Any]:
     """The reference's own fp32 arithmetic must not be cast down by an autocast region around the model."""
 
     @functools.wraps(reference)

@@ -8,6 +8,7 @@ Saved for backward are codes and scales only, unless a GEMM runs in high precisi
 
 from __future__ import annotations
 
+import dataclasses
 from dataclasses import dataclass
 from typing import Any
 
@@ -16,8 +17,8 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from fp8fx.ops.library import define
-from fp8fx.ops.operands import Backward, Operand, as_matrix, backward_operand, forward_operand, turned
-from fp8fx.ops.quantize import quantize
+from fp8fx.ops.operands import Backward, Operand, as_matrix, backward_operand, by_columns, forward_operand, turned
+from fp8fx.ops.quantize import quantize, quantize_columns
 from fp8fx.ops.scaled_mm import scaled_mm_reference
 from fp8fx.spec import SiteSpec, TensorSpec
 
@@ -40,7 +41,7 @@ def linear_reference(
     if "output" not in SiteSpec.parse_backward(backward).gemms:
         return F.linear(x.to(dtype), w.to(dtype), None if b is None else b.to(dtype))
     left, right = forward_operand(x, input, input_spec), forward_operand(w, weight, weight_spec).mT
-    return scaled_mm_reference(*left.arguments(), *right.arguments(), b, dtype)
+    return scaled_mm_reference(*left.arguments(), *right.arguments(), b, dtype, SiteSpec.parse_backward(backward).accumulate[0])
 
 
 def linear_fake(x: Tensor, w: Tensor, b: Tensor | None, input: list[Tensor], weight: list[Tensor], *rest: Any) -> Tensor:
@@ -51,7 +52,8 @@ def linear_fake(x: Tensor, w: Tensor, b: Tensor | None, input: list[Tensor], wei
 class Saved:
     """What a site's backward reads: a pair of codes and scale, or the high-precision tensor where a GEMM wants that.
 
-    input_scale: that of an X which is kept and quantized once more in backward.
+    input_scale: that of an X which is kept and quantized once more in backward. weight_scale: of a W whose column-major codes are made
+    from the parameter in backward, which keeps no codes of it.
     """
 
     input: list[Tensor]
@@ -59,6 +61,7 @@ class Saved:
     x: Tensor | None
     w: Tensor | None
     input_scale: Tensor | None = None
+    weight_scale: Tensor | None = None
 
     @classmethod
     def of(cls, x: Tensor, w: Tensor, input: list[Tensor], weight: list[Tensor], spec: SiteSpec) -> Saved:
@@ -67,9 +70,13 @@ class Saved:
         scale = input[1] if keep_x and input and spec.save_for_backward == "high_precision" else None
         return cls([] if keep_x else input[-2:], [] if keep_w else weight[-2:], x if keep_x else None, w if keep_w else None, scale)
 
+    def recasting(self, w: Tensor) -> Saved:
+        """The same with W itself, which is there anyway, instead of its codes."""
+        return self if not self.weight else dataclasses.replace(self, weight=[], w=w, weight_scale=self.weight[1])
+
     def tensors(self) -> list[Tensor | None]:
         nothing: list[Tensor | None] = [None, None]
-        return [*(self.input or nothing), *(self.weight or nothing), self.x, self.w, self.input_scale]
+        return [*(self.input or nothing), *(self.weight or nothing), self.x, self.w, self.input_scale, self.weight_scale]
 
     @classmethod
     def restore(cls, tensors: tuple[Tensor | None, ...]) -> Saved:
@@ -100,8 +107,16 @@ class LinearBackward:
         """dX [M, K] = dY [M, N] W [N, K]."""
         if not self.state.fp8("grad_input"):
             return self.state.round(flat @ _present(self.saved.w).to(flat.dtype), "grad_input", self.dtypes[0])
-        weight = backward_operand(self.saved.weight, self.weight_spec) if self.saved.weight else Operand(_present(self.saved.w))
-        return self.state.product(quantized, weight, "grad_input", self.dtypes[0])
+        return self.state.product(quantized, self._weight(), "grad_input", self.dtypes[0])
+
+    def _weight(self) -> Operand:
+        if self.saved.weight:
+            return backward_operand(self.saved.weight, self.weight_spec)
+        w, scale = _present(self.saved.w), self.saved.weight_scale
+        if scale is None:
+            return Operand(w)
+        codes = quantize_columns(w, self.weight_spec, self.state.rng, self.state.site, "weight", scale)
+        return backward_operand([codes, scale], self.weight_spec)
 
     def _grad_weight(self, flat: Tensor, quantized: Operand) -> Tensor:
         """dW [N, K] = dY^T [N, M] X [M, K]."""
@@ -110,7 +125,7 @@ class LinearBackward:
             return self.state.round(flat.mT @ as_matrix(x).to(flat.dtype), "grad_weight", self.dtypes[1])
         if quantized.scale is not None and quantized.scale.dim() > 0:  # rows or blocks: this GEMM contracts the tokens
             quantized = self.state.quantize_other_axis(flat, [0])
-        return self.state.product(quantized.mT, self._input().flat(), "grad_weight", self.dtypes[1])
+        return self.state.product(by_columns(quantized).mT, self._input().flat(), "grad_weight", self.dtypes[1])
 
     def _input(self) -> Operand:
         if self.saved.input:
@@ -140,7 +155,9 @@ def linear_setup(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
     ctx.spec = SiteSpec.parse_backward(backward)
     ctx.dtypes = (x.dtype, w.dtype)
     ctx.bias_dtype = None if b is None else b.dtype
-    ctx.save_for_backward(*Saved.of(x, w, input, weight, ctx.spec).tensors(), scales, rng)
+    saved = Saved.of(x, w, input, weight, ctx.spec)
+    saved = saved.recasting(w) if ctx.spec.columns else saved
+    ctx.save_for_backward(*saved.tensors(), scales, rng)
 
 
 def linear_backward(ctx: Any, grad: Tensor) -> tuple[Any, ...]:

@@ -100,7 +100,7 @@ def _backward(ctx: Any, grad: Tensor | None, *_: Any) -> tuple[Any, ...]:
     formulas = [
         LinearBackward(
             Backward(ctx.sites[i], ctx.site_specs[i], rng, (scales1, scales2)[i]),
-            Saved.restore(tuple(saved[7 * i : 7 * i + 7])),
+            Saved.restore(tuple(saved[8 * i : 8 * i + 8])),
             ctx.specs[i][0],
             ctx.specs[i][1],
             ctx.dtypes[i],

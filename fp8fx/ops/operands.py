@@ -18,9 +18,9 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor
 
-from fp8fx.ops.quantize import GRADIENTS, meter_row, quantize, round_values
+from fp8fx.ops.quantize import GRADIENTS, meter_row, quantize, quantize_both, round_values
 from fp8fx.ops.scaled_mm import scaled_mm
-from fp8fx.spec import SiteSpec, TensorSpec
+from fp8fx.spec import GEMMS, SiteSpec, TensorSpec
 
 
 def as_matrix(x: Tensor) -> Tensor:
@@ -36,6 +36,7 @@ class Operand:
     scale: Tensor | None = None
     format: str = ""
     block: tuple[int, ...] = ()
+    columns: Tensor | None = None  # the same codes [M, K], column-major
 
     @property
     def mT(self) -> Operand:  # the name torch.Tensor gives the same thing
@@ -77,8 +78,13 @@ def backward_operand(pair: list[Tensor], spec: str) -> Operand:
     return quantized_operand(pair, turned(TensorSpec.parse(spec)))
 
 
-def gemm(a: Operand, b: Operand, dtype: torch.dtype) -> Tensor:
-    return scaled_mm(*a.arguments(), *b.arguments(), None, dtype)
+def by_columns(x: Operand) -> Operand:
+    """The operand as a GEMM over its rows reads it: from the column-major codes, if they were made."""
+    return x if x.columns is None else dataclasses.replace(x, values=x.columns, columns=None)
+
+
+def gemm(a: Operand, b: Operand, dtype: torch.dtype, accumulate: str = "precise") -> Tensor:
+    return scaled_mm(*a.arguments(), *b.arguments(), None, dtype, accumulate)
 
 
 @dataclass
@@ -109,12 +115,16 @@ class Backward:
         spec = self.spec.grad_output
         if spec is None:
             return Operand(grad)
-        q, scale, amax = quantize(grad, spec.text, dims, self.rng, self.site, "grad_output", self.scale("grad_output"))
+        columns, known = None, self.scale("grad_output")
+        if self.spec.columns and grad.dim() == 2:
+            q, columns, scale, amax = quantize_both(grad, spec.text, self.rng, self.site, "grad_output", known)
+        else:
+            q, scale, amax = quantize(grad, spec.text, dims, self.rng, self.site, "grad_output", known)
         self.amax["grad_output"] = amax
         if self.spec.calibrating:
             return Operand(grad)
         self.codes = q
-        return quantized_operand([q, scale], spec)
+        return dataclasses.replace(quantized_operand([q, scale], spec), columns=columns)
 
     def quantize_other_axis(self, grad: Tensor, dims: list[int]) -> Operand:
         """`grad` once more, for the GEMM that contracts the other axis: scales per row or block differ."""
@@ -126,7 +136,8 @@ class Backward:
     def product(self, a: Operand, b: Operand, role: str, dtype: torch.dtype) -> Tensor:
         """The gradient GEMM of `role`, rounded once from the fp32 accumulator if the role says so, in `dtype`."""
         rounds = getattr(self.spec, role) is not None
-        return self.round(gemm(a, b, torch.float32 if rounds else dtype), role, dtype)
+        accumulate = self.spec.accumulate[GEMMS.index(role)]
+        return self.round(gemm(a, b, torch.float32 if rounds else dtype, accumulate), role, dtype)
 
     def round(self, grad: Tensor, role: str, dtype: torch.dtype) -> Tensor:
         spec: TensorSpec | None = getattr(self.spec, role)

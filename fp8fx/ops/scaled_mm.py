@@ -29,8 +29,9 @@ def scaled_mm_reference(
     block_b: list[int],
     bias: Tensor | None,
     dtype: torch.dtype,
+    accumulate: str = "precise",
 ) -> Tensor:
-    """`block_a` is [] or the (rows, columns) of A's blocks over [M, K]; `block_b` likewise over [K, N]."""
+    """`accumulate` concerns GPUs. `block_a` is [] or the (rows, columns) of A's blocks over [M, K]; `block_b` likewise over [K, N]."""
     left, right = operand(a, format_a), operand(b, format_b)
     if block_a or block_b:
         result = _blocked(left, scale_a, block_a, right, scale_b, block_b)
@@ -93,6 +94,7 @@ def scaled_mm_fake(
     block_b: list[int],
     bias: Tensor | None,
     dtype: torch.dtype,
+    accumulate: str = "precise",
 ) -> Tensor:
     batch = torch.broadcast_shapes(a.shape[:-2], b.shape[:-2])
     return a.new_empty((*batch, a.shape[-2], b.shape[-1]), dtype=dtype)
@@ -100,7 +102,7 @@ def scaled_mm_fake(
 
 scaled_mm = define(
     "scaled_mm(Tensor a, Tensor? scale_a, str format_a, int[] block_a, Tensor b, Tensor? scale_b, str format_b, int[] block_b,"
-    " Tensor? bias, ScalarType dtype) -> Tensor",
+    " Tensor? bias, ScalarType dtype, str accumulate='precise') -> Tensor",
     scaled_mm_reference,
     scaled_mm_fake,
 )

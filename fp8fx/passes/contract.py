@@ -75,7 +75,8 @@ class Context:
     """What passes may look at besides the graph.
 
     modules: dotted name -> class names of the MRO, for all modules of the root. complete: the graph is the whole forward.
-    add_input: appends an input placeholder; the front end knows how. calibrating: measure amax only (fp8fx.autocast).
+    add_input: appends an input placeholder; the front end knows how. calibrating: measure amax only
+    (fp8fx.autocast). device: type of device it runs on.
     """
 
     recipe: Recipe
@@ -83,6 +84,7 @@ class Context:
     complete: bool
     add_input: Callable[[fx.Graph, str], fx.Node]
     calibrating: bool = False
+    device: str = "cpu"
 
 
 Pass = Callable[[fx.GraphModule, Context], PassResult]

@@ -33,6 +33,8 @@ Rule = Callable[[fx.Graph, fx.Node, Effects], "str | None"]  # None: rewritten; 
 def fuse(module: fx.GraphModule, context: Context) -> PassResult:
     skips: list[Skip] = []
     modified = False
+    if context.device == "cuda":
+        return finish(module, False, [Skip("fused producers and compound operators", "", "they have no kernel yet")])
     effects = Effects(module.graph)
     for name, target, rule in RULES:
         for node in list(module.graph.find_nodes(op="call_function", target=target)):

@@ -132,6 +132,8 @@ SAMPLES: dict[str, list[Callable[[], tuple[Any, ...]]]] = {
         lambda: (learned(3, 8), RANDOM, [-1], RNG, "fc", "input"),
         lambda: (learned(3, 8), DELAYED, [-1], None, "fc", "input", SCALE),
     ],
+    "quantize_both": [lambda: (learned(2, 3, 8), SPEC, None, "fc", "input", None), lambda: (randn(3, 8), RANDOM, RNG, "fc", "input", None)],
+    "quantize_columns": [lambda: (learned(2, 3, 8), DELAYED, None, "fc", "weight", SCALE)],
     "dequantize": [lambda: (*quantized(), SPEC, torch.float32), lambda: (*quantized(), SPEC, torch.bfloat16)],
     "anchor": [lambda: (learned(3, 8), torch.float32)],
     "round_values": [
@@ -147,6 +149,7 @@ SAMPLES: dict[str, list[Callable[[], tuple[Any, ...]]]] = {
         lambda: linear_args(BACKWARD, (2, 3, 8)),
         lambda: linear_args("gemms=grad_weight"),
         lambda: linear_args(KEPT),
+        lambda: linear_args(KEPT + ";columns=yes"),
         lambda: linear_args(KEPT.replace("output,grad_input,grad_weight", "") + ";calibrating=yes"),
     ],
     "matmul": [lambda: matmul_args(BACKWARD), lambda: matmul_args("gemms=output"), lambda: matmul_args(KEPT)],

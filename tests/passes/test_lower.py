@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import dataclasses
+
 import pytest
 import torch
 from passes.models import SINGLE, Call, together
@@ -9,7 +11,9 @@ from passes.trace import Trace, randn, seeded
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from fp8fx import pipeline
 from fp8fx.clone import runtime_of
+from fp8fx.graph_call import GraphCall
 from fp8fx.passes.lower import WEIGHTS, WeightInput
 from fp8fx.state import quantize_weight
 
@@ -134,3 +138,25 @@ def test_weights_are_kept_in_evaluation_and_follow_their_parameter(feed: Trace) 
         feed.model.down.bias.mul_(2.0)  # type: ignore[operator,union-attr]
     assert torch.equal(fast(*feed.inputs), first * 2)
     fast.train()
+
+
+@pytest.mark.parametrize("recipe", ["hybrid", "delayed", "direct"])
+@pytest.mark.parametrize("name", ["feed gelu", "shared", "chain"])
+def test_both_layouts_are_the_same_codes(name: str, recipe: str) -> None:
+    """The graph that a GPU gets, run on the reference: outputs and gradients bit for bit those of the other layout."""
+    trace = together(name, recipe)
+    runtime = runtime_of(trace.fast)
+    found = []
+    for device in ("cpu", "cuda"):
+        module = pipeline.run(trace.record.captured, dataclasses.replace(trace.record.context, device=device)).module
+        trace.model.zero_grad()
+        runtime.stream.call = 0
+        y = GraphCall(runtime, module)(*trace.values)[0]
+        y.square().sum().backward()
+        found.append([y, *(p.grad.clone() for p in trace.model.parameters() if p.grad is not None)])
+    assert len(found[0]) > 2
+    for ours, theirs in zip(*found, strict=True):
+        assert torch.equal(ours, theirs)
+    text = str(module.graph)
+    assert "quantize_both" in text
+    assert "columns=yes" in text
