@@ -15,16 +15,16 @@ from __future__ import annotations
 import torch
 import triton
 import triton.language as tl
+from torch import Tensor
+
+from fp8fx.errors import KernelError
+from fp8fx.formats import Format
 from fp8fx.kernels.amax import amax_of, merge_amax
 from fp8fx.kernels.cast import NEAREST, Rounding
 from fp8fx.kernels.codes import encode, hardware_format, random_tile
 from fp8fx.kernels.layout import batches, check_input, transposed_shape
 from fp8fx.kernels.quarters import byte_views, load_quarter, locate, store_quarter, store_transposed
 from fp8fx.kernels.scale import inverse
-from torch import Tensor
-
-from fp8fx.errors import KernelError
-from fp8fx.formats import Format
 
 ACTIVATIONS = {"silu": 0, "gelu": 1, "gelu_tanh": 2, "relu": 3}
 _CONFIG = (32, 128, 4)  # BLOCK_M, BLOCK_K, num_warps

@@ -12,11 +12,11 @@ from __future__ import annotations
 import torch
 import triton
 import triton.language as tl
-from fp8fx.kernels.codes import finite_magnitude
-from fp8fx.kernels.layout import AXES, axis_shape, axis_size, batches, check_input, widest
 from torch import Tensor
 
 from fp8fx.errors import KernelError
+from fp8fx.kernels.codes import finite_magnitude
+from fp8fx.kernels.layout import AXES, axis_shape, axis_size, batches, check_input, widest
 
 # BLOCK_M, BLOCK_K, num_warps
 _TILE = (64, 128, 4)

@@ -22,15 +22,15 @@ from typing import NamedTuple
 import torch
 import triton
 import triton.language as tl
+from torch import Tensor
+
+from fp8fx.errors import KernelError
+from fp8fx.formats import Format
 from fp8fx.kernels.amax import amax_each, amax_of, merge_amax
 from fp8fx.kernels.codes import encode, hardware_format, random_tile
 from fp8fx.kernels.layout import AXES, axis_shape, axis_size, batches, check_input, transposed_shape, widest
 from fp8fx.kernels.quarters import byte_views, load_quarter, locate, store_quarter, store_transposed, zero_codes
 from fp8fx.kernels.scale import compute_scale, current_scale, inverse
-from torch import Tensor
-
-from fp8fx.errors import KernelError
-from fp8fx.formats import Format
 
 # what is written -> BLOCK_M, BLOCK_K, num_warps; `flat`: any contiguous tensor with one scale, as long rows
 _CONFIGS = {"rows": (64, 128, 4), "transposed": (64, 128, 4), "flat": (4, 4096, 8)}

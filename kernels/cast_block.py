@@ -15,15 +15,15 @@ from __future__ import annotations
 import torch
 import triton
 import triton.language as tl
+from torch import Tensor
+
+from fp8fx.errors import KernelError
+from fp8fx.formats import Format
 from fp8fx.kernels.cast import NEAREST, Quantized, Rounding
 from fp8fx.kernels.codes import encode, finite_magnitude, hardware_format, random_tile
 from fp8fx.kernels.layout import batches, check_input, transposed_shape
 from fp8fx.kernels.quarters import byte_views, load_quarter, locate, store_quarter, store_transposed
 from fp8fx.kernels.scale import current_scale, inverse
-from torch import Tensor
-
-from fp8fx.errors import KernelError
-from fp8fx.formats import Format
 
 # block side, which is the side of the tile -> num_warps
 _WARPS = {32: 4, 64: 4, 128: 8}

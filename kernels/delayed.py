@@ -14,10 +14,10 @@ from __future__ import annotations
 import torch
 import triton
 import triton.language as tl
-from fp8fx.kernels.scale import divide, inverse
 from torch import Tensor
 
 from fp8fx.errors import KernelError
+from fp8fx.kernels.scale import divide, inverse
 
 _INF_BITS = tl.constexpr(0x7F800000)
 _SMALLEST = tl.constexpr(2.0**-126)

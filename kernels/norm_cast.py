@@ -14,16 +14,16 @@ from __future__ import annotations
 import torch
 import triton
 import triton.language as tl
+from torch import Tensor
+
+from fp8fx.errors import KernelError
+from fp8fx.formats import Format
 from fp8fx.kernels.activation_cast import Pair, flags, write_result
 from fp8fx.kernels.cast import NEAREST, Rounding
 from fp8fx.kernels.codes import hardware_format
 from fp8fx.kernels.layout import batches, check_input, transposed_shape
 from fp8fx.kernels.quarters import byte_views, load_quarter, locate
 from fp8fx.kernels.scale import inverse
-from torch import Tensor
-
-from fp8fx.errors import KernelError
-from fp8fx.formats import Format
 
 _CONFIG = (32, 128, 4)  # BLOCK_M, BLOCK_K, num_warps
 

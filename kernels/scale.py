@@ -14,10 +14,10 @@ from __future__ import annotations
 import torch
 import triton
 import triton.language as tl
-from fp8fx.kernels.codes import hardware_format
 from torch import Tensor
 
 from fp8fx.formats import Format
+from fp8fx.kernels.codes import hardware_format
 
 _SMALLEST = tl.constexpr(2.0**-126)
 _LARGEST = tl.constexpr(2.0**126)

@@ -23,12 +23,12 @@ from dataclasses import dataclass
 import torch
 import triton
 import triton.language as tl
-from fp8fx.kernels.codes import INTERPRET
-from fp8fx.kernels.scaled_mm_kernels import blocked_mm_kernel, scaled_mm_kernel
 from torch import Tensor
 from triton.tools.tensor_descriptor import TensorDescriptor
 
 from fp8fx.errors import KernelError
+from fp8fx.kernels.codes import INTERPRET
+from fp8fx.kernels.scaled_mm_kernels import blocked_mm_kernel, scaled_mm_kernel
 
 _DTYPES = {torch.bfloat16: tl.bfloat16, torch.float16: tl.float16, torch.float32: tl.float32}
 _FP8 = (torch.float8_e4m3fn, torch.float8_e5m2)

@@ -15,14 +15,15 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from gpu_timing import conditions, finish, interleaved
+from torch import Tensor
+
 from fp8fx.kernels.activation_cast import activation_backward_cast, activation_cast
 from fp8fx.kernels.amax import amax, amax_each
 from fp8fx.kernels.cast import Rounding, cast, cast_current
 from fp8fx.kernels.cast_block import cast_block
 from fp8fx.kernels.delayed import delayed_update
 from fp8fx.kernels.norm_cast import norm_cast
-from gpu_timing import conditions, finish, interleaved
-from torch import Tensor
 
 SHAPES = [(8192, 14336), (8192, 4096), (16384, 8192)]
 COPY, BAR, SWIGLU = "copy", "cast+transpose+amax", "SwiGLU to FP8"

@@ -16,9 +16,10 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from fp8fx.kernels.scaled_mm import scaled_mm
 from gpu_timing import Call, conditions, finish, interleaved
 from torch import Tensor
+
+from fp8fx.kernels.scaled_mm import scaled_mm
 
 SHAPES = [
     (8192, 8192, 8192),

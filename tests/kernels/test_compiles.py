@@ -13,6 +13,7 @@ import torch
 
 pytest.importorskip("triton")
 import triton
+
 from fp8fx.kernels import scaled_mm as mm
 from fp8fx.kernels.activation_cast import activation_backward_cast, activation_cast
 from fp8fx.kernels.amax import amax, amax_each
