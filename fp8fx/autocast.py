@@ -15,12 +15,13 @@ from typing import Any
 from fp8fx.errors import ModelError
 
 FP8, OFF, CALIBRATING = "fp8", "off", "calibrating"
-_MODES: ContextVar[tuple[str, ...]] = ContextVar("fp8fx.autocast", default=())  # of the regions around, the innermost last
+_REGIONS: ContextVar[tuple[autocast, ...]] = ContextVar("fp8fx.autocast", default=())  # those around, the innermost last
 
 
 def mode() -> str:
     """How a compiled model called here and now runs: fp8, off or calibrating."""
-    return (FP8, *_MODES.get())[-1]
+    regions = _REGIONS.get()
+    return regions[-1].mode if regions else FP8
 
 
 class autocast(contextlib.ContextDecorator):
@@ -33,7 +34,9 @@ class autocast(contextlib.ContextDecorator):
     Regions nest, the innermost counts, and the one before is restored however a region is left. It holds for the thread (and the
     asyncio task) that entered it. What counts is the forward: its backward runs as the forward did, wherever it is called.
 
-    Inside a function that torch.compile captures (a forward of the model) it would break the graph: enter it around the call.
+    Enter it around the call: inside a forward that is captured, Dynamo gives up the frame that enters it, which then runs in high
+    precision as a whole. A torch.utils.checkpoint around the model runs it again in the mode of its backward: put the region around
+    both. A decorated coroutine or generator function is not covered.
     Raises ModelError for arguments that are not bool.
     """
 
@@ -44,8 +47,11 @@ class autocast(contextlib.ContextDecorator):
         self.mode = CALIBRATING if calibrating else FP8 if enabled else OFF
 
     def __enter__(self) -> autocast:
-        _MODES.set((*_MODES.get(), self.mode))
+        _REGIONS.set((*_REGIONS.get(), self))
         return self
 
     def __exit__(self, *problem: Any) -> None:
-        _MODES.set(_MODES.get()[:-1])
+        regions = list(_REGIONS.get())
+        if self in regions:  # the last of its own: a generator that is closed late leaves its own region, not the innermost
+            del regions[len(regions) - 1 - regions[::-1].index(self)]
+        _REGIONS.set(tuple(regions))

@@ -75,10 +75,13 @@ def _make_class(base: type[nn.Module]) -> type[nn.Module]:
     def reduce(self: nn.Module, protocol: Any = None) -> Any:
         return _rebuild, (base,), self.__getstate__()  # type: ignore[operator]
 
-    def save(self: nn.Module, destination: dict[str, Any], prefix: str, keep_vars: bool) -> None:
-        base._save_to_state_dict(self, destination, prefix, keep_vars)
+    def save(self: nn.Module, *args: Any, **kwargs: Any) -> Any:
+        """After all other entries: what pairs the values of two state_dicts by position still finds the model's own."""
+        destination = base.state_dict(self, *args, **kwargs)
+        prefix = kwargs.get("prefix", args[1] if len(args) > 1 else "")
         for name, value in vars(self)[RUNTIME].state().items():
             destination[prefix + PREFIX + name] = value
+        return destination
 
     def load(self: nn.Module, state_dict: dict[str, Any], prefix: str, *rest: Any) -> None:
         ours = [key for key in state_dict if key.startswith(prefix + PREFIX)]
@@ -89,7 +92,7 @@ def _make_class(base: type[nn.Module]) -> type[nn.Module]:
         BASE: base,
         "forward": forward,
         "__reduce_ex__": reduce,
-        "_save_to_state_dict": save,
+        "state_dict": save,
         "_load_from_state_dict": load,
         "__module__": base.__module__,
         "__qualname__": base.__qualname__,

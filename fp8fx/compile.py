@@ -142,11 +142,47 @@ def invalidate(fast: nn.Module) -> None:
         runtime.weights.clear()
 
 
+def step(fast: nn.Module) -> None:
+    """Say that the weights were updated, where no torch optimizer that holds the model's own parameters does it.
+
+    A step of delayed scaling and of the random stream ends. `fast` may also be a model under torch.compile(backend="fp8fx").
+    """
+    runtimes = runtimes_of(fast)
+    if not runtimes:
+        raise ModelError("this model is not compiled by fp8fx: it has no steps")
+    for runtime in runtimes:
+        runtime.optimizer_stepped()
+
+
 def state_dict(fast: nn.Module) -> dict[str, Tensor]:
-    """fp8fx's own part of `fast.state_dict()`: plain tensors under one prefix."""
-    return {key: value for key, value in fast.state_dict().items() if key.startswith(PREFIX)}
+    """fp8fx's own part of `fast.state_dict()`: plain tensors under one prefix, also of compiled models inside.
+
+    Of a model under torch.compile(backend="fp8fx"), whose own state_dict has no such part, it is the state of what was captured so far;
+    `load_state_dict` takes it back.
+    """
+    if isinstance(fast, torch._dynamo.OptimizedModule):
+        return {PREFIX + key: value for runtime in runtimes_of(fast) for key, value in runtime.state().items()}
+    return {key: value for key, value in fast.state_dict().items() if _ours(key)}
+
+
+def load_state_dict(fast: nn.Module, state: Mapping[str, Tensor]) -> None:
+    """Take back what `state_dict` gave, and nothing else. A model under torch.compile must have run once.
+
+    Raises ModelError, with nothing loaded, for a state of another recipe.
+    """
+    runtimes = runtimes_of(fast)
+    if len(runtimes) != 1:
+        raise ModelError(
+            f"fp8fx.load_state_dict takes a model with one fp8fx state, this one has {len(runtimes)}: call a model under "
+            "torch.compile(backend='fp8fx') once before, and load compiled models inside of another one by one"
+        )
+    runtimes[0].load_state({key.removeprefix(PREFIX): value for key, value in state.items() if key.startswith(PREFIX)})
+
+
+def _ours(key: str) -> bool:
+    return f".{PREFIX}" in f".{key}"
 
 
 def strip(state: Mapping[str, Any]) -> dict[str, Any]:
-    """`state` without fp8fx's own entries: exactly the original model's keys."""
-    return {key: value for key, value in state.items() if not key.startswith(PREFIX)}
+    """`state` without fp8fx's own entries, also those of compiled models inside: exactly the original model's keys."""
+    return {key: value for key, value in state.items() if not _ours(key)}

@@ -20,7 +20,7 @@ from fp8fx.capture import dynamo
 from fp8fx.capture.graph import TENSOR_NAME, copy_graph
 from fp8fx.capture.naming import RootNames
 from fp8fx.errors import CaptureError
-from fp8fx.ops.quantize import GRADIENTS, STATISTICS
+from fp8fx.ops.quantize import GRADIENTS, STATISTICS, UNMEASURED
 from fp8fx.passes.contract import AMAX, GRAD_SCALES, METER, RNG, SCALES, SLOTS, Slot
 from fp8fx.passes.inputs import WRAPPED
 from fp8fx.passes.lower import PARTS, WEIGHTS, WeightInput
@@ -151,6 +151,8 @@ class GraphCall:
     def __call__(self, *args: Any) -> Any:
         runtime = self.runtime
         recording = runtime.begin_call(self.calibrating)
+        if self.scales.slots and not recording and not runtime.root.training:
+            runtime.watch.evaluation(self.scales)
         extras = self.extras(args, recording)
         runtime.stream.call += 1
         with contextlib.ExitStack() as stack:
@@ -161,7 +163,7 @@ class GraphCall:
             return result
         *own, amax = result
         if recording:
-            self.runtime.scaling.merge(self.amax.on(amax.device), amax)
+            runtime.scaling.merge(self.amax.on(amax.device), amax, self.amax.rows)
             runtime.scaling.calibrated |= self.calibrating
         return own[0] if self.wrapped else tuple(own)
 
@@ -188,7 +190,7 @@ class GraphCall:
 
     def _meter(self, device: torch.device, recording: bool) -> Tensor:
         """A fresh leaf per call, so that two forwards in flight never meet; its "gradient" is what the sites' backwards measured."""
-        meter = torch.zeros(len(self.sites), STATISTICS, device=device, requires_grad=True)
+        meter = torch.zeros(len(self.sites), STATISTICS, device=device, dtype=torch.float32, requires_grad=True)
         runtime, sites, calibrating = self.runtime, self.sites, self.calibrating
         grad_scales = self.grad_scales if recording else None
 
@@ -199,8 +201,10 @@ class GraphCall:
                 runtime.monitor.fold(sites, leaf.grad[:, len(GRADIENTS) :])
             if grad_scales is not None and grad_scales.slots:
                 kept, amax = grad_scales.kept(leaf.grad[:, : len(GRADIENTS)])
-                runtime.scaling.merge(kept, amax)
+                # 0: the backward did not come by (autograd fills in zeros), or nothing but zeros did. Neither says anything.
+                runtime.scaling.merge(kept, torch.where(amax > 0, amax, UNMEASURED), grad_scales.kept_rows)
                 runtime.scaling.calibrated |= calibrating
+            runtime.watch.backward()
             leaf.grad = None
 
         meter.register_post_accumulate_grad_hook(fold)
@@ -214,13 +218,14 @@ class _Rows:
         self.slots = list(slots)
         self.rows = runtime.scaling.indices(slots)
         self.places = [place for place, slot in enumerate(slots) if slot is not None]
+        self.kept_rows = [self.rows[place] for place in self.places]
         self._on: dict[torch.device, tuple[Tensor, Tensor, Tensor]] = {}
 
     def _tensors(self, device: torch.device) -> tuple[Tensor, Tensor, Tensor]:
         if device not in self._on:
-            kept = [self.rows[place] for place in self.places]
             with torch.inference_mode(False):
-                self._on[device] = tuple(torch.tensor(v, dtype=torch.int64, device=device) for v in (self.rows, self.places, kept))  # type: ignore[assignment]
+                made = (torch.tensor(v, dtype=torch.int64, device=device) for v in (self.rows, self.places, self.kept_rows))
+                self._on[device] = tuple(made)  # type: ignore[assignment]
         return self._on[device]
 
     def on(self, device: torch.device) -> Tensor:

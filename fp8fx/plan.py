@@ -58,7 +58,10 @@ class SiteRow:
 
 
 def formats_of(spec: SiteSpec | None) -> str:
-    """`e4m3fn x e4m3fn, grad e5m2`: input x weight, then what else is rounded. Scales finer than one per tensor: `e4m3fn/1x128`."""
+    """`e4m3fn x e4m3fn, grad e5m2`: input x weight, then what else is rounded. Scales finer than one per tensor: `e4m3fn/1x128`.
+
+    `delayed` where any role's scale is.
+    """
     if spec is None:
         return ""
     named = {role: _format_of(tensor) for role in ROLES if (tensor := getattr(spec, role)) is not None}
@@ -67,7 +70,8 @@ def formats_of(spec: SiteSpec | None) -> str:
     grad = [f"grad {named['grad_output']}"] if "grad_output" in named else []
     high = [g for g in ("output", "grad_input", "grad_weight") if g not in spec.gemms]
     kept = [f"{', '.join(high)} GEMM in high precision"] if high and operands.count("x") else []
-    return ", ".join([operands, *output, *grad, *kept])
+    delayed = ["delayed"] if any(tensor is not None and tensor.scaling == "delayed" for tensor in map(spec.__getattribute__, ROLES)) else []
+    return ", ".join([operands, *output, *grad, *delayed, *kept])
 
 
 def _format_of(spec: TensorSpec) -> str:

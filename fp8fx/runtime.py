@@ -35,6 +35,7 @@ from fp8fx.plan import Plan, SiteRow, backward_hooked, build_plan, site_rows
 from fp8fx.recipe import Recipe
 from fp8fx.scaling import ScalingState, is_scaling, other_recipe
 from fp8fx.state import OPTIMIZER_STEPS, Stream, WeightCache
+from fp8fx.watch import ScalingWatch
 
 LOG = logging.getLogger("fp8fx")
 
@@ -71,8 +72,8 @@ class Runtime:
         self.graphs: list[GraphRecord] = []
         self.numbering = Numbering()
         self.weights = WeightCache()
-        self._eval_only: bool | None = None  # since the last optimizer step, forwards with gradients ran in eval() only
-        self._told_eval_only = False
+        self.watch = ScalingWatch(self.scaling)
+        self._recomputed = False  # a training forward ran in a backward: a reentrant checkpoint is around the model
         self.monitor = UnderflowMonitor({}, _advice(self.recipe))
         self._first_layer: str | None = None
         self._hooked: set[str] = set()  # layers outside the graphs because of a backward hook
@@ -89,8 +90,8 @@ class Runtime:
         scaling = kept.pop("scaling")
         self.__dict__.update(kept)
         self.original = None
-        self._reset()
         self.scaling = ScalingState(self.recipe.delayed)
+        self._reset()
         self.scaling.load(scaling)
 
     # -- the model ------------------------------------------------------------------------------------------------------
@@ -113,10 +114,7 @@ class Runtime:
     def optimizer_stepped(self) -> None:
         self._stepped = self.scaling.due = True
         self.weights.clear()
-        if self._eval_only and not self._told_eval_only:
-            self._told_eval_only = True
-            warnings.warn(_EVAL_ONLY, FP8Warning, stacklevel=5)
-        self._eval_only = None
+        self.watch.optimizer_stepped()
 
     # -- capture --------------------------------------------------------------------------------------------------------
 
@@ -176,6 +174,10 @@ class Runtime:
             name = "inductor" if any(isinstance(x, Tensor) and x.is_cuda for x in example_inputs) else "eager"
         if name == "eager":
             return module.forward  # not the module, whose call runs torch's global module hooks once more
+        with dynamo.own_cache_key():
+            return self._compile_inner(name, module, example_inputs)
+
+    def _compile_inner(self, name: str, module: fx.GraphModule, example_inputs: list[Any]) -> Callable[..., Any]:
         if name == "inductor":
             from torch._inductor.compile_fx import compile_fx
 
@@ -253,6 +255,7 @@ class Runtime:
         """Take what `state` gave, all of it or, with ModelError, nothing. An original checkpoint has no entries: all stays as it is."""
         if not state:
             self.weights.clear()
+            self.scaling.forget()
             return
         kept = {key: value for key, value in state.items() if is_scaling(key)}
         stream = {"stream": self._position().tensor(torch.device("cpu"))}
@@ -283,9 +286,11 @@ class Runtime:
         if self.scaling.calibrated and not calibrating:
             self._end_calibration()
         if training and not calibrating:
-            self._eval_only = self._eval_only is not False and not self.root.training
+            self.watch.forward(self.root.training)
         training = training and self.root.training
-        if training and self.scaling.due:
+        again = torch._C._current_graph_task_id() != -1  # a recomputation: it must see the scales its forward saw
+        self._recomputed |= training and again
+        if self.scaling.due and not again and (training or (self._recomputed and self.root.training)):
             self.scaling.step()
             self.weights.clear()
         return training or calibrating
@@ -309,12 +314,6 @@ class Runtime:
             raise CaptureError(f"there is no graph {index}: the model was captured as {len(self.graphs)} graph(s), numbered from 0")
         record = self.graphs[index]
         return pipeline.run(record.captured, record.context, stage).module
-
-
-_EVAL_ONLY = (
-    "fp8fx: the model trains in eval(), where delayed scales stand still: they will not follow the tensors. Call train() (layers such as "
-    "dropout and batch norm can be put into eval() one by one), or use current scaling, such as recipe hybrid."
-)
 
 
 def _advice(recipe: Recipe) -> str:

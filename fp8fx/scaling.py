@@ -29,7 +29,7 @@ from fp8fx.recipe.grammar import Delayed
 
 ORDER = {"before": "history_first", "after": "scale_first"}  # is the scale renewed before this step's tensors are quantized, or after?
 FIELDS = ("scale", "history", "amax")
-MEANING = "delayed"  # the entry of a checkpoint that says what the others mean
+MEANING, DUE = "delayed", "delayed.due"  # entries of a checkpoint: what the others mean; whether a step has ended
 
 
 class ScalingState:
@@ -43,13 +43,15 @@ class ScalingState:
         self.calibrated = False  # amax was measured while calibrating, and no scale has followed yet
         self.loaded: dict[str, Tensor] = {}  # entries of a checkpoint whose slots no graph has asked for yet
         self.loaded_formats: dict[str, Any] = {}
+        self.measured: set[int] = set()  # rows that this step has measured, as far as the host knows
+        self.settled: set[int] = set()  # rows whose scale came from a step, a calibration or a checkpoint
         self._lock = threading.Lock()
         self._allocate(torch.device("cpu"), 0)
 
     def _allocate(self, device: torch.device, count: int) -> None:
-        self.scale = torch.ones(count, device=device)
-        self.history = torch.zeros(count, self.rule.history, device=device)
-        self.amax = torch.full((count,), UNMEASURED, device=device)
+        self.scale = torch.ones(count, device=device, dtype=torch.float32)
+        self.history = torch.zeros(count, self.rule.history, device=device, dtype=torch.float32)
+        self.amax = torch.full((count,), UNMEASURED, device=device, dtype=torch.float32)
 
     def __len__(self) -> int:
         return len(self.slots)
@@ -67,7 +69,7 @@ class ScalingState:
             if slot not in self.slots:
                 known = {_name(other): _format(other) for other in self.slots} | self.loaded_formats
                 if problem := _mismatch(slot, known):
-                    raise ModelError(f"a scale kept for one format cannot serve another: {problem}")
+                    raise other_recipe(problem)
                 self.slots[slot] = len(self.slots)
                 self.scale = torch.cat([self.scale, self.scale.new_ones(1)])
                 self.history = torch.cat([self.history, self.history.new_zeros(1, self.rule.history)])
@@ -89,8 +91,12 @@ class ScalingState:
             self._move(indices.device)
         return self.scale[indices]
 
-    def merge(self, indices: Tensor, amax: Tensor) -> None:
-        """Merge `amax` into this step's, by max. `indices`: int64 [m], a slot may occur twice; `amax`: float32 [m]."""
+    def merge(self, indices: Tensor, amax: Tensor, rows: Iterable[int] = ()) -> None:
+        """Merge `amax` into this step's, by max. `indices`: int64 [m], a slot may occur twice; `amax`: float32 [m].
+
+        rows: the indices on the host, of what was really measured.
+        """
+        self.measured.update(rows)
         with self._unlogged():
             self._move(indices.device)
             self.amax.scatter_reduce_(0, indices, amax.detach().float(), "amax")
@@ -111,6 +117,8 @@ class ScalingState:
             self.amax = torch.full_like(self.amax, UNMEASURED)
             self.version += 1
             self.due = self.calibrated = False
+            self.settled |= self.measured
+            self.measured = set()
 
     def _groups(self) -> dict[tuple[str, bool], list[int]]:
         groups: dict[tuple[str, bool], list[int]] = {}
@@ -128,28 +136,33 @@ class ScalingState:
     def state(self) -> dict[str, Tensor]:
         """Plain tensors by `<site>.<role>.<field>`: scale (), history [length], amax () of the step so far (-1: not measured).
 
-        `delayed` says what they mean: JSON as uint8 [n], with the rule, the formats, and whether a step is due.
+        `delayed` says what they mean: JSON as uint8 [n], with the rule and the formats. `delayed.due`: bool (), a step has ended.
         """
         with self._lock:
             entries, formats = dict(self.loaded), dict(self.loaded_formats)
             for slot, index in self.slots.items():
                 entries |= {_key(slot, field): tensor[index].clone() for field, tensor in self.tensors.items()}
                 formats[_name(slot)] = _format(slot)
-            meaning = {"rule": self.rule.model_dump(), "due": self.due, "formats": formats}
-            return entries | {MEANING: _from_json(meaning)}
+            meaning = {"rule": self.rule.model_dump(), "formats": formats}
+            return entries | {MEANING: _from_json(meaning), DUE: torch.tensor(self.due, device="cpu")}
 
     def load(self, entries: Mapping[str, Tensor]) -> None:
         """Take what `state` gave; slots without an entry start anew. Raises ModelError, and changes nothing, for another recipe's."""
         meaning = _to_json(entries[MEANING]) if MEANING in entries else {}
-        rest = {key: value.detach().clone() for key, value in entries.items() if key != MEANING}
+        due = bool(entries.get(DUE, False))
+        rest = {key: value.detach().clone() for key, value in entries.items() if key not in (MEANING, DUE)}
         if problem := self._problem(rest, meaning):
             raise other_recipe(problem)
         with self._unlogged():
             self._allocate(self.scale.device, len(self.slots))
-            self.loaded, self.loaded_formats, self.due = rest, dict(meaning.get("formats", {})), bool(meaning.get("due", False))
+            self.loaded, self.loaded_formats, self.due = rest, dict(meaning.get("formats", {})), due
             for slot in self.slots:
                 self._fill(slot)
             self.version += 1
+
+    def forget(self) -> None:
+        """Drop entries of a checkpoint that no graph has asked for: another one takes its place."""
+        self.loaded, self.loaded_formats = {}, {}
 
     def _fill(self, slot: Slot) -> None:
         self.loaded_formats.pop(_name(slot), None)
@@ -157,6 +170,8 @@ class ScalingState:
             value = self.loaded.pop(_key(slot, field), None)
             if value is not None:
                 tensor[self.slots[slot]] = value.to(tensor)
+                if field == "history" and bool((value > 0).any()):
+                    self.settled.add(self.slots[slot])
 
     def _problem(self, entries: Mapping[str, Tensor], meaning: Mapping[str, Any]) -> str | None:
         """Why these entries cannot be this model's, or None."""
@@ -181,7 +196,7 @@ class ScalingState:
 
 def is_scaling(key: str) -> bool:
     """An entry of a checkpoint is one of ScalingState's."""
-    return key == MEANING or key.rpartition(".")[2] in FIELDS
+    return key in (MEANING, DUE) or key.rpartition(".")[2] in FIELDS
 
 
 def other_recipe(problem: str) -> ModelError:
@@ -212,11 +227,14 @@ def _format(slot: Slot) -> list[Any]:
 
 
 def _from_json(value: Any) -> Tensor:
-    return torch.tensor(list(json.dumps(value, sort_keys=True).encode()), dtype=torch.uint8)
+    return torch.tensor(list(json.dumps(value, sort_keys=True).encode()), dtype=torch.uint8, device="cpu")
 
 
 def _to_json(value: Tensor) -> dict[str, Any]:
-    found: dict[str, Any] = json.loads(bytes(value.tolist()).decode())
+    try:
+        found: dict[str, Any] = json.loads(bytes(value.tolist()).decode())
+    except (TypeError, ValueError) as error:
+        raise ModelError(f"{MEANING!r} of the state is damaged: it is {value.dtype} and not JSON as uint8 ({error})") from None
     return found
 
 

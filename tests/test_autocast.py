@@ -110,6 +110,19 @@ def test_one_region_may_be_entered_again() -> None:
     assert mode() == "fp8"
 
 
+def test_a_region_that_is_left_late_takes_its_own_away() -> None:
+    def suspended() -> Any:
+        with fp8fx.autocast(enabled=False):
+            yield
+
+    generator = suspended()
+    next(generator)
+    with fp8fx.autocast(calibrating=True):
+        generator.close()
+        assert mode() == "calibrating"
+    assert mode() == "fp8"
+
+
 def test_as_a_decorator() -> None:
     @fp8fx.autocast(enabled=False)
     def evaluate() -> str:

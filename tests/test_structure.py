@@ -19,7 +19,7 @@ recipe ops functional
 capture
 passes
 pipeline show
-plan state scaling monitor autocast
+plan state scaling monitor autocast watch
 runtime graph_call
 coverage
 compile backend
@@ -27,7 +27,7 @@ loss_scaling
 demo cli targets
 """
 RANK = {name: rank for rank, line in enumerate(LAYERS.split("\n")) for name in line.split()}
-PEERS = {"plan", "state", "monitor", "runtime", "graph_call", "demo", "cli", "targets"}
+PEERS = {"plan", "state", "scaling", "watch", "monitor", "runtime", "graph_call", "demo", "cli", "targets"}
 PASSES = {"annotate", "insert_qdq", "cancel", "fuse", "lower"}
 
 

@@ -6,6 +6,8 @@ Everything that touches Dynamo's private side is in this file.
 from __future__ import annotations
 
 import contextlib
+import functools
+import hashlib
 import inspect
 import re
 import sys
@@ -231,6 +233,21 @@ def static(values: list[Tensor]) -> list[Tensor]:
     for value in values:
         torch._dynamo.mark_static(value)
     return values
+
+
+@functools.cache
+def _formulas() -> str:
+    """A digest of the operators' sources. torch caches a compiled backward under the forward's graph, which holds their names alone."""
+    folder = Path(__file__).parents[1]
+    sources = [folder / "spec.py", *sorted((folder / "ops").glob("*.py"))]
+    return hashlib.sha256(b"".join(path.read_bytes() for path in sources)).hexdigest()
+
+
+def own_cache_key() -> contextlib.AbstractContextManager[Any]:
+    """While entered, what torch compiles is cached for these formulas only: another version of fp8fx must not run its backward."""
+    tag = f"{torch.compiler.config.cache_key_tag}fp8fx-{_formulas()}"
+    patched: contextlib.AbstractContextManager[Any] = torch.compiler.config.patch(cache_key_tag=tag)  # type: ignore[attr-defined]
+    return patched
 
 
 class Later:

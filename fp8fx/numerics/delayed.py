@@ -68,8 +68,9 @@ def delayed_update(
 ) -> tuple[Tensor, Tensor]:
     """One step: (new history, new scale). `amax` is that of the step just measured.
 
-    order `scale_first`: the scale comes from the history as it was, then amax is written (IPEX; flax, whose scale is renewed before it
-    quantizes). `history_first`: amax is written and counts at once (TransformerEngine's update at the end of a step).
+    order `scale_first`: the scale comes from the history as it was, then amax is written (IPEX, which renews it after it quantized; and
+    flax within one call, whose scale is renewed before it quantizes: at the start of a step, as fp8fx calls it, that is `history_first`).
+    `history_first`: amax is written and counts at once (TransformerEngine's update at the end of a step).
     """
     if order not in ORDERS:
         raise FormatError(f"unknown order {order!r}; allowed: {allowed(ORDERS)}")

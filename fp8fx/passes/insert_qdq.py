@@ -107,13 +107,15 @@ class _Writer:
         dims = dims if spec.granularity == "row" else [-1]  # only scales per row depend on the contraction
         producer, name, first = self.first.setdefault((x, spec.text, tuple(dims)), (site, role, made))
         rng = self.rng if spec.stochastic else None
-        slot = slot_of(first, "weight" if name == "other" else name, spec) if spec.scaling == "delayed" else None
-        scale = None if slot is None else self.inputs.scale(slot)
+        slot, own = (slot_of(m, "weight" if r == "other" else r, spec) for m, r in ((first, name), (made, role)))
+        delayed = spec.scaling == "delayed"
+        scale = self.inputs.scale(slot) if delayed else None
         node = self.emit(call, ops.quantize.default, x, spec.text, dims, rng, producer, name, scale)
         node.meta["weight_cache"] = made.spec.weight_cache
-        if slot is not None:
+        if delayed:
             node.meta[SLOT] = slot
-            self.inputs.measure(slot, node)
+            for record in dict.fromkeys((slot, own)):  # a reader that is not the first keeps a record too: it may be the first elsewhere
+                self.inputs.measure(record, node)
         return [] if made.spec.calibrating else [item(self.graph, node, 0), item(self.graph, node, 1)]
 
     def pair(

@@ -142,7 +142,7 @@ def resolve(merged: Merged, sites: Sequence[Site], modules: Modules | None = Non
         decisions.append(made)
         if (id(made), site.op) not in noted:
             noted.add((id(made), site.op))
-            notes += _without_effect(made, site.op)
+            notes += _without_effect(made, site.op, merged.document.loss_scaling.mode != "none")
     notes += [note for n, step in enumerate(ordered) for note in _unused(step, n, used, modules, document.strict, partial)]
     return Resolution(decisions, list(dict.fromkeys(notes)))
 
@@ -196,8 +196,8 @@ def _decide(document: Document, applied: list[Step], notes: list[str]) -> Decisi
     return Decision(mode="fp8", spec=spec, output_fused=fused, reason=by, attention=layer.attention, when_not_faster=layer.when_not_faster)
 
 
-def _without_effect(made: Decision, op: str) -> Iterator[str]:
-    """Notes on what was asked for and only kernels on a GPU can do: the reference behaves as if it had its default."""
+def _without_effect(made: Decision, op: str, loss_scaling: bool) -> Iterator[str]:
+    """Notes on what only kernels on a GPU can do, where the reference behaves as by default; and on a choice that may overflow."""
     if made.spec is None:
         return
     if made.when_not_faster == "high_precision":
@@ -206,6 +206,10 @@ def _without_effect(made: Decision, op: str) -> Iterator[str]:
         yield "accumulate has no effect on the reference: it always accumulates in fp32"
     if made.spec.weight_transpose != SiteSpec().weight_transpose:
         yield f"weight_transpose: {made.spec.weight_transpose} has no effect on the reference: it transposes as it goes"
+    gradients = {name: role for name in ROLES[3:] if (role := getattr(made.spec, name)) is not None}
+    for name, role in gradients.items():
+        if role.scaling == "delayed" and role.overflow == "nonfinite" and not loss_scaling:
+            yield f"{name}: a gradient that outgrows its delayed scale becomes inf, and no loss scaler skips it: write overflow: saturate"
     if made.spec.save_for_backward == "high_precision" and op != "linear":
         yield f"save_for_backward: high_precision has no effect on {op}: it keeps its quantized operands"
 
