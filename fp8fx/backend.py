@@ -3,7 +3,8 @@
     torch.compile(model, backend="fp8fx", options={"recipe": "hybrid", "inner": "inductor"})
 
 The same passes, the same plan and the same numbers as `fp8fx.compile`. What differs: the model is captured in place, and state
-that belongs to a model (position in the random stream, kept weights) is kept beside it, not saved and not copied with it.
+that belongs to a model (position in the random stream, delayed scales, kept weights) is kept beside it and not copied with it;
+`fp8fx.state_dict` and `fp8fx.load_state_dict` save and restore it.
 `fp8fx.plan` and `fp8fx.invalidate` take what torch.compile returned.
 """
 

@@ -160,8 +160,8 @@ def state_dict(fast: nn.Module) -> dict[str, Tensor]:
     Of a model under torch.compile(backend="fp8fx"), whose own state_dict has no such part, it is the state of what was captured so far;
     `load_state_dict` takes it back.
     """
-    if isinstance(fast, torch._dynamo.OptimizedModule):
-        return {PREFIX + key: value for runtime in runtimes_of(fast) for key, value in runtime.state().items()}
+    if runtime_of(fast) is None and (runtimes := runtimes_of(fast)):
+        return {PREFIX + key: value for runtime in runtimes for key, value in runtime.state().items()}
     return {key: value for key, value in fast.state_dict().items() if _ours(key)}
 
 
