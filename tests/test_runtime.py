@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import gc
+from typing import Any
 
 import pytest
 import torch
@@ -11,7 +12,9 @@ from torch.nn.utils import parametrize
 
 import fp8fx
 from fp8fx import pipeline
+from fp8fx.capture import dynamo
 from fp8fx.clone import base_class, runtime_of
+from fp8fx.runtime import Runtime
 
 
 class Two(nn.Module):
@@ -299,3 +302,22 @@ def test_example_inputs_that_do_not_fit(x: torch.Tensor) -> None:
     with pytest.raises(fp8fx.ModelError, match=r"example_inputs do not fit Two.forward.*'?x'?"):
         fp8fx.plan(Two(), example_inputs={"y": x})
     assert len(fp8fx.plan(Two(), example_inputs={"x": x}).fp8) == 2
+
+
+def test_what_torch_caches_belongs_to_these_formulas(monkeypatch: pytest.MonkeyPatch) -> None:
+    """torch keys a compiled backward by the forward's graph, which names operators only: a later version must not find it."""
+    tags: list[str] = []
+    real = Runtime._compile_inner
+
+    def watched(self: Runtime, *args: Any) -> Any:
+        tags.append(torch.compiler.config.cache_key_tag)
+        return real(self, *args)
+
+    monkeypatch.setattr(Runtime, "_compile_inner", watched)
+    for formulas in (dynamo._formulas(), "changed"):
+        monkeypatch.setattr(dynamo, "_formulas", lambda formulas=formulas: formulas)
+        fp8fx.compile(nn.Linear(4, 4), inner="aot_eager")(torch.ones(2, 4))
+    assert tags[0] != tags[1]
+    assert len(tags[0]) > 64
+    assert tags[1].endswith("changed")
+    assert torch.compiler.config.cache_key_tag == ""

@@ -245,6 +245,8 @@ def _formulas() -> str:
 
 def own_cache_key() -> contextlib.AbstractContextManager[Any]:
     """While entered, what torch compiles is cached for these formulas only: another version of fp8fx must not run its backward."""
+    if not hasattr(torch.compiler.config, "cache_key_tag"):
+        return contextlib.nullcontext()
     tag = f"{torch.compiler.config.cache_key_tag}fp8fx-{_formulas()}"
     patched: contextlib.AbstractContextManager[Any] = torch.compiler.config.patch(cache_key_tag=tag)  # type: ignore[attr-defined]
     return patched
