@@ -1,4 +1,4 @@
-"""`fp8fx.compile`: a compiled clone of a model; and what goes with it: `plan`, `unwrap`, `invalidate`, `strip`, `state_dict`."""
+"""`fp8fx.compile`: a compiled clone of a model; and what goes with it: `plan`, `unwrap`, `step`, `state_dict`, ..."""
 
 from __future__ import annotations
 

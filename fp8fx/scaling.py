@@ -38,7 +38,6 @@ class ScalingState:
     def __init__(self, rule: Delayed) -> None:
         self.rule = rule
         self.slots: dict[Slot, int] = {}
-        self.version = 0  # of the scales: quantized weights kept from another version are stale
         self.due = False  # an optimizer stepped: the next training forward begins a step
         self.calibrated = False  # amax was measured while calibrating, and no scale has followed yet
         self.loaded: dict[str, Tensor] = {}  # entries of a checkpoint whose slots no graph has asked for yet
@@ -65,7 +64,7 @@ class ScalingState:
         return [0 if slot is None else self._index(slot) for slot in slots]
 
     def _index(self, slot: Slot) -> int:
-        with self._unlogged():
+        with self._locked():
             if slot not in self.slots:
                 known = {_name(other): _format(other) for other in self.slots} | self.loaded_formats
                 if problem := _mismatch(slot, known):
@@ -78,7 +77,7 @@ class ScalingState:
             return self.slots[slot]
 
     @contextlib.contextmanager
-    def _unlogged(self) -> Iterator[None]:
+    def _locked(self) -> Iterator[None]:
         """One thread at a time; and no inference tensors, which later training could not write."""
         with self._lock, torch.inference_mode(False), torch.no_grad():
             yield
@@ -87,7 +86,7 @@ class ScalingState:
 
     def read(self, indices: Tensor) -> Tensor:
         """Scales of `indices` (int64, any shape), a copy on their device."""
-        with self._unlogged():
+        with self._locked():
             self._move(indices.device)
         return self.scale[indices]
 
@@ -97,14 +96,14 @@ class ScalingState:
         rows: the indices on the host, of what was really measured.
         """
         self.measured.update(rows)
-        with self._unlogged():
+        with self._locked():
             self._move(indices.device)
             self.amax.scatter_reduce_(0, indices, amax.detach().float(), "amax")
 
     def step(self, at_once: bool = False) -> None:
         """The step is over: its amax enters the history, and the scales follow; `at_once` even where the order is `after`."""
         order = ORDER["before"] if at_once else ORDER[self.rule.order]
-        with self._unlogged():
+        with self._locked():
             history, scale = self.history.clone(), self.scale.clone()
             for (format, power_of_two), rows in self._groups().items():
                 chosen = torch.tensor(rows, device=scale.device)
@@ -115,7 +114,6 @@ class ScalingState:
                 scale[chosen] = torch.where(measured, renewed[1], self.scale[chosen])
             self.history, self.scale = history, scale
             self.amax = torch.full_like(self.amax, UNMEASURED)
-            self.version += 1
             self.due = self.calibrated = False
             self.settled |= self.measured
             self.measured = set()
@@ -153,12 +151,11 @@ class ScalingState:
         rest = {key: value.detach().clone() for key, value in entries.items() if key not in (MEANING, DUE)}
         if problem := self._problem(rest, meaning):
             raise other_recipe(problem)
-        with self._unlogged():
+        with self._locked():
             self._allocate(self.scale.device, len(self.slots))
             self.loaded, self.loaded_formats, self.due = rest, dict(meaning.get("formats", {})), due
             for slot in self.slots:
                 self._fill(slot)
-            self.version += 1
 
     def forget(self) -> None:
         """Drop entries of a checkpoint that no graph has asked for: another one takes its place."""

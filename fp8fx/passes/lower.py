@@ -8,8 +8,8 @@
         nodes of a checkpointed part ->    one checkpoint call of a body that holds them
 
 Quantized weights come from outside so that they can be kept: for all of evaluation, or until the next optimizer step where the
-recipe says `weight_cache: step`. Everything else runs as the operators' registered implementations: today the exact reference on every
-device; this is where the kernels of `fp8fx.kernels` will be named.
+recipe says `weight_cache: step`. Everything else runs as the operators' registered implementations: the exact reference, and for a graph
+on a CUDA device the kernels (fp8fx.ops.cuda), for which linear layers get their codes in both layouts.
 """
 
 from __future__ import annotations

@@ -91,20 +91,22 @@ def make(size: Size, device: str) -> nn.Module:
         return Blocks(size).to(torch.bfloat16).train()
 
 
-def candidate(name: str, model: nn.Module, inner: str) -> Callable[[Tensor], Tensor]:
+def candidate(name: str, model: nn.Module, inner: str, inner_mode: str | None) -> Callable[[Tensor], Tensor]:
     if name == "bf16":
         return torch.compile(model, fullgraph=True)
     if name == "bf16 eager":
         return model
-    return fp8fx.compile(model, name.removesuffix(" eager"), fullgraph=True, inner="eager" if name.endswith("eager") else inner)
+    if name.endswith("eager"):
+        return fp8fx.compile(model, name.removesuffix(" eager"), fullgraph=True, inner="eager")
+    return fp8fx.compile(model, name, fullgraph=True, inner=inner, inner_mode=inner_mode)
 
 
 class Step:
     """Forward and backward of one candidate."""
 
-    def __init__(self, name: str, batch: int, size: Size, device: str, inner: str) -> None:
+    def __init__(self, name: str, batch: int, size: Size, device: str, inner: str, inner_mode: str | None) -> None:
         self.model = make(size, device)
-        self.run = candidate(name, self.model, inner)
+        self.run = candidate(name, self.model, inner, inner_mode)
         generator = torch.Generator(device).manual_seed(1)
         shape = (batch, size.length, size.width)
         self.x = torch.randn(shape, generator=generator, device=device, dtype=torch.bfloat16).requires_grad_()
@@ -149,7 +151,7 @@ def seconds(step: Step, device: str, rounds: int) -> float:
 def measure(
     name: str, batch: int, size: Size, options: Any, reference: dict[str, Tensor] | None
 ) -> tuple[dict[str, Any], dict[str, Tensor]]:
-    step = Step(name, batch, size, options.device, options.inner)
+    step = Step(name, batch, size, options.device, options.inner, options.inner_mode)
     values = step.tensors()
     row: dict[str, Any] = {"candidate": name, "tokens": f"{batch}x{size.length}"}
     if reference is not None:
@@ -175,6 +177,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--candidates", nargs="+", default=["bf16", "delayed", "hybrid"])
     parser.add_argument("--tiny", action="store_true")
     parser.add_argument("--inner", default="inductor")
+    parser.add_argument("--inner-mode", help="a torch.compile mode for the FP8 candidates: reduce-overhead")
     parser.add_argument("--rounds", type=int, default=7)
     parser.add_argument("--json", type=Path)
     options = parser.parse_args(argv)
