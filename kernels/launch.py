@@ -1,0 +1,136 @@
+"""launch: run a Triton kernel without what Triton's own launch does again at every call.
+
+    launch(kernel, grid, args, constexprs, num_warps, num_stages)      =  kernel[grid](*args, **constexprs, num_warps=..., num_stages=...)
+
+Triton looks at every argument and makes text of what it finds, to choose among the compiled forms of a kernel: 50 us and more for a
+kernel with many arguments. The same choice is a tuple here: type and alignment of each pointer, and for each integer whether it is 1
+or a multiple of 16, which Triton compiles for. What the tuple leads to is Triton's own compiled kernel, made by its own launch.
+
+A kernel that does not compile is a KernelError that names it; the operators fall back on their reference then (fp8fx.ops.cuda).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+import triton
+from torch import Tensor
+
+from fp8fx.errors import KernelError
+from fp8fx.kernels.codes import INTERPRET
+
+# key -> the compiled kernel with the values of its compile-time parameters, which its launcher skips.
+_COMPILED: dict[tuple[Any, ...], tuple[Any, tuple[Any, ...]]] = {}
+# kernel -> for each run-time argument, whether Triton compiles for its value (of a pointer: its alignment).
+_SPECIALIZED: dict[int, tuple[bool, ...]] = {}
+
+_ONE, _WHOLE, _ANY = 1, 16, 0  # what an integer is: 1, a multiple of 16, neither
+_INT32 = 2**31
+
+
+def launch(
+    kernel: Any,
+    grid: tuple[int, ...],
+    args: tuple[Any, ...],
+    constexprs: Mapping[str, Any],
+    num_warps: int = 4,
+    num_stages: int = 3,
+) -> None:
+    """Run `kernel` over `grid` (1 to 3 sizes) on the device of its first tensor, on that device's current stream.
+
+    args: every run-time argument, in order; constexprs: every compile-time one, always in the same order for one kernel. Raises
+    KernelError for a kernel that does not compile or fit on the device, and for tensors on several devices.
+    """
+    if INTERPRET.value:
+        kernel[grid](*args, **constexprs, num_warps=num_warps, num_stages=num_stages)
+        return
+    key, device = _key(kernel, args, constexprs, num_warps, num_stages)
+    if device < 0:  # no GPU: a test that compiles for one
+        kernel[grid](*args, **constexprs, num_warps=num_warps, num_stages=num_stages)
+        return
+    if device != torch._C._cuda_getDevice():
+        with torch.cuda.device(device):
+            launch(kernel, grid, args, constexprs, num_warps, num_stages)
+        return
+    found = _COMPILED.get(key)
+    if found is None or triton.knobs.runtime.launch_enter_hook is not None:  # a profiler wants to see Triton's own launches
+        _first(key, kernel, grid, args, dict(constexprs), num_warps, num_stages)
+        return
+    compiled, tail = found
+    x, y, z = (*grid, 1, 1)[:3]
+    stream = torch._C._cuda_getCurrentRawStream(device)
+    compiled.run(x, y, z, stream, compiled.function, compiled.packed_metadata, None, None, None, *args, *tail)
+
+
+def _key(
+    kernel: Any, args: tuple[Any, ...], constexprs: Mapping[str, Any], num_warps: int, num_stages: int
+) -> tuple[tuple[Any, ...], int]:
+    """What chooses the compiled form, and the index of the device."""
+    specialized = _SPECIALIZED.get(id(kernel)) or _describe(kernel, len(args))
+    device = -1
+    classes: list[Any] = []
+    for value, special in zip(args, specialized, strict=True):
+        if isinstance(value, Tensor):
+            if device == -1:
+                device = value.get_device()
+            elif value.get_device() != device:
+                raise _devices(kernel, args)
+            classes.append((value.dtype, not special or value.data_ptr() & 15 == 0))
+        elif isinstance(value, int):
+            wide = not -_INT32 <= value < _INT32
+            classes.append((wide, (_ONE if value == 1 else _WHOLE if value & 15 == 0 else _ANY) if special else _ANY))
+        elif isinstance(value, float):
+            classes.append(float)
+        else:  # a tensor descriptor
+            device = value.base.get_device() if device == -1 else device
+            classes.append((value.base.dtype, tuple(value.block_shape)))
+    return (id(kernel), device, num_warps, num_stages, *constexprs.values(), *classes), device
+
+
+def _describe(kernel: Any, count: int) -> tuple[bool, ...]:
+    found = tuple(not (p.do_not_specialize or p.do_not_specialize_on_alignment) for p in kernel.params[:count])
+    _SPECIALIZED[id(kernel)] = found
+    return found
+
+
+def _devices(kernel: Any, args: tuple[Any, ...]) -> KernelError:
+    where = sorted({str(value.device) for value in args if isinstance(value, Tensor)})
+    return KernelError(
+        f"{kernel.__name__}: its tensors are on {' and '.join(where)}. Move the model and its inputs to one device (model.to(...), "
+        "x.to(...)): FP8 kernels run on one GPU at a time"
+    )
+
+
+def _first(
+    key: tuple[Any, ...],
+    kernel: Any,
+    grid: tuple[int, ...],
+    args: tuple[Any, ...],
+    constexprs: dict[str, Any],
+    num_warps: int,
+    num_stages: int,
+) -> None:
+    """Compile by Triton's own launch, and remember what it gives."""
+    try:
+        compiled = kernel[grid](*args, **constexprs, num_warps=num_warps, num_stages=num_stages)
+    except torch.OutOfMemoryError:
+        raise
+    except (KernelError, RuntimeError) as error:  # the device is lost, or a launch before this one failed: not ours to hide
+        if isinstance(error, KernelError) or "CUDA error" in str(error):
+            raise
+        raise _failed(kernel, error) from error
+    except Exception as error:
+        raise _failed(kernel, error) from error
+    if compiled is not None:
+        tail = tuple(constexprs[name] for name in kernel.arg_names[len(args) :])
+        _COMPILED[key] = (compiled, tail)
+
+
+def _failed(kernel: Any, error: Exception) -> KernelError:
+    first = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
+    return KernelError(
+        f"{kernel.__name__} does not compile here (Triton {triton.__version__}, {torch.cuda.get_device_name()}): {first}. "
+        "The reference runs instead, slower; versions that are known to work are in constraints.txt"
+    )
