@@ -22,8 +22,10 @@ from fp8fx.capture.naming import RootNames
 from fp8fx.errors import CaptureError
 from fp8fx.ops.quantize import GRADIENTS, STATISTICS, UNMEASURED
 from fp8fx.passes.contract import AMAX, GRAD_SCALES, METER, RNG, SCALES, SLOTS, Slot
+from fp8fx.passes.device import GRAD_RECORDS, RECORDS
 from fp8fx.passes.inputs import WRAPPED
 from fp8fx.passes.lower import PARTS, WEIGHTS, WeightInput
+from fp8fx.records import Records
 from fp8fx.scaling import flat
 
 if TYPE_CHECKING:
@@ -110,16 +112,17 @@ class Version:
         self._runtime = weakref.ref(runtime)
         self.record = record
         self.later = dynamo.Later(record.captured.graph)
-        self.made = {FP8: first}
+        self.made = {(FP8, record.context.weights_inside): first}
 
     def __call__(self, *args: Any) -> Any:
-        wanted = mode()
+        name = mode()
+        wanted = (name, name == FP8 and self.record.context.device == "cuda" and alive(self._runtime).trains())
         call = self.made.get(wanted) or self._make(wanted, args)
         return call(*args)
 
-    def _make(self, wanted: str, args: Sequence[Any]) -> GraphCall:
+    def _make(self, wanted: tuple[str, bool], args: Sequence[Any]) -> GraphCall:
         with self.later:
-            return self.made.setdefault(wanted, alive(self._runtime).make(self.record, wanted, args, self.later.inputs(args)))
+            return self.made.setdefault(wanted, alive(self._runtime).make(self.record, *wanted, args, self.later.inputs(args)))
 
 
 class GraphCall:
@@ -137,6 +140,16 @@ class GraphCall:
         self.scales = _Rows(module.meta.get(SCALES, []), runtime)
         self.grad_scales = _Rows(flat(module.meta.get(GRAD_SCALES, [])), runtime)
         self.amax = _Rows(module.meta.get(AMAX, []), runtime)
+        sites: list[int] = module.meta.get(GRAD_RECORDS, [])
+        gradients = module.meta.get(GRAD_SCALES, [])
+        self.records = Records(
+            module.meta.get(RECORDS, []),
+            [self.sites[site] for site in sites],
+            [gradients[site] for site in sites] if gradients else [],
+            runtime.scaling,
+        )
+        if self.records.size:
+            runtime.records.append(self.records)
         self.wrapped: bool = module.meta.get(WRAPPED, False)
         self.weights: list[tuple[int, WeightInput]] = [(position[w.placeholder], w) for w in module.meta.get(WEIGHTS, [])]
         buffers = {id(buffer) for buffer in runtime.root.buffers()} if self.weights and inputs else set()
@@ -177,6 +190,12 @@ class GraphCall:
             found[RNG] = runtime.stream.tensor(device)
         if SCALES in self.names:
             found[SCALES] = runtime.scaling.read(self.scales.on(device))
+        if self.records.size:
+            # Without scales that are kept, every backward counts, as on the CPU: only the underflow counts are of interest.
+            counts = recording if len(runtime.scaling) else torch.is_grad_enabled()
+            found[RECORDS], found[GRAD_RECORDS] = self.records.inputs(device, counts)
+            if counts:
+                runtime.watch.backward()  # autograd says nothing of it here; kernels measure every kind of backward
         if GRAD_SCALES in self.names:
             found[GRAD_SCALES] = runtime.scaling.read(self.grad_scales.on(device)).view(-1, len(GRADIENTS))
         for index, (place, wanted) in enumerate(self.weights):

@@ -18,7 +18,7 @@ import torch
 from torch import Tensor, fx, nn
 
 from fp8fx import pipeline
-from fp8fx.autocast import CALIBRATING
+from fp8fx.autocast import CALIBRATING, OFF
 from fp8fx.capture import dynamo, symbolic
 from fp8fx.capture.graph import Captured
 from fp8fx.capture.layers import boundary_layers, module_types
@@ -33,6 +33,7 @@ from fp8fx.passes.contract import Context
 from fp8fx.passes.lower import WeightInput
 from fp8fx.plan import Plan, SiteRow, backward_hooked, build_plan, site_rows
 from fp8fx.recipe import Recipe
+from fp8fx.records import Records
 from fp8fx.scaling import ScalingState, is_scaling, other_recipe
 from fp8fx.state import OPTIMIZER_STEPS, Stream, WeightCache
 from fp8fx.watch import ScalingWatch
@@ -72,6 +73,7 @@ class Runtime:
         self.graphs: list[GraphRecord] = []
         self.numbering = Numbering()
         self.weights = WeightCache()
+        self.records: list[Records] = []  # of the graphs that run on kernels
         self.watch = ScalingWatch(self.scaling)
         self._recomputed = False  # a training forward ran in a backward: a reentrant checkpoint is around the model
         self.monitor = UnderflowMonitor({}, _advice(self.recipe))
@@ -145,7 +147,8 @@ class Runtime:
             self._first_layer = layers[0]
         recipe = self.recipe.with_boundary(first=first, last=captured.ends)
         device = next((x.device.type for x in example_inputs if isinstance(x, Tensor) and x.is_cuda), "cpu")
-        context = Context(recipe, module_types(self.root), complete, add_input, device=device)
+        inside = device == "cuda" and self.trains()
+        context = Context(recipe, module_types(self.root), complete, add_input, device=device, weights_inside=inside)
         compiled = pipeline.run(captured, context, "annotate" if self.options.plan_only else "lower")
         record = GraphRecord(captured, context, compiled, site_rows(compiled.annotated), bool(layers))
         if self.options.plan_only:
@@ -157,9 +160,13 @@ class Runtime:
         self.monitor.formats.update({row.name: row.grad_format for row in record.rows if row.grad_format})
         return Version(self, record, call)
 
-    def make(self, record: GraphRecord, mode: str, inputs: Sequence[Any], examples: Sequence[Any]) -> GraphCall:
-        """The graph of `record` as fp8fx.autocast's `mode` runs it. examples: `inputs` for the inner compiler, symbolic where sizes are."""
-        changes: dict[str, Any] = {"calibrating": True} if mode == CALIBRATING else {"recipe": Recipe.load("none")}
+    def make(self, record: GraphRecord, mode: str, inside: bool, inputs: Sequence[Any], examples: Sequence[Any]) -> GraphCall:
+        """The graph of `record` as fp8fx.autocast's `mode` runs it, with its weights quantized `inside` or outside of it.
+
+        examples: `inputs` for the inner compiler, symbolic where sizes are.
+        """
+        modes: dict[str, dict[str, Any]] = {CALIBRATING: {"calibrating": True}, OFF: {"recipe": Recipe.load("none")}}
+        changes = {"weights_inside": inside} | modes.get(mode, {})
         module = pipeline.run(record.captured, dataclasses.replace(record.context, **changes)).module
         return self._graph_call(module, inputs, examples, mode == CALIBRATING)
 
@@ -238,6 +245,7 @@ class Runtime:
         return {"stream": self._position().tensor(torch.device("cpu"))} | self.scaling_state()
 
     def scaling_state(self) -> dict[str, Tensor]:
+        self._fold()
         if self.scaling.calibrated:
             self._end_calibration()
         return self.scaling.state() if self.recipe.keeps_scales else {}
@@ -246,6 +254,15 @@ class Runtime:
         self.scaling.step(at_once=True)
         self.weights.clear()
 
+    def _fold(self) -> None:
+        """Take what kernels have left in their records."""
+        for records in self.records:
+            records.fold(self.scaling, self.monitor)
+
+    def trains(self) -> bool:
+        """This call may be followed by a backward pass that trains the weights."""
+        return torch.is_grad_enabled() and self.root.training
+
     def _position(self) -> Stream:
         """Where the next training forward stands: in a new step if an optimizer has stepped since the last."""
         stream = self.stream
@@ -253,6 +270,7 @@ class Runtime:
 
     def load_state(self, state: dict[str, Tensor]) -> None:
         """Take what `state` gave, all of it or, with ModelError, nothing. An original checkpoint has no entries: all stays as it is."""
+        self._fold()
         if not state:
             self.weights.clear()
             self.scaling.forget()
@@ -278,6 +296,7 @@ class Runtime:
         training = torch.is_grad_enabled()
         if self._stepped and training:
             self._stepped = False
+            self._fold()
             self.stream.step += 1
             self.stream.call = 0
             self.monitor.end_step()

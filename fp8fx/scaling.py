@@ -13,6 +13,7 @@ All slots lie in three tensors, so that a step is one vectorised update, and a f
 from __future__ import annotations
 
 import contextlib
+import importlib.util
 import json
 import threading
 from collections.abc import Iterable, Iterator, Mapping, Sequence
@@ -21,6 +22,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from fp8fx import formats
 from fp8fx.errors import ModelError
 from fp8fx.numerics.delayed import delayed_update
 from fp8fx.ops.quantize import UNMEASURED
@@ -44,6 +46,7 @@ class ScalingState:
         self.loaded_formats: dict[str, Any] = {}
         self.measured: set[int] = set()  # rows that this step has measured, as far as the host knows
         self.settled: set[int] = set()  # rows whose scale came from a step, a calibration or a checkpoint
+        self._fmax = torch.empty(0)  # of each slot's format, for the kernel
         self._lock = threading.Lock()
         self._allocate(torch.device("cpu"), 0)
 
@@ -104,19 +107,35 @@ class ScalingState:
         """The step is over: its amax enters the history, and the scales follow; `at_once` even where the order is `after`."""
         order = ORDER["before"] if at_once else ORDER[self.rule.order]
         with self._locked():
-            history, scale = self.history.clone(), self.scale.clone()
-            for (format, power_of_two), rows in self._groups().items():
-                chosen = torch.tensor(rows, device=scale.device)
-                rule = (self.rule.algorithm, self.rule.margin, power_of_two, order)
-                renewed = delayed_update(self.history[chosen], self.scale[chosen], self.amax[chosen], format, *rule)
-                measured = self.amax[chosen] >= 0
-                history[chosen] = torch.where(measured.unsqueeze(1), renewed[0], self.history[chosen])
-                scale[chosen] = torch.where(measured, renewed[1], self.scale[chosen])
-            self.history, self.scale = history, scale
-            self.amax = torch.full_like(self.amax, UNMEASURED)
+            if not self._step_by_kernel(order):
+                self._step_by_reference(order)
             self.due = self.calibrated = False
             self.settled |= self.measured
             self.measured = set()
+
+    def _step_by_kernel(self, order: str) -> bool:
+        """One launch for all slots, in place: forwards in flight have copies of their scales. False where there is no kernel."""
+        powers = {slot.power_of_two for slot in self.slots}
+        if not self.scale.is_cuda or len(powers) != 1 or importlib.util.find_spec("triton") is None:
+            return False
+        from fp8fx.kernels.delayed import delayed_update as update
+
+        if self._fmax.numel() != len(self.slots) or self._fmax.device != self.scale.device:
+            self._fmax = torch.tensor([formats.get(slot.format).max for slot in self.slots], device=self.scale.device)
+        update(self.history, self.scale, self.amax, self._fmax, self.rule.algorithm, self.rule.margin, powers.pop(), order, UNMEASURED)
+        return True
+
+    def _step_by_reference(self, order: str) -> None:
+        history, scale = self.history.clone(), self.scale.clone()
+        for (format, power_of_two), rows in self._groups().items():
+            chosen = torch.tensor(rows, device=scale.device)
+            rule = (self.rule.algorithm, self.rule.margin, power_of_two, order)
+            renewed = delayed_update(self.history[chosen], self.scale[chosen], self.amax[chosen], format, *rule)
+            measured = self.amax[chosen] >= 0
+            history[chosen] = torch.where(measured.unsqueeze(1), renewed[0], self.history[chosen])
+            scale[chosen] = torch.where(measured, renewed[1], self.scale[chosen])
+        self.history, self.scale = history, scale
+        self.amax = torch.full_like(self.amax, UNMEASURED)
 
     def _groups(self) -> dict[tuple[str, bool], list[int]]:
         groups: dict[tuple[str, bool], list[int]] = {}

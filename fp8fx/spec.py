@@ -82,6 +82,18 @@ class TensorSpec:
         )
 
 
+def turned(spec: TensorSpec) -> TensorSpec:
+    """`spec` for the same tensor contracted over its other axis: a block of r x c becomes c x r."""
+    if isinstance(spec.granularity, str):
+        return spec
+    return dataclasses.replace(spec, granularity=spec.granularity[::-1])
+
+
+def needs_two(spec: TensorSpec) -> bool:
+    """True if the two GEMMs that read a tensor need two quantizations of it."""
+    return spec.granularity == "row" or turned(spec) != spec
+
+
 @dataclass(frozen=True, kw_only=True)
 class SiteSpec:
     """What one site does: a TensorSpec or None (high precision) per role, and which of its GEMMs run in FP8.
@@ -102,7 +114,7 @@ class SiteSpec:
     weight_transpose: str = "recompute"
     save_activation_inputs: str = "model"
     weight_cache: str = "none"
-    columns: bool = False  # codes for GEMMs over rows are made column-major, as FP8 matrix instructions want them; lower decides
+    columns: bool = False  # lower: `cast` and records in place of `quantize` and the meter, codes in the layouts that kernels want
     calibrating: bool = False  # measure every role's amax and round nothing; no GEMM is in FP8 then
 
     def replace(self, **changes: object) -> SiteSpec:

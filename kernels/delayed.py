@@ -4,7 +4,9 @@
     history [n, H]  newest first      scale [n]      amax [n], of the step just measured      fmax [n], max of the slot's format
     scale_i   = delayed_scale(history_i, scale_i)          order scale_first; history_first reads the rolled history
     history_i = [amax_i, history_i[:-1]]
-    amax_i    = 0                                          reset_amax: ready for the atomic max of the next step
+    amax_i    = reset_to                                   where it is given: ready for the next step
+
+A negative amax was not measured: its slot keeps history and scale.
 
 Reference: `fp8fx.numerics.delayed_update`, equal bit for bit. One program holds the history of one slot.
 """
@@ -17,6 +19,7 @@ import triton.language as tl
 from torch import Tensor
 
 from fp8fx.errors import KernelError
+from fp8fx.kernels.launch import launch
 from fp8fx.kernels.scale import divide, inverse
 
 _INF_BITS = tl.constexpr(0x7F800000)
@@ -32,6 +35,7 @@ def _delayed_update_kernel(
     fmax_ptr,
     length,
     margin,
+    reset_to,
     MOST_RECENT: tl.constexpr,
     POWER_OF_TWO: tl.constexpr,
     HISTORY_FIRST: tl.constexpr,
@@ -43,12 +47,13 @@ def _delayed_update_kernel(
     history = history_ptr + slot * length
     old = tl.load(history + at, mask=at < length, other=0.0)
     new = tl.load(amax_ptr + slot)
+    measured = ~(new < 0.0)
     # Every value of the row is read before any is written: the row moves in place.
     tl.debug_barrier()
-    tl.store(history + 1 + at, old, mask=at < length - 1)
-    tl.store(history, new)
+    tl.store(history + 1 + at, old, mask=measured & (at < length - 1))
+    tl.store(history, new, mask=measured)
     if RESET:
-        tl.store(amax_ptr + slot, 0.0)
+        tl.store(amax_ptr + slot, reset_to)
 
     if MOST_RECENT:
         first = tl.max(tl.where(at == 0, old.to(tl.int32, bitcast=True), 0), 0)
@@ -70,7 +75,7 @@ def _delayed_update_kernel(
     else:
         factor = ((127 - margin) << 23).to(tl.float32, bitcast=True)  # 2^-margin
         scale = inverse(tl.minimum(tl.maximum(quotient * factor, _SMALLEST), _LARGEST))
-    tl.store(scale_ptr + slot, scale, mask=usable)
+    tl.store(scale_ptr + slot, scale, mask=usable & measured)
 
 
 def delayed_update(
@@ -82,11 +87,11 @@ def delayed_update(
     margin: int = 0,
     power_of_two: bool = True,
     order: str = "scale_first",
-    reset_amax: bool = False,
+    reset_to: float | None = None,
 ) -> None:
     """Update `history` [n, H] and `scale` [n] in place from `amax` [n]; `fmax` [n] holds the largest finite value of each slot's format.
 
-    All float32 and contiguous. reset_amax: also set `amax` to 0. Raises KernelError for an unknown algorithm or order, and for
+    All float32 and contiguous. reset_to: also set `amax` to that. Raises KernelError for an unknown algorithm or order, and for
     a margin outside [-126, 126].
     """
     if algorithm not in ("max", "most_recent") or order not in ("scale_first", "history_first") or not -126 <= margin <= 126:
@@ -98,17 +103,12 @@ def delayed_update(
     if n == 0:
         return
     block = triton.next_power_of_2(length)
-    _delayed_update_kernel[(n,)](
-        history,
-        scale,
-        amax,
-        fmax,
-        length,
-        margin,
-        MOST_RECENT=algorithm == "most_recent",
-        POWER_OF_TWO=power_of_two,
-        HISTORY_FIRST=order == "history_first",
-        RESET=reset_amax,
-        BLOCK=block,
-        num_warps=max(1, min(8, block // 256)),
-    )
+    options = {
+        "MOST_RECENT": algorithm == "most_recent",
+        "POWER_OF_TWO": power_of_two,
+        "HISTORY_FIRST": order == "history_first",
+        "RESET": reset_to is not None,
+        "BLOCK": block,
+    }
+    args = (*tensors, length, margin, -1.0 if reset_to is None else float(reset_to))
+    launch(_delayed_update_kernel, (n,), args, options, num_warps=max(1, min(8, block // 256)))

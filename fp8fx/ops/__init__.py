@@ -1,7 +1,7 @@
 """The operators of a rewritten graph, `torch.ops.fp8fx.*`: one page each, with schema, reference and autograd formula.
 
     quantize, dequantize, round_values, round_gradient, meter_row      quantize.py
-    quantize_both, quantize_columns                                    quantize.py    (made by lower)
+    cast, cast_current                                                 casts.py       (made by lower)
     scaled_mm                                                          scaled_mm.py
     linear, matmul, conv, embedding                                    one page each
     grouped_mm, scaled_grouped_mm                                      grouped.py
@@ -11,6 +11,6 @@
 Importing this package registers all of them.
 """
 
-from fp8fx.ops import conv, embedding, grouped, linear, matmul, mlp, producers, quantize, scaled_mm
+from fp8fx.ops import casts, conv, embedding, grouped, linear, matmul, mlp, producers, quantize, scaled_mm
 
-__all__ = ["conv", "embedding", "grouped", "linear", "matmul", "mlp", "producers", "quantize", "scaled_mm"]
+__all__ = ["casts", "conv", "embedding", "grouped", "linear", "matmul", "mlp", "producers", "quantize", "scaled_mm"]

@@ -14,75 +14,105 @@ import torch
 from torch import Tensor
 
 from fp8fx import numerics
-from fp8fx.kernels import cast, scaled_mm
+from fp8fx.kernels import cast as kernel
+from fp8fx.kernels import scaled_mm
+from fp8fx.kernels.cast_block import cast_block
+from fp8fx.ops import casts
 from fp8fx.ops import linear as linear_op
 from fp8fx.ops import quantize as quantize_op
 from fp8fx.ops.library import LIBRARY, without_autocast
-from fp8fx.ops.operands import as_matrix, forward_operand
+from fp8fx.ops.operands import forward_operand
+from fp8fx.ops.quantize import as_matrix
 from fp8fx.ops.scaled_mm import scaled_mm_reference
 from fp8fx.spec import SiteSpec, TensorSpec
 
 FORMATS = ("e4m3fn", "e5m2")
+DTYPES = (torch.bfloat16, torch.float16, torch.float32)
+NONFINITE = kernel.Rounding(overflow="nonfinite")
 SAMPLED = 256  # rows of a gradient that the underflow counts look at: a share of them is enough for a warning
 
 
-def _rounding(spec: TensorSpec, rng: Tensor | None, site: str, role: str) -> cast.Rounding:
-    key = numerics.producer_key(site, role) if spec.stochastic else 0
-    return cast.Rounding(spec.rounding, spec.overflow, rng if spec.stochastic else None, key)
+@functools.lru_cache(maxsize=4096)
+def _key(site: str, role: str) -> int:
+    return numerics.producer_key(site, role)
+
+
+def _rounding(spec: TensorSpec, rng: Tensor | None, site: str, role: str) -> kernel.Rounding:
+    if not spec.stochastic:
+        return kernel.NEAREST if spec.overflow == "saturate" else NONFINITE
+    return kernel.Rounding(spec.rounding, spec.overflow, rng, _key(site, role))
 
 
 def _has_kernel(x: Tensor, spec: TensorSpec) -> bool:
-    rounds = spec.rounding in ("nearest_even", "stochastic")
-    return spec.granularity == "tensor" and spec.format in FORMATS and rounds and x.dtype in (torch.bfloat16, torch.float16, torch.float32)
+    return spec.format in FORMATS and spec.rounding in ("nearest_even", "stochastic") and x.dtype in DTYPES
 
 
-def _cast(
-    x: Tensor, spec: TensorSpec, layout: str, rng: Tensor | None, site: str, role: str, scale: Tensor | None
-) -> tuple[Tensor | None, Tensor | None, Tensor, Tensor]:
-    """(q, qT, scale, amax) of a matrix, or of any shape for layout `rows`. One pass where the scale is known, else two."""
-    how = _rounding(spec, rng, site, role)
-    if scale is None and spec.scaling == "current":
-        made = cast.cast_current(x, spec.format, layout=layout, how=how, power_of_two=spec.power_of_two, eps=spec.eps)
-        side = (made.scale, made.amax) if made.scale is not None else (made.scale_t, made.amax_t)
-        assert side[0] is not None
-        assert side[1] is not None
-        return made.q, made.q_t, side[0], side[1]
-    amax = torch.zeros((), dtype=torch.float32, device=x.device)
-    used = torch.ones((), dtype=torch.float32, device=x.device) if scale is None else scale.clone()
-    q, q_t = cast.cast(x, spec.format, None if scale is None else used, layout=layout, how=how, amax=amax)
-    return q, q_t, used, amax
+def cast(
+    x: Tensor, spec: str, rng: Tensor | None, site: str, role: str, scale: Tensor | None, record: Tensor | None, layout: str
+) -> tuple[Tensor, Tensor]:
+    parsed = TensorSpec.parse(spec)
+    if not _has_kernel(x, parsed):
+        return casts.cast_reference(x, spec, rng, site, role, scale, record, layout)
+    matrix = x if x.dim() == 2 else as_matrix(x)
+    amax = None if record is None else record[:1]
+    q, q_t = kernel.cast(matrix, parsed.format, scale, layout=layout, how=_rounding(parsed, rng, site, role), amax=amax)
+    return _laid_out(x, q, q_t)
+
+
+def _laid_out(x: Tensor, q: Tensor | None, q_t: Tensor | None) -> tuple[Tensor, Tensor]:
+    """q in the shape of x and q_t as its transpose; without elements where it was not made."""
+    if q is None:
+        assert q_t is not None
+        return q_t.new_empty(0), q_t.mT
+    return q if q.dim() == x.dim() else q.view(x.shape), q.new_empty(0) if q_t is None else q_t.mT
+
+
+def cast_current(
+    x: Tensor, spec: str, rng: Tensor | None, site: str, role: str, record: Tensor | None, layout: str
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    parsed = TensorSpec.parse(spec)
+    if not _has_kernel(x, parsed):
+        return casts.cast_current_reference(x, spec, rng, site, role, record, layout)
+    matrix = x if x.dim() == 2 else as_matrix(x)
+    how, block = _rounding(parsed, rng, site, role), parsed.granularity
+    if isinstance(block, str):
+        sides = ("row", "column") if block == "row" else ("tensor", None)
+        made = kernel.cast_current(matrix, parsed.format, *sides, layout, how, parsed.power_of_two, parsed.eps)
+    else:
+        made = cast_block(matrix, parsed.format, block, None, layout, how, parsed.power_of_two, parsed.eps)
+    nothing = x.new_empty(0, dtype=torch.float32)
+    scale = made.scale if made.scale is not None else nothing
+    scale_t = made.scale_t if made.scale_t is not None else nothing
+    if block == "tensor":
+        scale, scale_t = (scale if made.scale is not None else scale_t), nothing
+    elif scale.numel():
+        scale = scale.view(*x.shape[:-1], scale.shape[-1])
+    return *_laid_out(x, made.q, made.q_t), scale, scale_t
 
 
 def quantize(
     x: Tensor, spec: str, dims: list[int], rng: Tensor | None = None, site: str = "", role: str = "", scale: Tensor | None = None
 ) -> tuple[Tensor, Tensor, Tensor]:
     parsed = TensorSpec.parse(spec)
-    if not _has_kernel(x, parsed):
+    if not _has_kernel(x, parsed) or parsed.granularity != "tensor":
         return quantize_op.quantize_reference(x, spec, dims, rng, site, role, scale)
-    q, _, used, amax = _cast(x, parsed, "rows", rng, site, role, scale)
+    how = _rounding(parsed, rng, site, role)
+    if scale is None and parsed.scaling == "current":
+        made = kernel.cast_current(x, parsed.format, how=how, power_of_two=parsed.power_of_two, eps=parsed.eps)
+        assert made.q is not None
+        assert made.scale is not None
+        assert made.amax is not None
+        return made.q, made.scale, made.amax
+    amax = torch.zeros((), dtype=torch.float32, device=x.device)
+    used = torch.ones((), dtype=torch.float32, device=x.device) if scale is None else scale.clone()
+    q, _ = kernel.cast(x, parsed.format, None if scale is None else used, how=how, amax=amax)
     assert q is not None
     return q, used, amax
 
 
-def quantize_both(
-    x: Tensor, spec: str, rng: Tensor | None, site: str, role: str, scale: Tensor | None
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    parsed = TensorSpec.parse(spec)
-    if not _has_kernel(x, parsed):
-        return quantize_op.quantize_both_reference(x, spec, rng, site, role, scale)
-    q, q_t, used, amax = _cast(as_matrix(x), parsed, "both", rng, site, role, scale)
-    assert q is not None
-    assert q_t is not None
-    return q.view(x.shape), q_t.mT, used, amax
-
-
-def quantize_columns(x: Tensor, spec: str, rng: Tensor | None, site: str, role: str, scale: Tensor) -> Tensor:
-    parsed = TensorSpec.parse(spec)
-    if not _has_kernel(x, parsed):
-        return quantize_op.quantize_both_reference(x, spec, rng, site, role, scale)[1]
-    q_t = _cast(as_matrix(x), parsed, "transposed", rng, site, role, scale)[1]
-    assert q_t is not None
-    return q_t.mT
+@functools.cache
+def _one(device: torch.device) -> Tensor:
+    return torch.ones((), device=device)
 
 
 def scaled(
@@ -98,19 +128,24 @@ def scaled(
     dtype: torch.dtype,
     accumulate: str = "precise",
 ) -> Tensor:
-    plain = scale_a is not None and scale_b is not None and format_a in FORMATS and format_b in FORMATS and not block_a and not block_b
-    if not plain or dtype not in (torch.bfloat16, torch.float16, torch.float32):
+    if format_a not in FORMATS or format_b not in FORMATS or dtype not in DTYPES:
         return scaled_mm_reference(a, scale_a, format_a, block_a, b, scale_b, format_b, block_b, bias, dtype)
-    assert scale_a is not None
-    assert scale_b is not None
-    if accumulate == "precise" and bias is None and _torch_has(a, b):
-        return torch._scaled_mm(a, b, scale_a, scale_b, out_dtype=dtype, use_fast_accum=False)
-    return scaled_mm.scaled_mm(a, b, scale_a, scale_b, bias, dtype, accumulate)
+    scale_a = _one(a.device) if scale_a is None else scale_a
+    scale_b = _one(b.device) if scale_b is None else scale_b
+    if not block_a and not block_b and _torch_has(a, scale_a, b, scale_b, bias, dtype):
+        return torch._scaled_mm(a, b, scale_a, scale_b, bias, None, dtype, accumulate == "fast")
+    blocks = (tuple(block_a) or None, tuple(block_b) or None)
+    return scaled_mm.scaled_mm(a, b, scale_a, scale_b, bias, dtype, accumulate, *blocks)  # type: ignore[arg-type]
 
 
-def _torch_has(a: Tensor, b: Tensor) -> bool:
-    """cuBLAS takes the product as it lies. With precise accumulation it is 1.2 to 1.3 times as fast as our kernel (docs/performance.md)."""
+def _torch_has(a: Tensor, scale_a: Tensor, b: Tensor, scale_b: Tensor, bias: Tensor | None, dtype: torch.dtype) -> bool:
+    """cuBLASLt takes the product as it lies. It is as fast as our kernel with fast accumulation, and faster with precise one."""
     if a.dim() != 2 or b.dim() != 2 or not a.numel() or not b.numel() or a.dtype == b.dtype == torch.float8_e5m2:
+        return False
+    if bias is not None and (bias.dtype != dtype or dtype == torch.float32):
+        return False
+    rows = scale_a.numel() != 1
+    if rows != (scale_b.numel() != 1) or (rows and dtype != torch.bfloat16):
         return False
     aligned = a.shape[1] % 16 == 0 and b.shape[1] % 16 == 0
     return aligned and a.is_contiguous() and b.mT.is_contiguous() and a.data_ptr() % 16 == 0 and b.data_ptr() % 16 == 0
@@ -122,9 +157,11 @@ def linear(x: Tensor, w: Tensor, b: Tensor | None, input: list[Tensor], weight: 
     if "output" not in spec.gemms or not input or not weight:
         return linear_op.linear_reference(x, w, b, input, weight, *rest)
     left, right = forward_operand(x, input, input_spec), forward_operand(w, weight, weight_spec).mT
-    if left.scale is not None and left.scale.dim() == 0:
-        left = left.flat()
-    y = scaled(*left.arguments(), *right.arguments(), b, dtype, spec.accumulate[0])
+    if x.dim() == 2:
+        return scaled(*left.arguments(), *right.arguments(), b, dtype, spec.accumulate[0])
+    scale = left.scale if left.scale is None or left.scale.dim() == 0 else left.scale.view(-1, left.scale.shape[-1])
+    values, _, format, block = left.arguments()
+    y = scaled(as_matrix(values), scale, format, block, *right.arguments(), b, dtype, spec.accumulate[0])
     return y.view(*x.shape[:-1], y.shape[-1])
 
 
@@ -138,8 +175,8 @@ def meter_row(x: Tensor, q: Tensor | None, spec: str, *amax: Tensor | None) -> T
 
 IMPLEMENTATIONS: dict[str, Callable[..., Any]] = {
     "quantize": quantize,
-    "quantize_both": quantize_both,
-    "quantize_columns": quantize_columns,
+    "cast": cast,
+    "cast_current": cast_current,
     "scaled_mm": scaled,
     "linear": linear,
     "meter_row": meter_row,

@@ -40,20 +40,13 @@ def define(
     LIBRARY.define(schema, tags=(torch.Tag.pt2_compliant_tag,))
     LIBRARY.impl(name, without_autocast(reference), "CompositeExplicitAutograd")
     torch.library.register_fake(f"fp8fx::{name}", fake, lib=LIBRARY)
-    setup_context, backward = _with_lists(setup_context or _nothing_differentiable, backward or _no_gradient, name, twice)
-    torch.library.register_autograd(f"fp8fx::{name}", backward, setup_context=setup_context, lib=LIBRARY)
+    if setup_context is None or backward is None:
+        LIBRARY.impl(name, torch.library.fallthrough_kernel, "Autograd")  # nothing to run there, nothing to pay for it
+    else:
+        setup_context, backward = _with_lists(setup_context, backward, name, twice)
+        torch.library.register_autograd(f"fp8fx::{name}", backward, setup_context=setup_context, lib=LIBRARY)
     REFERENCES[name] = reference
     return getattr(torch.ops.fp8fx, name).default
-
-
-def _nothing_differentiable(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:
-    ctx.set_materialize_grads(False)
-    ctx.mark_non_differentiable(*(output if isinstance(output, tuple) else (output,)))
-    ctx.arity = len(inputs)
-
-
-def _no_gradient(ctx: Any, *grads: Any) -> tuple[None, ...]:
-    return (None,) * ctx.arity
 
 
 def _with_lists(

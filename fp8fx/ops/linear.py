@@ -3,7 +3,8 @@
     linear(x, w, b, input, weight, meter, scales, rng, site, input_spec, weight_spec, backward, dtype) -> y
 
 `x` [..., K] and `w` [N, K] are the anchors: they carry the gradient and are not read where `input` and `weight` hold codes.
-Saved for backward are codes and scales only, unless a GEMM runs in high precision.
+Saved for backward are codes and scales only, unless a GEMM runs in high precision. Where *lower* writes `columns`, the codes of each GEMM
+are laid out as kernels want them, those of W are made from W again in backward, and `meter` is a record (ops/casts.py), float32 [3, 4].
 """
 
 from __future__ import annotations
@@ -17,10 +18,10 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from fp8fx.ops.library import define
-from fp8fx.ops.operands import Backward, Operand, as_matrix, backward_operand, by_columns, forward_operand, turned
-from fp8fx.ops.quantize import quantize, quantize_columns
+from fp8fx.ops.operands import Backward, Operand, backward_operand, cast_operands, forward_operand
+from fp8fx.ops.quantize import as_matrix, quantize
 from fp8fx.ops.scaled_mm import scaled_mm_reference
-from fp8fx.spec import SiteSpec, TensorSpec
+from fp8fx.spec import SiteSpec, TensorSpec, turned
 
 
 def linear_reference(
@@ -71,8 +72,8 @@ class Saved:
         return cls([] if keep_x else input[-2:], [] if keep_w else weight[-2:], x if keep_x else None, w if keep_w else None, scale)
 
     def recasting(self, w: Tensor) -> Saved:
-        """The same with W itself, which is there anyway, instead of its codes."""
-        return self if not self.weight else dataclasses.replace(self, weight=[], w=w, weight_scale=self.weight[1])
+        """The same with W itself, which is there anyway, instead of its codes; a pair that is column-major already stays."""
+        return dataclasses.replace(self, weight=[], w=w, weight_scale=self.weight[1])
 
     def tensors(self) -> list[Tensor | None]:
         nothing: list[Tensor | None] = [None, None]
@@ -97,10 +98,14 @@ class LinearBackward:
     def __call__(self, grad: Tensor, needs_x: bool, needs_w: bool, needs_meter: bool) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
         """(dX [..., K], dW [N, K], meter row) from dY [..., N]."""
         flat = as_matrix(grad).contiguous()  # [M, N]
-        quantized = self.state.quantize(flat, [-1])
+        by_columns = None
+        if self.state.spec.columns:
+            quantized, by_columns = self.state.cast(flat, _layout(needs_x, needs_w))
+        else:
+            quantized = self.state.quantize(flat, [-1])
         dx = self._grad_input(flat, quantized) if needs_x else None
         dx = None if dx is None else dx.reshape(*grad.shape[:-1], dx.shape[-1])
-        dw = self._grad_weight(flat, quantized) if needs_w else None
+        dw = self._grad_weight(flat, quantized, by_columns) if needs_w else None
         return dx, dw, self.state.statistics(flat) if needs_meter else None
 
     def _grad_input(self, flat: Tensor, quantized: Operand) -> Tensor:
@@ -115,17 +120,21 @@ class LinearBackward:
         w, scale = _present(self.saved.w), self.saved.weight_scale
         if scale is None:
             return Operand(w)
-        codes = quantize_columns(w, self.weight_spec, self.state.rng, self.state.site, "weight", scale)
-        return backward_operand([codes, scale], self.weight_spec)
+        spec = TensorSpec.parse(self.weight_spec)
+        if spec.granularity == "tensor":  # under the scale of forward: the same codes
+            spec = dataclasses.replace(spec, scaling="delayed" if spec.scaling == "current" else spec.scaling)
+        return cast_operands(w, spec, self.state.rng, self.state.site, "weight", scale, None, "transposed")[1]
 
-    def _grad_weight(self, flat: Tensor, quantized: Operand) -> Tensor:
+    def _grad_weight(self, flat: Tensor, quantized: Operand, by_columns: Operand | None) -> Tensor:
         """dW [N, K] = dY^T [N, M] X [M, K]."""
         if not self.state.fp8("grad_weight"):
             x = _present(self.saved.x)
             return self.state.round(flat.mT @ as_matrix(x).to(flat.dtype), "grad_weight", self.dtypes[1])
-        if quantized.scale is not None and quantized.scale.dim() > 0:  # rows or blocks: this GEMM contracts the tokens
-            quantized = self.state.quantize_other_axis(flat, [0])
-        return self.state.product(by_columns(quantized).mT, self._input().flat(), "grad_weight", self.dtypes[1])
+        if by_columns is None:
+            by_columns = quantized
+            if quantized.scale is not None and quantized.scale.dim() > 0:  # rows or blocks: this GEMM contracts the tokens
+                by_columns = self.state.quantize_other_axis(flat, [0])
+        return self.state.product(by_columns.mT, self._input().flat(), "grad_weight", self.dtypes[1])
 
     def _input(self) -> Operand:
         if self.saved.input:
@@ -140,6 +149,10 @@ class LinearBackward:
         return backward_operand([q, scale], self.input_spec)
 
 
+def _layout(needs_x: bool, needs_w: bool) -> str:
+    return "both" if needs_x and needs_w else "transposed" if needs_w else "rows"
+
+
 def _present(x: Tensor | None) -> Tensor:
     assert x is not None, "Saved.of keeps a tensor for every GEMM that is not in FP8"
     return x
@@ -151,19 +164,19 @@ def bias_gradient(grad: Tensor, dtype: torch.dtype) -> Tensor:
 
 
 def linear_setup(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
-    x, w, b, input, weight, _, scales, rng, ctx.site, ctx.input_spec, ctx.weight_spec, backward, _ = inputs
+    x, w, b, input, weight, meter, scales, rng, ctx.site, ctx.input_spec, ctx.weight_spec, backward, _ = inputs
     ctx.spec = SiteSpec.parse_backward(backward)
     ctx.dtypes = (x.dtype, w.dtype)
     ctx.bias_dtype = None if b is None else b.dtype
     saved = Saved.of(x, w, input, weight, ctx.spec)
-    saved = saved.recasting(w) if ctx.spec.columns else saved
-    ctx.save_for_backward(*saved.tensors(), scales, rng)
+    saved = saved.recasting(w) if ctx.spec.columns and len(weight) == 2 else saved
+    ctx.save_for_backward(*saved.tensors(), scales, rng, meter if ctx.spec.columns else None)
 
 
 def linear_backward(ctx: Any, grad: Tensor) -> tuple[Any, ...]:
-    *saved, scales, rng = ctx.saved_tensors
+    *saved, scales, rng, record = ctx.saved_tensors
     needs = ctx.needs_input_grad
-    state = Backward(ctx.site, ctx.spec, rng, scales)
+    state = Backward(ctx.site, ctx.spec, rng, scales, record=record)
     formula = LinearBackward(state, Saved.restore(tuple(saved)), ctx.input_spec, ctx.weight_spec, ctx.dtypes)
     dx, dw, row = formula(grad, needs[0], needs[1], needs[5])
     db = bias_gradient(grad, ctx.bias_dtype) if ctx.bias_dtype is not None and needs[2] else None

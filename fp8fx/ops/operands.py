@@ -12,31 +12,27 @@ AOTAutograd traces these functions inside the operators' backward formulas: they
 from __future__ import annotations
 
 import dataclasses
-import math
 from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor
 
-from fp8fx.ops.quantize import GRADIENTS, meter_row, quantize, quantize_both, round_values
+from fp8fx.ops.casts import cast, cast_current
+from fp8fx.ops.quantize import GRADIENTS, as_matrix, meter_row, quantize, round_values
 from fp8fx.ops.scaled_mm import scaled_mm
-from fp8fx.spec import GEMMS, SiteSpec, TensorSpec
+from fp8fx.spec import GEMMS, SiteSpec, TensorSpec, needs_two, turned
 
-
-def as_matrix(x: Tensor) -> Tensor:
-    """[..., K] as [prod(...), K]. The number of rows is written out: where a size is 0, -1 could be any number."""
-    return x.reshape(math.prod(x.shape[:-1]), x.shape[-1])
+__all__ = ["Backward", "Operand", "as_matrix", "backward_operand", "forward_operand", "gemm", "needs_two", "quantized_operand", "turned"]
 
 
 @dataclass(frozen=True)
 class Operand:
-    """One operand of a GEMM: codes with scale, or a high-precision tensor with an empty format."""
+    """One operand of a GEMM: codes with scale (None: 1), or a high-precision tensor with an empty format."""
 
     values: Tensor
     scale: Tensor | None = None
     format: str = ""
     block: tuple[int, ...] = ()
-    columns: Tensor | None = None  # the same codes [M, K], column-major
 
     @property
     def mT(self) -> Operand:  # the name torch.Tensor gives the same thing
@@ -56,18 +52,6 @@ def quantized_operand(pair: list[Tensor], spec: TensorSpec) -> Operand:
     return Operand(pair[0], pair[1], spec.format, () if isinstance(spec.granularity, str) else spec.granularity)
 
 
-def turned(spec: TensorSpec) -> TensorSpec:
-    """`spec` for the same tensor contracted over its other axis: a block of r x c becomes c x r."""
-    if isinstance(spec.granularity, str):
-        return spec
-    return dataclasses.replace(spec, granularity=spec.granularity[::-1])
-
-
-def needs_two(spec: TensorSpec) -> bool:
-    """True if the two GEMMs that read a tensor need two quantizations of it."""
-    return spec.granularity == "row" or turned(spec) != spec
-
-
 def forward_operand(anchor: Tensor, quantized: list[Tensor], spec: str) -> Operand:
     """The operand of the output GEMM."""
     return quantized_operand(quantized[:2], TensorSpec.parse(spec)) if quantized else Operand(anchor)
@@ -78,9 +62,20 @@ def backward_operand(pair: list[Tensor], spec: str) -> Operand:
     return quantized_operand(pair, turned(TensorSpec.parse(spec)))
 
 
-def by_columns(x: Operand) -> Operand:
-    """The operand as a GEMM over its rows reads it: from the column-major codes, if they were made."""
-    return x if x.columns is None else dataclasses.replace(x, values=x.columns, columns=None)
+def cast_operands(
+    x: Tensor, spec: TensorSpec, rng: Tensor | None, site: str, role: str, scale: Tensor | None, record: Tensor | None, layout: str
+) -> tuple[Operand, Operand]:
+    """`x` [M, K] as an operand contracted over K, and as one contracted over M; for the one that `layout` leaves out, no elements."""
+    if spec.scaling == "current":
+        q, qt, by_row, by_column = cast_current(x, spec.text, rng, site, role, record, layout)
+        pairs = [q, by_row], [qt, by_row if spec.granularity == "tensor" else by_column]
+    else:
+        known = scale if spec.scaling == "delayed" else None
+        q, qt = cast(x, spec.text, rng, site, role, known, record, layout)
+        if known is None:
+            return Operand(q, None, spec.format), Operand(qt, None, spec.format)
+        pairs = [q, known], [qt, known]
+    return quantized_operand(pairs[0], spec), quantized_operand(pairs[1], turned(spec))
 
 
 def gemm(a: Operand, b: Operand, dtype: torch.dtype, accumulate: str = "precise") -> Tensor:
@@ -92,7 +87,8 @@ class Backward:
     """One backward pass of one site: its name, its roles, and what of the forward call it belongs to.
 
     rng: int64 [seed, step, call]. scales: float32 [3], of GRADIENTS, read where a role's scaling is delayed. What it measures on
-    the way (`amax`, by role, and the codes of dY) ends in the meter's row.
+    the way (`amax`, by role, and the codes of dY) ends in the meter's row; or, where *lower* asks for that, in `record`, float32
+    [3, RECORD], at once.
     """
 
     site: str
@@ -101,6 +97,7 @@ class Backward:
     scales: Tensor | None
     amax: dict[str, Tensor] = field(default_factory=dict)
     codes: Tensor | None = None
+    record: Tensor | None = None
 
     def fp8(self, which: str) -> bool:
         return which in self.spec.gemms
@@ -115,16 +112,20 @@ class Backward:
         spec = self.spec.grad_output
         if spec is None:
             return Operand(grad)
-        columns, known = None, self.scale("grad_output")
-        if self.spec.columns and grad.dim() == 2:
-            q, columns, scale, amax = quantize_both(grad, spec.text, self.rng, self.site, "grad_output", known)
-        else:
-            q, scale, amax = quantize(grad, spec.text, dims, self.rng, self.site, "grad_output", known)
+        known = self.scale("grad_output")
+        q, scale, amax = quantize(grad, spec.text, dims, self.rng, self.site, "grad_output", known)
         self.amax["grad_output"] = amax
         if self.spec.calibrating:
             return Operand(grad)
         self.codes = q
-        return dataclasses.replace(quantized_operand([q, scale], spec), columns=columns)
+        return quantized_operand([q, scale], spec)
+
+    def cast(self, grad: Tensor, layout: str = "both") -> tuple[Operand, Operand]:
+        """`grad` [M, N] as the operand of the grad_input GEMM, [M, N], and of the grad_weight GEMM, [M, N] column-major."""
+        spec = self.spec.grad_output
+        assert spec is not None
+        record = None if self.record is None else self.record[0]
+        return cast_operands(grad, spec, self.rng, self.site, "grad_output", self.scale("grad_output"), record, layout)
 
     def quantize_other_axis(self, grad: Tensor, dims: list[int]) -> Operand:
         """`grad` once more, for the GEMM that contracts the other axis: scales per row or block differ."""

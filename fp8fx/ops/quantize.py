@@ -1,8 +1,6 @@
 """quantize, dequantize and their relatives: the operators that change a tensor's precision.
 
     quantize(x, spec)               -> q, scale, amax          x ~ decode(q) * scale; outside autograd
-    quantize_both(x, spec)          -> q, qt, scale, amax      the same codes twice: row-major, and [M, K] column-major
-    quantize_columns(x, spec)       -> qt                      the second alone, under a scale that is known
     dequantize(anchor, q, scale)    -> decode(q) * scale       gradient: identity to `anchor`, the tensor that was quantized
     round_values(x, spec)           -> decode(q) * scale, amax in one step and outside autograd: gradients that a role rounds
     round_gradient(x, spec)         -> x                       rounds the gradient that passes through it
@@ -27,6 +25,11 @@ from torch._prims_common import suggest_memory_format
 from fp8fx import formats, numerics
 from fp8fx.ops.library import define
 from fp8fx.spec import TensorSpec
+
+def as_matrix(x: Tensor) -> Tensor:
+    """[..., K] as [prod(...), K]. The number of rows is written out: where a size is 0, -1 could be any number."""
+    return x.reshape(math.prod(x.shape[:-1]), x.shape[-1])
+
 
 GRADIENTS = ("grad_output", "grad_input", "grad_weight")
 STATISTICS = 5  # columns of a meter row: amax of each of GRADIENTS, non-zero elements of grad_output, those quantized to zero
@@ -93,41 +96,6 @@ quantize = define(
     " -> (Tensor q, Tensor scale, Tensor amax)",
     quantize_reference,
     quantize_fake,
-)
-
-
-def _columns(q: Tensor) -> Tensor:
-    """[..., K] as [M, K], column-major: the codes as a GEMM over M wants them."""
-    return q.reshape(math.prod(q.shape[:-1]), q.shape[-1]).mT.contiguous().mT
-
-
-def quantize_both_reference(
-    x: Tensor, spec: str, rng: Tensor | None, site: str, role: str, scale: Tensor | None
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """`quantize` with one scale per tensor, its codes in both layouts: FP8 matrix instructions want the contraction innermost."""
-    q, used, amax = quantize_reference(x, spec, [-1], rng, site, role, scale)
-    return q, _columns(q), used, amax
-
-
-def quantize_both_fake(
-    x: Tensor, spec: str, rng: Tensor | None, site: str, role: str, scale: Tensor | None
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    q, used, amax = quantize_fake(x, spec, [-1])
-    return q, q.new_empty((q.shape[-1], math.prod(q.shape[:-1]))).mT, used, amax
-
-
-quantize_both = define(
-    "quantize_both(Tensor x, str spec, Tensor? rng, str site, str role, Tensor? scale)"
-    " -> (Tensor q, Tensor qt, Tensor used_scale, Tensor amax)",
-    quantize_both_reference,
-    quantize_both_fake,
-)
-
-
-quantize_columns = define(
-    "quantize_columns(Tensor x, str spec, Tensor? rng, str site, str role, Tensor scale) -> Tensor",
-    lambda x, spec, rng, site, role, scale: quantize_both_reference(x, spec, rng, site, role, scale)[1],
-    lambda x, spec, rng, site, role, scale: quantize_both_fake(x, spec, rng, site, role, scale)[1],
 )
 
 

@@ -76,7 +76,8 @@ class Context:
 
     modules: dotted name -> class names of the MRO, for all modules of the root. complete: the graph is the whole forward.
     add_input: appends an input placeholder; the front end knows how. calibrating: measure amax only
-    (fp8fx.autocast). device: type of device it runs on.
+    (fp8fx.autocast). device: type of device it runs on. weights_inside: weights that nobody keeps are quantized in the graph, where
+    it runs on kernels.
     """
 
     recipe: Recipe
@@ -85,6 +86,7 @@ class Context:
     add_input: Callable[[fx.Graph, str], fx.Node]
     calibrating: bool = False
     device: str = "cpu"
+    weights_inside: bool = False
 
 
 Pass = Callable[[fx.GraphModule, Context], PassResult]

@@ -9,13 +9,13 @@
 
 Quantized weights come from outside so that they can be kept: for all of evaluation, or until the next optimizer step where the
 recipe says `weight_cache: step`. Everything else runs as the operators' registered implementations: the exact reference, and for a graph
-on a CUDA device the kernels (fp8fx.ops.cuda), for which linear layers get their codes in both layouts.
+on a CUDA device the kernels (fp8fx.ops.cuda), for which the graph is rewritten first (passes/device.py): there, a training graph
+quantizes weights that nobody keeps itself.
 """
 
 from __future__ import annotations
 
 import importlib.util
-import operator
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
@@ -25,9 +25,10 @@ from torch import Tensor, fx
 
 from fp8fx.capture.graph import TENSOR_NAME
 from fp8fx.capture.regions import outline_regions
-from fp8fx.passes.contract import SLOT, Context, PassResult, Skip, Slot, emit, finish, item
+from fp8fx.passes.contract import SLOT, Context, PassResult, Skip, Slot, finish
+from fp8fx.passes.device import to_kernels
 from fp8fx.passes.effects import Effects
-from fp8fx.spec import GEMMS, SiteSpec, TensorSpec
+from fp8fx.spec import TensorSpec
 
 ops = torch.ops.fp8fx
 
@@ -57,8 +58,9 @@ class WeightInput:
 def lower(module: fx.GraphModule, context: Context) -> PassResult:
     weights: list[WeightInput] = list(module.meta.get(WEIGHTS, ()))
     before = len(weights)
+    changed, skips = _device(module, context)
     effects = Effects(module.graph)
-    for node in list(module.graph.find_nodes(op="call_function", target=torch.ops.fp8fx.quantize.default)):
+    for node in list(module.graph.find_nodes(op="call_function", target=ops.quantize.default)):
         found = _weight(node, effects)
         if found is None:
             continue
@@ -72,17 +74,23 @@ def lower(module: fx.GraphModule, context: Context) -> PassResult:
         for output, suffix in enumerate(PARTS):
             _replace_output(module.graph, node, output, context, f"fp8_weight_{index}_{suffix}")
     module.meta[WEIGHTS] = weights
-    changed = len(weights) != before
-    skips = []
-    if context.device == "cuda":
-        if _kernels():
-            changed |= _both_layouts(module.graph)
-        else:
-            skips.append(Skip("kernels", "", "Triton is not installed: the reference runs"))
+    changed |= len(weights) != before
     finished = finish(module, changed, skips)
     if outline_regions(module):  # after dead nodes are gone: a body's outputs are what is read outside of it
         return finish(module, True, skips)
     return finished
+
+
+def _device(module: fx.GraphModule, context: Context) -> tuple[bool, list[Skip]]:
+    """On a CUDA device: register the kernels, and write the graph for them."""
+    if context.device != "cuda":
+        return False, []
+    if not _kernels():
+        return False, [Skip("kernels", "", "Triton is not installed: the reference runs")]
+    changed, skips = to_kernels(module, context)
+    if changed:
+        finish(module, True)  # what only the other layout of a weight read is gone
+    return changed, skips
 
 
 def _kernels() -> bool:
@@ -93,49 +101,6 @@ def _kernels() -> bool:
 
     cuda.register()
     return True
-
-
-def _both_layouts(graph: fx.Graph) -> bool:
-    """Linear layers whose three GEMMs read codes get those of X in both layouts from one quantization, and make those of dY so."""
-    modified = False
-    for node in list(graph.find_nodes(op="call_function", target=ops.linear.default)):
-        spec = SiteSpec.parse_backward(str(node.args[11]))
-        wanted = {str(node.args[9]), str(node.args[10]), "" if spec.grad_output is None else spec.grad_output.text}
-        if spec.columns or spec.gemms != GEMMS or not all(map(_has_kernel, wanted)) or node.args[5] is None:
-            continue
-        node.update_arg(11, spec.replace(columns=True).backward_text)
-        modified = True
-        quantize = _quantize_of(node.args[3])
-        if quantize is not None and spec.save_for_backward == "fp8":
-            made = _made_both(graph, quantize)
-            q, scale = item(graph, made, 0), item(graph, made, 2)
-            node.update_arg(3, [q, scale, item(graph, made, 1), scale])
-    return modified
-
-
-def _has_kernel(text: str) -> bool:
-    spec = TensorSpec.parse(text) if text else None
-    return spec is not None and spec.granularity == "tensor" and spec.format in ("e4m3fn", "e5m2")
-
-
-def _quantize_of(codes: Any) -> fx.Node | None:
-    """The quantize node that a pair [q, scale] comes from."""
-    node = codes[0].args[0] if len(codes) == 2 and codes[0].target is operator.getitem else None
-    return node if isinstance(node, fx.Node) and node.target in (ops.quantize.default, ops.quantize_both.default) else None
-
-
-def _made_both(graph: fx.Graph, quantize: fx.Node) -> fx.Node:
-    """The quantize node as quantize_both, which stands for it everywhere."""
-    if quantize.target is ops.quantize_both.default:
-        return quantize
-    x, spec, _, rng, site, role, scale = quantize.args
-    with graph.inserting_before(quantize):
-        made = emit(graph, quantize, ops.quantize_both.default, x, spec, rng, site, role, scale)
-    for user in list(quantize.users):
-        user.replace_all_uses_with(item(graph, made, (0, 2, 3)[user.args[1]]))  # type: ignore[index]
-        graph.erase_node(user)
-    graph.erase_node(quantize)
-    return made
 
 
 def _weight(node: fx.Node, effects: Effects) -> tuple[fx.Node, tuple[tuple[Any, tuple[Any, ...]], ...]] | None:

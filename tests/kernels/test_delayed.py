@@ -37,14 +37,14 @@ def test_equals_the_reference(device: str, algorithm: str, order: str, power_of_
         names = [("e4m3fn", "e5m2")[i % 2] for i in range(len(amax))]
         fmax = torch.tensor([FMAX[name] for name in names])
         moved = [t.to(device, copy=True) for t in (history, scale, amax)]
-        delayed_update(moved[0], moved[1], moved[2], fmax.to(device), algorithm, margin, power_of_two, order, reset_amax=True)
+        delayed_update(moved[0], moved[1], moved[2], fmax.to(device), algorithm, margin, power_of_two, order, reset_to=-1.0)
         expected = [
             numerics.delayed_update(h, s, a, name, algorithm, margin, power_of_two, order)
             for h, s, a, name in zip(history, scale, amax, names, strict=True)
         ]
         for actual, wanted in ((moved[0], torch.stack([e[0] for e in expected])), (moved[1], torch.stack([e[1] for e in expected]))):
             torch.testing.assert_close(actual.cpu(), wanted, rtol=0, atol=0, equal_nan=True)
-        assert not moved[2].any()
+        assert bool((moved[2] == -1.0).all())
 
 
 def test_keeps_amax_and_takes_no_slots(device: str) -> None:
@@ -52,6 +52,15 @@ def test_keeps_amax_and_takes_no_slots(device: str) -> None:
     delayed_update(history, scale, amax, fmax)
     assert float(amax) == 1.0
     delayed_update(history[:0], scale[:0], amax[:0], fmax[:0])
+
+
+def test_what_was_not_measured_stays(device: str) -> None:
+    history, scale, fmax = torch.rand(2, 5, device=device), torch.rand(2, device=device), torch.full((2,), 448.0, device=device)
+    before = history.clone(), scale.clone()
+    delayed_update(history, scale, torch.tensor([-1.0, 2.0], device=device), fmax, order="history_first")
+    assert torch.equal(history[0], before[0][0])
+    assert torch.equal(scale[0], before[1][0])
+    assert float(history[1, 0]) == 2.0
 
 
 def test_refusals() -> None:

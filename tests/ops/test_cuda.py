@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 import fp8fx
+from fp8fx.ops.casts import RECORD
 from fp8fx.ops.library import REFERENCES
 
 pytestmark = pytest.mark.gpu
@@ -48,13 +49,27 @@ def test_quantize(spec: str, shape: tuple[int, ...], dtype: torch.dtype) -> None
     scale = torch.tensor(0.03125) if "delayed" in spec else None
     tail = (rng.cuda(), "fc", "input", None if scale is None else scale.cuda())
     same(ops.quantize(x.cuda(), spec, [-1], *tail), REFERENCES["quantize"](x, spec, [-1], rng, "fc", "input", scale))
-    same(ops.quantize_both(x.cuda(), spec, *tail), REFERENCES["quantize_both"](x, spec, rng, "fc", "input", scale))
-    if scale is not None:
-        wanted = REFERENCES["quantize_columns"](x, spec, rng, "fc", "input", scale)
-        same([ops.quantize_columns(x.cuda(), spec, *tail)], [wanted])
+    name = "cast_current" if "current" in spec else "cast"
+    for layout in ("rows", "transposed", "both"):
+        record = torch.zeros(RECORD)
+        args = (spec, rng, "fc", "grad_output", *([scale] if name == "cast" else []))
+        there = tuple(a.cuda() if isinstance(a, Tensor) else a for a in args)
+        measured = record.cuda()
+        same(getattr(ops, name)(x.cuda(), *there, measured, layout), REFERENCES[name](x, *args, record, layout))
+        assert float(measured[0]) == float(record[0])
 
 
-@pytest.mark.parametrize("recipe", ["hybrid", "delayed", "direct"])
+@pytest.mark.parametrize("granularity", ["row", "1x128", "128x128"])
+@pytest.mark.parametrize("layout", ["rows", "transposed", "both"])
+@pytest.mark.parametrize("shape", [(2, 128, 256), (130, 200), (0, 128)])
+def test_cast_current_by_rows_and_blocks(granularity: str, layout: str, shape: tuple[int, ...]) -> None:
+    if granularity == "128x128" and len(shape) > 2:
+        shape = (256, 256)
+    spec, x = f"e4m3fn/current/{granularity}/nearest_even/saturate/power_of_two", values(*shape)
+    same(ops.cast_current(x.cuda(), spec, None, "", "", None, layout), REFERENCES["cast_current"](x, spec, None, "", "", None, layout))
+
+
+@pytest.mark.parametrize("recipe", ["hybrid", "delayed", "direct", "rowwise", "blockwise"])
 @pytest.mark.parametrize("inner", ["eager", "inductor"])
 def test_a_training_step_is_that_of_the_cpu(recipe: str, inner: str) -> None:
     """Sums are added in another order, and some outputs are rounded to FP8 again: within 30 dB, where FP8 itself leaves 10 to 30."""

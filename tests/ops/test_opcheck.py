@@ -15,6 +15,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from fp8fx import numerics
+from fp8fx.ops.casts import RECORD
 from fp8fx.ops.library import REFERENCES
 from fp8fx.ops.quantize import STATISTICS
 from fp8fx.spec import TensorSpec
@@ -55,6 +56,12 @@ def scales() -> Tensor:
 def linear_args(backward: str, x_shape: tuple[int, ...] = (3, 8)) -> tuple[Any, ...]:
     x, w, b = learned(*x_shape), learned(6, 8, seed=2), learned(6, seed=3)
     return x, w, b, codes(x), codes(w), meter(), scales(), RNG, "fc", SPEC, SPEC, backward, torch.float32
+
+
+def recorded_args(backward: str) -> tuple[Any, ...]:
+    """The form for kernels: a record in place of the meter."""
+    args = linear_args(backward)
+    return *args[:5], torch.zeros(3, RECORD), *args[6:]
 
 
 def matmul_args(backward: str) -> tuple[Any, ...]:
@@ -132,8 +139,16 @@ SAMPLES: dict[str, list[Callable[[], tuple[Any, ...]]]] = {
         lambda: (learned(3, 8), RANDOM, [-1], RNG, "fc", "input"),
         lambda: (learned(3, 8), DELAYED, [-1], None, "fc", "input", SCALE),
     ],
-    "quantize_both": [lambda: (learned(2, 3, 8), SPEC, None, "fc", "input", None), lambda: (randn(3, 8), RANDOM, RNG, "fc", "input", None)],
-    "quantize_columns": [lambda: (learned(2, 3, 8), DELAYED, None, "fc", "weight", SCALE)],
+    "cast": [
+        lambda: (learned(2, 3, 8), DELAYED, None, "fc", "input", SCALE, None, "both"),
+        lambda: (randn(3, 8), RANDOM, RNG, "fc", "input", None, None, "transposed"),
+        lambda: (randn(3, 8), DELAYED, None, "fc", "input", SCALE, None, "rows"),
+    ],
+    "cast_current": [
+        lambda spec=spec, layout=layout: (learned(2, 3, 8), spec, None, "fc", "input", None, layout)
+        for spec in (SPEC, SPEC.replace("tensor", "row"), SPEC.replace("tensor", "1x4"))
+        for layout in ("rows", "transposed", "both")
+    ],
     "dequantize": [lambda: (*quantized(), SPEC, torch.float32), lambda: (*quantized(), SPEC, torch.bfloat16)],
     "anchor": [lambda: (learned(3, 8), torch.float32)],
     "round_values": [
@@ -149,7 +164,7 @@ SAMPLES: dict[str, list[Callable[[], tuple[Any, ...]]]] = {
         lambda: linear_args(BACKWARD, (2, 3, 8)),
         lambda: linear_args("gemms=grad_weight"),
         lambda: linear_args(KEPT),
-        lambda: linear_args(KEPT + ";columns=yes"),
+        lambda: recorded_args(KEPT + ";columns=yes"),
         lambda: linear_args(KEPT.replace("output,grad_input,grad_weight", "") + ";calibrating=yes"),
     ],
     "matmul": [lambda: matmul_args(BACKWARD), lambda: matmul_args("gemms=output"), lambda: matmul_args(KEPT)],

@@ -140,23 +140,31 @@ def test_weights_are_kept_in_evaluation_and_follow_their_parameter(feed: Trace) 
     fast.train()
 
 
-@pytest.mark.parametrize("recipe", ["hybrid", "delayed", "direct"])
+@pytest.mark.parametrize("inside", [True, False], ids=["weights inside", "weights outside"])
+@pytest.mark.parametrize("recipe", ["hybrid", "delayed", "direct", "rowwise", "blockwise"])
 @pytest.mark.parametrize("name", ["feed gelu", "shared", "chain"])
-def test_both_layouts_are_the_same_codes(name: str, recipe: str) -> None:
-    """The graph that a GPU gets, run on the reference: outputs and gradients bit for bit those of the other layout."""
+def test_the_graph_for_kernels_has_the_same_numbers(name: str, recipe: str, inside: bool) -> None:
+    """The graph that a GPU gets, run on the reference: outputs, gradients and what is measured are those of the CPU's, bit for bit."""
     trace = together(name, recipe)
     runtime = runtime_of(trace.fast)
-    found = []
-    for device in ("cpu", "cuda"):
-        module = pipeline.run(trace.record.captured, dataclasses.replace(trace.record.context, device=device)).module
+    found, measured = [], []
+    for changes in ({}, {"device": "cuda", "weights_inside": inside}):
+        module = pipeline.run(trace.record.captured, dataclasses.replace(trace.record.context, **changes)).module
         trace.model.zero_grad()
         runtime.stream.call = 0
+        runtime.scaling.amax.fill_(-1.0)
         y = GraphCall(runtime, module)(*trace.values)[0]
         y.square().sum().backward()
+        runtime._fold()
         found.append([y, *(p.grad.clone() for p in trace.model.parameters() if p.grad is not None)])
+        measured.append(runtime.scaling.amax.clone())
     assert len(found[0]) > 2
     for ours, theirs in zip(*found, strict=True):
         assert torch.equal(ours, theirs)
+    assert torch.equal(*measured)
     text = str(module.graph)
-    assert "quantize_both" in text
+    assert "fp8fx.cast" in text
     assert "columns=yes" in text
+    assert ("fp8_weight" in text) != inside
+    assert "fp8_meter" not in text
+    assert ("fp8_records" in text) == (recipe == "delayed")

@@ -1,0 +1,227 @@
+"""The half of *lower* for CUDA devices: linear layers get their operands from kernels, in the layouts that FP8 matrix instructions want.
+
+    q, s, a = quantize(x)          ->  q, qt, s, _ = cast_current(x, layout='both')     or q, qt = cast(x, s, record) where s is known
+    linear(x, w, [q, s], ...)      ->  linear(x, w, [q, s, qt, s], ..., columns=yes)     its backward casts likewise
+    amax leaves as an output, and with the meter   ->   kernels leave it in records
+
+Two further inputs hold the records (ops/casts.py): fp8_records [n, 4], a row per cast whose amax is kept (meta: the Slots it belongs to),
+and fp8_grad_records [sites, 3, 4], a row per site and gradient role (meta: the sites' positions in the meter). What has no kernel stays
+as it is, with the reason as a Skip.
+"""
+
+from __future__ import annotations
+
+import operator
+from typing import Any
+
+import torch
+from torch import fx
+
+from fp8fx.capture.graph import tensor
+from fp8fx.passes.contract import AMAX, METER, SLOTS, Context, Skip, Slot, emit, input_node, item
+from fp8fx.passes.inputs import WRAPPED
+from fp8fx.spec import GEMMS, SiteSpec, TensorSpec
+
+ops = torch.ops.fp8fx
+QUANTIZE, LINEAR = ops.quantize.default, ops.linear.default
+
+RECORDS, GRAD_RECORDS = "fp8_records", "fp8_grad_records"  # names of the inputs, and keys of module.meta
+FORMATS, SIDES, DTYPES = ("e4m3fn", "e5m2"), (32, 64, 128), (torch.bfloat16, torch.float16, torch.float32)
+
+
+def to_kernels(module: fx.GraphModule, context: Context) -> tuple[bool, list[Skip]]:
+    """Rewrite every linear layer whose GEMMs and casts all have kernels."""
+    writer, skips = _Writer(module, context), []
+    for node in list(module.graph.find_nodes(op="call_function", target=LINEAR)):
+        spec = SiteSpec.parse_backward(str(node.args[11]))
+        if spec.columns:
+            continue
+        if reason := _obstacle(node, spec):
+            skips.append(Skip("kernels", str(node.args[8]), f"{reason}: the reference runs"))
+        else:
+            writer.linear(node, spec)
+    return writer.finish(), skips
+
+
+def _obstacle(node: fx.Node, spec: SiteSpec) -> str:
+    """Why the reference must run; empty if kernels can."""
+    x, w = tensor(node.args[0]), tensor(node.args[1])
+    if spec.gemms != GEMMS or spec.calibrating:
+        return "not all of its GEMMs are in FP8"
+    if spec.save_for_backward != "fp8":
+        return "save_for_backward keeps its input in high precision"
+    if spec.grad_output is None or not node.args[9] or not node.args[10]:
+        return "an operand stays in high precision"
+    if x is None or w is None or x.dtype not in DTYPES or w.dtype not in DTYPES:
+        return "kernels read bfloat16, float16 and float32"
+    specs = [TensorSpec.parse(str(text)) for text in node.args[9:11]]
+    for role in (*specs, spec.grad_output):
+        if problem := _no_kernel(role):
+            return problem
+    blocks = specs[0].granularity
+    if x.dim() > 2 and not isinstance(blocks, str) and blocks[0] > 1:
+        return "its input has blocks of several rows, in more than two dimensions"
+    rounded = [role for role in (spec.grad_input, spec.grad_weight) if role is not None and role.scaling == "delayed"]
+    return "a rounded gradient has a delayed scale" if rounded else ""
+
+
+def _no_kernel(spec: TensorSpec) -> str:
+    if spec.format not in FORMATS:
+        return f"{spec.format} is no format of this hardware"
+    if spec.rounding not in ("nearest_even", "stochastic"):
+        return f"no kernel rounds {spec.rounding}"
+    block = spec.granularity
+    if isinstance(block, str):
+        return "" if block == "tensor" or spec.scaling == "current" else "scales per row are current ones"
+    if spec.scaling != "current" or max(block) not in SIDES or not set(block) <= {1, max(block)}:
+        return f"no kernel has blocks of {block[0]}x{block[1]}"
+    return ""
+
+
+class _Writer:
+    """Rewrites one graph's linear layers; a tensor that several read is cast once, as it was quantized once."""
+
+    def __init__(self, module: fx.GraphModule, context: Context) -> None:
+        self.module, self.graph, self.context = module, module.graph, context
+        self.casts: dict[fx.Node, tuple[fx.Node, Any]] = {}  # cast node -> (itself, its scale)
+        self.sites: list[str] = module.meta.get(SLOTS, [])
+        self.measured = self._measured()
+        self.records: list[tuple[Slot, ...]] = module.meta.setdefault(RECORDS, [])
+        self.rows: list[int] = module.meta.setdefault(GRAD_RECORDS, [])
+        self.modified = False
+
+    def _measured(self) -> list[tuple[Slot, fx.Node]]:
+        """(slot, node of its amax) of the further output."""
+        slots: list[Slot] = self.module.meta.get(AMAX, [])
+        if not slots:
+            return []
+        given: Any = self.graph.output_node().args[0]
+        return list(zip(slots, given[-1].args[0], strict=True))
+
+    def linear(self, node: fx.Node, spec: SiteSpec) -> None:
+        self.modified = True
+        node.update_arg(11, spec.replace(columns=True).backward_text)
+        x_codes: Any = list(node.args[3])  # type: ignore[arg-type]
+        wanted = "both" if node.args[5] is not None else "rows"  # without a meter there is no gradient
+        node.update_arg(3, self.operand(x_codes, wanted))
+        weights: Any = list(node.args[4])  # type: ignore[arg-type]
+        node.update_arg(4, weights[:2])  # the other layout is made from the parameter in backward
+        quantize = _quantize_of(weights)
+        if quantize is not None and self.context.weights_inside and quantize.meta.get("weight_cache", "none") == "none":
+            self.cast(quantize)
+        if node.args[5] is not None:
+            node.update_arg(5, self.grad_record(node.args[5]))
+
+    def operand(self, codes: list[Any], layout: str) -> list[Any]:
+        """[q, scale] or [q, scale, qt, scale_t] with those of one cast."""
+        quantize = _quantize_of(codes)
+        if quantize is None:  # cast for another site already, or not quantized in this graph
+            cast, scale = self._known(codes)
+            if cast is None:
+                return codes
+        else:
+            cast, scale = self.cast(quantize)
+        q = item(self.graph, cast, 0)
+        if layout == "rows" and cast.args[-1] == "rows":
+            return [q, scale]
+        cast.update_arg(len(cast.args) - 1, "both")
+        turned = scale
+        if cast.target is ops.cast_current.default and TensorSpec.parse(str(cast.args[1])).granularity != "tensor":
+            turned = item(self.graph, cast, 3)
+        return [q, scale, item(self.graph, cast, 1), turned]
+
+    def _known(self, codes: list[Any]) -> tuple[Any, Any]:
+        source = codes[0].args[0] if codes and codes[0].target is operator.getitem else None
+        return self.casts.get(source, (None, None))
+
+    def cast(self, quantize: fx.Node) -> tuple[fx.Node, Any]:
+        """The cast that stands for `quantize` from now on, and its scale. It makes row-major codes until a reader wants both."""
+        x, text, _, rng, site, role, scale = quantize.args
+        spec = TensorSpec.parse(str(text))
+        record = self.record(quantize)
+        with self.graph.inserting_before(quantize):
+            if spec.scaling == "current":
+                made = emit(self.graph, quantize, ops.cast_current.default, x, text, rng, site, role, record, "rows")
+            else:
+                made = emit(self.graph, quantize, ops.cast.default, x, text, rng, site, role, scale, record, "rows")
+                scale = scale if scale is not None else self.one(x)
+        made.meta["weight_cache"] = quantize.meta.get("weight_cache", "none")
+        if spec.scaling == "current":
+            scale = item(self.graph, made, 2)
+        for user in list(quantize.users):
+            user.replace_all_uses_with(item(self.graph, made, 0) if user.args[1] == 0 else scale)
+            self.graph.erase_node(user)
+        self.graph.erase_node(quantize)
+        self.casts[made] = (made, scale)
+        return made, scale
+
+    def one(self, x: Any) -> fx.Node:
+        """A scale of 1. Equal nodes become one in the inner compiler."""
+        return self.graph.call_method("new_ones", (x, ()), {"dtype": torch.float32})
+
+    def record(self, quantize: fx.Node) -> fx.Node | None:
+        """The record for the amax of `quantize`, if anyone keeps it; the further output loses it."""
+        amax = next((user for user in quantize.users if user.args[1] == 2), None)
+        slots = tuple(slot for slot, node in self.measured if node is amax)
+        if amax is None or not slots:
+            return None
+        self.measured = [(slot, node) for slot, node in self.measured if node is not amax]
+        self._write_output()
+        self.records.append(slots)
+        return self._row(RECORDS, len(self.records) - 1)
+
+    def grad_record(self, meter_row: Any) -> fx.Node:
+        """float32 [3, RECORD] of the site with this row of the meter."""
+        self.rows.append(int(meter_row.args[1]))
+        return self._row(GRAD_RECORDS, len(self.rows) - 1)
+
+    def _row(self, name: str, index: int) -> fx.Node:
+        unbound = next(iter(self._input(name).users))
+        return item(self.graph, unbound, index)
+
+    def _input(self, name: str) -> fx.Node:
+        found = input_node(self.graph, name)
+        if found is None:
+            found = self.context.add_input(self.graph, name)
+            found.meta["extra"] = name
+            with self.graph.inserting_before(next(n for n in self.graph.nodes if n.op != "placeholder")):
+                emit(self.graph, found, torch.unbind, found)
+        return found
+
+    def _write_output(self) -> None:
+        """The further output with what is still measured there; without any, the graph's own output alone."""
+        output = self.graph.output_node()
+        given: Any = output.args[0]
+        own, stacked = given[:-1], given[-1]
+        self.module.meta[AMAX] = [slot for slot, _ in self.measured]
+        if self.measured:
+            stacked.update_arg(0, [node for _, node in self.measured])
+            return
+        output.args = (own[0] if self.module.meta.get(WRAPPED) else own,)
+        self.module.meta[WRAPPED] = False
+        self.graph.erase_node(stacked)
+
+    def finish(self) -> bool:
+        """Rows of the meter that nobody reads go, and with the last of them the meter."""
+        meter = input_node(self.graph, METER)
+        if meter is not None and self.modified:
+            _erase_unread(self.graph, meter)
+        return self.modified
+
+
+def _erase_unread(graph: fx.Graph, placeholder: fx.Node) -> None:
+    for unbound in list(placeholder.users):
+        for row in list(unbound.users):
+            if not row.users:
+                graph.erase_node(row)
+        if not unbound.users:
+            graph.erase_node(unbound)
+    if not placeholder.users:
+        graph.erase_node(placeholder)
+
+
+def _quantize_of(codes: list[Any]) -> fx.Node | None:
+    """The quantize node that a pair [q, scale] comes from."""
+    source = codes[0].args[0] if codes and codes[0].target is operator.getitem else None
+    return source if isinstance(source, fx.Node) and source.target is QUANTIZE else None
+
