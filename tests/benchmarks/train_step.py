@@ -4,11 +4,11 @@
     python tests/benchmarks/train_step.py --rows '4x2048/*' '8x2048/hybrid' --limit 540
     python tests/benchmarks/train_step.py --profile 4x2048/delayed
 
-A step is forward and backward, and what the next step's scales need; no optimizer. One model at a time is alive. A row is a
-group (tokens, and what it is compared with) and a candidate (see candidates.py). Each group times its baseline first and last;
-speed-ups are over the mean of the two. Times are wall clock around a synchronized region of several steps, the median of the rounds, after a
-second of unmeasured steps. Peak memory is that of one step, over the baseline's. Each row of the Llama blocks is also compared with bf16: the
-SQNR of the output, the input gradient and the worst weight gradient. Ratios hold within a run.
+A step is forward and backward, and what the next step's scales need; no optimizer. One model at a time is alive. A row is a group
+(tokens, and what it is compared with) and a candidate (see candidates.py). Each group times its baseline first and last; speed-ups
+are over the mean of the two. Times are wall clock around a synchronized region of several steps, the median of the rounds, after a
+second of unmeasured steps. Peak memory is that of one step, over the baseline's. Each row of the Llama blocks is also compared with
+bf16: the SQNR of the output, the input gradient and the worst weight gradient. Ratios hold within a run.
 """
 
 from __future__ import annotations
