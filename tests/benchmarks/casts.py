@@ -1,22 +1,29 @@
 """The memory-bound kernels against the bandwidth of a bf16 copy, in GB/s, each byte that must move counted once.
 
-    python tests/benchmarks/casts.py [--json figures.json] [--rounds 9]
+    python tests/benchmarks/casts.py [--json figures.json] [--picture casts.svg] [--rounds 9]
 
-Needs a Hopper GPU. bf16 input, e4m3fn output. Buffers rotate where one set would stay in the L2 cache. Bars, at 8192 x 14336: cast,
-transpose and amax in one pass at least 0.85 of the copy, SwiGLU to FP8 with transpose and amax at least 0.90.
+bf16 input, e4m3fn output. Buffers rotate where one set would stay in the L2 cache. `Inductor` is what torch.compile makes of the same
+formula in torch's own operations. Bars, at 8192 x 14336: cast, transpose and amax in one pass at least 0.85 of the copy, SwiGLU
+to FP8 with transpose and amax at least 0.90.
 """
 
 from __future__ import annotations
 
-import argparse
+import functools
+import math
+import os
 import sys
 from collections.abc import Callable, Sequence
-from pathlib import Path
 from typing import Any
 
 import torch
-from gpu_timing import conditions, finish, interleaved
+from benchmark_report import Bar, Report, Row, device_for, error_text, parser
+from gpu_timing import interleaved
 from torch import Tensor
+from torch.nn import functional as F
+
+if not torch.cuda.is_available():
+    os.environ.setdefault("TRITON_INTERPRET", "1")  # for --tiny; Triton reads it when a kernel is defined
 
 from fp8fx.kernels.activation_cast import activation_backward_cast, activation_cast
 from fp8fx.kernels.amax import amax, amax_each
@@ -26,13 +33,21 @@ from fp8fx.kernels.delayed import delayed_update
 from fp8fx.kernels.norm_cast import norm_cast
 
 SHAPES = [(8192, 14336), (8192, 4096), (16384, 8192)]
+TINY = [(128, 256)]
 COPY, BAR, SWIGLU = "copy", "cast+transpose+amax", "SwiGLU to FP8"
+BARS = {BAR: 0.85, SWIGLU: 0.90}
+Kernels = dict[str, tuple[Callable[[Tensor], Any], float]]
 
 
-def kernels() -> dict[str, tuple[Callable[[Tensor], Any], float]]:
+def _encoded(y: Tensor, scale: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    q = (y.float() / scale).clamp(-448, 448).to(torch.float8_e4m3fn)
+    return q, q.t().contiguous(), y.abs().amax().float()
+
+
+def kernels(device: str) -> Kernels:
     """name -> (call on x, bytes that must move per element)."""
-    scale, largest = torch.tensor(0.01, device="cuda"), torch.zeros((), device="cuda")
-    largest_u, others = torch.zeros((), device="cuda"), dict[int, Tensor]()
+    scale, largest = torch.tensor(0.01, device=device), torch.zeros((), device=device)
+    largest_u, others = torch.zeros((), device=device), dict[int, Tensor]()
 
     def partner(x: Tensor) -> Tensor:
         """A second tensor like x, the same for every call."""
@@ -40,7 +55,11 @@ def kernels() -> dict[str, tuple[Callable[[Tensor], Any], float]]:
             others[x.data_ptr()] = torch.randn_like(x)
         return others[x.data_ptr()]
 
-    how = Rounding("stochastic", rng=torch.tensor([1, 2, 3], device="cuda"), key=7)
+    compiled = functools.partial(torch.compile, backend="inductor" if device == "cuda" else "eager", dynamic=False)
+    inductor = compiled(_encoded)
+    inductor_current = compiled(lambda x: _encoded(x, x.abs().amax().float() / 448))
+    inductor_swiglu = compiled(lambda x, u: _encoded(F.silu(x) * u, scale))
+    how = Rounding("stochastic", rng=torch.tensor([1, 2, 3], device=device), key=7)
     return {
         COPY: (torch.clone, 4),
         "amax": (amax, 2),
@@ -49,15 +68,18 @@ def kernels() -> dict[str, tuple[Callable[[Tensor], Any], float]]:
         "cast+amax": (lambda x: cast(x, "e4m3fn", scale, amax=largest), 3),
         "cast+transpose": (lambda x: cast(x, "e4m3fn", scale, layout="both"), 4),
         BAR: (lambda x: cast(x, "e4m3fn", scale, layout="both", amax=largest), 4),
+        "Inductor, the same": (lambda x: inductor(x, scale), 4),
         "the same, e5m2": (lambda x: cast(x, "e5m2", scale, layout="both", amax=largest), 4),
         "the same, stochastic": (lambda x: cast(x, "e5m2", scale, layout="both", how=how, amax=largest), 4),
         "transpose only": (lambda x: cast(x, "e4m3fn", scale, layout="transposed"), 3),
         "current, both": (lambda x: cast_current(x, "e4m3fn", layout="both"), 6),
+        "Inductor, current": (inductor_current, 6),
         "current, row+column": (lambda x: cast_current(x, "e4m3fn", "row", "column", "both"), 6),
         "blocks 1x128": (lambda x: cast_block(x, "e4m3fn"), 3),
         "blocks 1x128, both": (lambda x: cast_block(x, "e4m3fn", layout="both"), 4),
         "blocks 128x128, both": (lambda x: cast_block(x, "e4m3fn", (128, 128), layout="both"), 4),
         SWIGLU: (lambda x: activation_cast(x, partner(x), "silu", "e4m3fn", scale, amax=largest), 6),
+        "Inductor, SwiGLU": (lambda x: inductor_swiglu(x, partner(x)), 6),
         "RMSNorm to FP8": (lambda x: norm_cast(x, None, None, "e4m3fn", "rms", 1e-6, scale, amax=largest), 4),
         "gelu to FP8": (lambda x: activation_cast(x, None, "gelu", "e4m3fn", scale, amax=largest), 4),
         "SwiGLU backward": (
@@ -67,29 +89,83 @@ def kernels() -> dict[str, tuple[Callable[[Tensor], Any], float]]:
     }
 
 
-def main(argv: Sequence[str] | None = None) -> int:
-    parser = argparse.ArgumentParser(description="Casts against copy bandwidth.")
-    parser.add_argument("--json", type=Path)
-    parser.add_argument("--rounds", type=int, default=9)
-    options = parser.parse_args(argv)
-    print(conditions())
-    rows: list[dict[str, Any]] = []
-    for shape in SHAPES:
-        xs = [torch.randn(shape, device="cuda").to(torch.bfloat16) for _ in range(3)]
-        table = kernels()
-        seconds = interleaved({name: [lambda x=x, call=call: call(x) for x in xs] for name, (call, _) in table.items()}, options.rounds)
-        rates = {name: xs[0].numel() * table[name][1] / time / 1e9 for name, time in seconds.items()}
-        rows.append({"shape": shape, "GB/s": rates})
+def measure(shape: tuple[int, int], options: Any) -> Row:
+    """GB/s of every kernel. A kernel that fails on a first call is left out, its error kept."""
+    row: Row = {"m": shape[0], "k": shape[1], "gbs": {}, "errors": {}}
+    xs = [torch.randn(shape, device=options.device).to(torch.bfloat16) for _ in range(3)]
+    table = kernels(options.device)
+    for name, (call, _) in list(table.items()):
+        try:
+            call(xs[0])
+        except Exception as error:
+            row["errors"][name] = error_text(error)
+            del table[name]
+    seconds = interleaved({name: [lambda x=x, call=call: call(x) for x in xs] for name, (call, _) in table.items()}, options.rounds)
+    row["gbs"] = {name: xs[0].numel() * table[name][1] / time / 1e9 for name, time in seconds.items()}
+    torch._dynamo.reset()
+    if options.device == "cuda":
         torch.cuda.empty_cache()
-    print(f"{'GB/s':>22}" + "".join(f"{f'{m} x {k}':>18}" for m, k in SHAPES))
-    for name in rows[0]["GB/s"]:
-        print(f"{name:>22}" + "".join(f"{row['GB/s'][name]:10.0f} {row['GB/s'][name] / row['GB/s'][COPY]:6.2f} " for row in rows))
-    slots = [torch.rand(512, 16, device="cuda"), *(torch.rand(512, device="cuda") + 0.5 for _ in range(3))]
-    update = interleaved({"update": [lambda: delayed_update(*slots)] * 20}, options.rounds)["update"]
-    print(f"delayed update of 512 slots with a history of 16: {update * 1e6:.1f} us")
-    figures = rows[0]["GB/s"]
-    bars = [(f"{name} over copy, 8192 x 14336", figures[name] / figures[COPY], least) for name, least in ((BAR, 0.85), (SWIGLU, 0.90))]
-    return finish(bars, rows, options.json)
+    return row
+
+
+def update_time(options: Any) -> float:
+    """Microseconds of the update of delayed scaling for 512 slots with a history of 16."""
+    slots = [torch.rand(512, 16, device=options.device), *(torch.rand(512, device=options.device) + 0.5 for _ in range(3))]
+    return 1e6 * interleaved({"update": [lambda: delayed_update(*slots)] * (1 if options.tiny else 20)}, options.rounds)["update"]
+
+
+def print_table(rows: list[Row]) -> None:
+    shapes = [row for row in rows if "gbs" in row]
+    print(f"{'GB/s, share of the copy':>24}" + "".join(f"{row['m']} x {row['k']}".rjust(18) for row in shapes))
+    for name in dict.fromkeys(name for row in shapes for name in (*row["gbs"], *row["errors"])):
+        cells = [
+            f"{rate:10.4g} {rate / row['gbs'][COPY]:6.2f} " if (rate := row["gbs"].get(name)) else f"  {row['errors'][name]}"
+            for row in shapes
+        ]
+        print(f"{name:>24}" + "".join(cells))
+    for row in rows:
+        if "update_us" in row:
+            print(f"delayed update of 512 slots with a history of 16: {row['update_us']:.1f} us")
+
+
+def bars(rows: list[Row]) -> list[Bar]:
+    first = next((row for row in rows if "gbs" in row), None)
+
+    def share(name: str) -> float | None:
+        if first is None:
+            return None
+        return first["gbs"][name] / first["gbs"][COPY] if name in first["gbs"] else math.nan
+
+    return [Bar(f"{name} over copy, {first and first['m']} x {first and first['k']}", share(name), least) for name, least in BARS.items()]
+
+
+def draw(figure: Any, rows: list[Row]) -> None:
+    """Shares of the copy's bandwidth at the first size; marks where the bars lie."""
+    first = next(row for row in rows if "gbs" in row)
+    names = list(first["gbs"])
+    axes = figure.add_subplot()
+    figure.set_size_inches(8, 1 + 0.28 * len(names))
+    colors = ["#999999" if name.startswith("Inductor") or name == COPY else "#2b6cb0" for name in names]
+    axes.barh(names, [first["gbs"][name] / first["gbs"][COPY] for name in names], color=colors)
+    for name, least in BARS.items():
+        if name in names:
+            axes.plot([least] * 2, [names.index(name) - 0.4, names.index(name) + 0.4], color="#c53030", linewidth=2)
+    axes.invert_yaxis()
+    axes.set_xlabel(f"share of the bandwidth of a bf16 copy, {first['m']} x {first['k']} (grey: torch; red: the bar)")
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    made = parser(__doc__)
+    made.add_argument("--rounds", type=int, default=9)
+    options = made.parse_args(argv)
+    options.device = device_for(options, made)
+    report = Report("casts", options, options.device, ("m", "k"))
+    if report.measures:
+        for shape in TINY if options.tiny else SHAPES:
+            report.add(measure(shape, options))
+        report.add({"update_us": update_time(options)})
+    print_table(report.rows)
+    return report.finish(bars(report.rows), draw)
 
 
 if __name__ == "__main__":

@@ -1,23 +1,27 @@
 """scaled_mm against torch's own FP8 matrix product (cuBLASLt), in TFLOP/s, on the sizes of a Llama's linears.
 
-    python tests/benchmarks/gemm.py [--json figures.json] [--rounds 9]
+    python tests/benchmarks/gemm.py [--json figures.json] [--picture gemm.svg] [--rounds 9]
 
-Needs a Hopper GPU. Random data, bf16 output, K-major operands. Columns: our kernel and torch's for one scale per tensor and one per row
-and column, fast accumulation; ours with e5m2 x e5m2, which torch refuses; both with precise accumulation; ours with 1x128 and 128x128
+Random data, bf16 output, K-major operands. Columns: our kernel and torch's for one scale per tensor and one per row and column, fast
+accumulation; ours with e5m2 x e5m2, which torch refuses; torch's bf16 product; both with precise accumulation; ours with 1x128 and 128x128
 blocks. Bars, each over all sizes: ours over torch's at least 0.97 (tensor, row), e5m2 x e5m2 over e4m3 x e4m3 at least 0.95.
 """
 
 from __future__ import annotations
 
-import argparse
+import math
+import os
 import sys
 from collections.abc import Sequence
-from pathlib import Path
 from typing import Any
 
 import torch
-from gpu_timing import Call, conditions, finish, interleaved
+from benchmark_report import Bar, Report, Row, device_for, error_text, parser
+from gpu_timing import Call, interleaved
 from torch import Tensor
+
+if not torch.cuda.is_available():
+    os.environ.setdefault("TRITON_INTERPRET", "1")  # for --tiny; Triton reads it when a kernel is defined
 
 from fp8fx.kernels.scaled_mm import scaled_mm
 
@@ -30,21 +34,19 @@ SHAPES = [
     (16384, 16384, 16384),
     (2048, 4096, 4096),
 ]
+TINY = [(128, 128, 128), (64, 256, 128)]
 FAST = ("tensor", "torch tensor", "row", "torch row", "e5m2 x e5m2")  # what the bars compare takes turns among itself
-OTHERS = ("precise", "torch precise", "blocks")
+OTHERS = ("torch bf16", "precise", "torch precise", "blocks")
 E4, E5 = torch.float8_e4m3fn, torch.float8_e5m2
 
 
-def codes(rows: int, columns: int, dtype: torch.dtype) -> Tensor:
-    return torch.randn(rows, columns, device="cuda", dtype=torch.bfloat16).to(dtype)
-
-
-def candidates(m: int, n: int, k: int) -> dict[str, Call]:
-    a, b = codes(m, k, E4), codes(n, k, E4).t()
-    a5, b5 = a.to(E5), b.t().to(E5).t()
-    one = torch.tensor(0.5, device="cuda")
-    rows, columns = torch.rand(m, 1, device="cuda") + 0.5, torch.rand(1, n, device="cuda") + 0.5
-    blocks_a, blocks_b = torch.rand(m, k // 128, device="cuda"), torch.rand(k // 128, n // 128, device="cuda")
+def candidates(m: int, n: int, k: int, device: str) -> dict[str, Call]:
+    x, w = (torch.randn(rows, k, device=device, dtype=torch.bfloat16) for rows in (m, n))
+    a, b = x.to(E4), w.to(E4).t()
+    a5, b5 = x.to(E5), w.to(E5).t()
+    one = torch.tensor(0.5, device=device)
+    rows, columns = torch.rand(m, 1, device=device) + 0.5, torch.rand(1, n, device=device) + 0.5
+    blocks_a, blocks_b = torch.rand(m, k // 128, device=device), torch.rand(k // 128, n // 128, device=device)
 
     def torch_mm(scale_a: Tensor, scale_b: Tensor, fast: bool) -> Call:
         return lambda: torch._scaled_mm(a, b, scale_a, scale_b, out_dtype=torch.bfloat16, use_fast_accum=fast)
@@ -55,44 +57,73 @@ def candidates(m: int, n: int, k: int) -> dict[str, Call]:
         "row": lambda: scaled_mm(a, b, rows, columns),
         "torch row": torch_mm(rows, columns, True),
         "e5m2 x e5m2": lambda: scaled_mm(a5, b5, one, one),
+        "torch bf16": lambda: x @ w.t(),
         "precise": lambda: scaled_mm(a, b, one, one, accumulate="precise"),
         "torch precise": torch_mm(one, one, False),
         "blocks": lambda: scaled_mm(a, b, blocks_a, blocks_b, block_a=(1, 128), block_b=(128, 128)),
     }
 
 
-def main(argv: Sequence[str] | None = None) -> int:
-    parser = argparse.ArgumentParser(description="scaled_mm against torch's own.")
-    parser.add_argument("--json", type=Path)
-    parser.add_argument("--rounds", type=int, default=9)
-    options = parser.parse_args(argv)
-    rows: list[dict[str, Any]] = []
-    print(conditions())
-    for m, n, k in SHAPES:
-        calls = candidates(m, n, k)
-        repeats = max(1, round(2e12 / (m * n * k)))
+def measure(m: int, n: int, k: int, options: Any) -> Row:
+    row: Row = {"m": m, "n": n, "k": k}
+    try:
+        calls = candidates(m, n, k, options.device)
+        repeats = 1 if options.tiny else max(1, round(2e12 / (m * n * k)))
         seconds: dict[str, float] = {}
         for group in (FAST, OTHERS):
             seconds |= interleaved({name: [calls[name]] * repeats for name in group}, options.rounds)
-        if not rows:
-            print(f"{'M, N, K':>20}" + "".join(f"{name:>14}" for name in seconds) + "   TFLOP/s")
-        rates = {name: 2e-12 * m * n * k / time for name, time in seconds.items()}
-        rows.append({"m": m, "n": n, "k": k, "tflops": rates})
-        print(f"{f'{m}, {n}, {k}':>20}" + "".join(f"{rate:14.0f}" for rate in rates.values()), flush=True)
+        row["tflops"] = {name: 2e-12 * m * n * k / time for name, time in seconds.items()}
+    except Exception as error:  # out of memory, a kernel that fails: part of the table
+        row["error"] = error_text(error)
+    if options.device == "cuda":
         torch.cuda.empty_cache()
+    return row
 
-    def worst(name: str, peer: str) -> float:
-        return min(row["tflops"][name] / row["tflops"][peer] for row in rows)
 
-    return finish(
-        [
-            ("tensor over torch, lowest", worst("tensor", "torch tensor"), 0.97),
-            ("row over torch, lowest", worst("row", "torch row"), 0.97),
-            ("e5m2 x e5m2 over e4m3 x e4m3, lowest", worst("e5m2 x e5m2", "tensor"), 0.95),
-        ],
-        rows,
-        options.json,
-    )
+def line(row: Row) -> str:
+    figures = row.get("error") or "".join(f"{row['tflops'][name]:14.4g}" for name in (*FAST, *OTHERS))
+    return f"{row['m']}, {row['n']}, {row['k']}".rjust(20) + figures
+
+
+def bars(rows: list[Row]) -> list[Bar]:
+    def worst(name: str, peer: str) -> float | None:
+        ratios = [row["tflops"][name] / row["tflops"][peer] if "tflops" in row else math.nan for row in rows]
+        return min(ratios, key=lambda ratio: (not math.isnan(ratio), ratio)) if ratios else None
+
+    return [
+        Bar("tensor over torch, lowest", worst("tensor", "torch tensor"), 0.97),
+        Bar("row over torch, lowest", worst("row", "torch row"), 0.97),
+        Bar("e5m2 x e5m2 over e4m3 x e4m3, lowest", worst("e5m2 x e5m2", "tensor"), 0.95),
+    ]
+
+
+def draw(figure: Any, rows: list[Row]) -> None:
+    """One group of bars per size."""
+    axes, rows = figure.add_subplot(), [row for row in rows if "tflops" in row]
+    figure.set_size_inches(10, 4.5)
+    names = ("torch bf16", "torch tensor", "tensor", "torch row", "row", "e5m2 x e5m2", "torch precise", "precise")
+    for i, name in enumerate(names):
+        places = [k + i / (len(names) + 1.5) for k in range(len(rows))]
+        axes.bar(places, [row["tflops"][name] for row in rows], 1 / (len(names) + 1.5), label=name)
+    axes.set_xticks([k + 0.4 for k in range(len(rows))], [f"{row['m']}\n{row['n']}\n{row['k']}" for row in rows])
+    axes.set_ylabel("TFLOP/s")
+    axes.legend(fontsize="small", ncols=4, loc="lower center", bbox_to_anchor=(0.5, 1))
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    made = parser(__doc__)
+    made.add_argument("--rounds", type=int, default=9)
+    options = made.parse_args(argv)
+    options.device = device_for(options, made)
+    report = Report("gemm", options, options.device, ("m", "n", "k"))
+    print(f"{'M, N, K':>20}" + "".join(f"{name:>14}" for name in (*FAST, *OTHERS)) + "   TFLOP/s")
+    if report.measures:
+        for shape in TINY if options.tiny else SHAPES:
+            report.add(row := measure(*shape, options))
+            print(line(row), flush=True)
+    else:
+        print("\n".join(map(line, report.rows)))
+    return report.finish(bars(report.rows), draw)
 
 
 if __name__ == "__main__":

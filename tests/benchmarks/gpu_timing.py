@@ -1,17 +1,17 @@
-"""Timing on a GPU, for the benchmarks beside this file.
+"""Timing of kernels, for the benchmarks beside this file.
 
-Each candidate is captured into a CUDA graph of several calls, so that what the host does per launch does not count. The
-candidates take turns, so that temperature treats them alike. The figure is the median over the rounds.
+On a GPU each candidate is captured into a CUDA graph of several calls, so that what the host does per launch does not count. The
+candidates take turns, so that temperature treats them alike. The figure is the median over the rounds. On a CPU, where a
+benchmark only shows that it runs, calls are timed one by one.
 """
 
 from __future__ import annotations
 
-import json
 import math
 import random
 import statistics
+import time
 from collections.abc import Callable, Iterable
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -41,6 +41,8 @@ def interleaved(candidates: dict[str, list[Call]], rounds: int = 9, least: float
     A candidate's turn lasts `least` seconds after as much unmeasured, and every round has an order of its own: at the power limit a
     kernel runs for a while at the clock that the kernel before it left. For the same reason, compare what draws alike.
     """
+    if not torch.cuda.is_available():
+        return {name: _on_cpu(calls) for name, calls in candidates.items()}
     graphs = {name: captured(calls) for name, calls in candidates.items()}
     start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
     shuffle = random.Random(0)
@@ -63,18 +65,24 @@ def interleaved(candidates: dict[str, list[Call]], rounds: int = 9, least: float
     return {name: statistics.median(each) for name, each in times.items()}
 
 
-def conditions() -> dict[str, str]:
-    """What a figure was measured on."""
-    import triton
+def _on_cpu(calls: list[Call]) -> float:
+    start = time.perf_counter()
+    for call in calls:
+        call()
+    return (time.perf_counter() - start) / len(calls)
 
-    return {"gpu": torch.cuda.get_device_name(), "torch": torch.__version__, "triton": triton.__version__}
 
-
-def finish(bars: list[tuple[str, float, float]], rows: list[dict[str, Any]], path: Path | None) -> int:
-    """Print PASS or FAIL for each (bar, value, at least), write the JSON, and return the exit status."""
-    for bar, value, least in bars:
-        print(f"{'PASS' if value >= least else 'FAIL'}  {bar}: {value:.3f} (at least {least})")
-    if path:
-        data = [{"bar": bar, "value": value, "at_least": least, "pass": value >= least} for bar, value, least in bars]
-        path.write_text(json.dumps({**conditions(), "rows": rows, "bars": data}, indent=1))
-    return 0 if all(value >= least for _, value, least in bars) else 1
+def host_microseconds(call: Call, count: int = 200) -> float:
+    """Host time to launch `call` once, the GPU not being waited for: the least of five runs of `count` calls."""
+    call()
+    found = []
+    for _ in range(5):
+        if torch.cuda.is_available():
+            torch.cuda.synchronize()
+        start = time.perf_counter()
+        for _ in range(count):
+            call()
+        found.append(1e6 * (time.perf_counter() - start) / count)
+    if torch.cuda.is_available():
+        torch.cuda.synchronize()
+    return min(found)

@@ -1,210 +1,283 @@
-"""Time and memory of a training step of two Llama-3-8B blocks in FP8, over torch.compile in bf16.
+"""Time and memory of a training step in FP8 over torch.compile in bf16: two Llama-3-8B blocks, and TransformerEngine's quickstart layer.
 
-    python tests/benchmarks/train_step.py --json out.json           needs a CUDA GPU
-    python tests/benchmarks/train_step.py --tiny                    the same program on small sizes, on any device: is it right?
+    python tests/benchmarks/train_step.py --json out.json --picture out.svg
+    python tests/benchmarks/train_step.py --rows '4x2048/*' '8x2048/hybrid' --limit 540
+    python tests/benchmarks/train_step.py --profile 4x2048/delayed
 
-A step is forward and backward, with the first operation of the next step (scales, for delayed scaling); no optimizer. Every candidate is
-checked against bf16 before it is timed: the SQNR of output and gradients. One model at a time is alive. Ratios hold within a run.
+A step is forward and backward, and what the next step's scales need; no optimizer. One model at a time is alive. A row is a group
+(tokens, and what it is compared with) and a candidate (see candidates.py). Each group times its baseline first and last; speed-ups
+are over the mean of the two. Times are wall clock around a synchronized region of several steps, the median of the rounds, after a
+second of unmeasured steps. Peak memory is that of one step, over the baseline's. Each row of the Llama blocks is also compared with
+bf16: the SQNR of the output, the input gradient and the worst weight gradient. Ratios hold within a run.
 """
 
 from __future__ import annotations
 
-import argparse
+import fnmatch
 import gc
-import json
+import math
 import statistics
 import sys
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 import torch
+from benchmark_report import Bar, Report, Row, device_for, error_text, parser
+from candidates import compiled
+from step_profile import print_profile, profiled, synchronize
 from torch import Tensor, nn
-from torch.nn import functional as F
-
-import fp8fx
-from fp8fx.clone import runtime_of
-
-BARS = {  # (tokens, recipe) -> least speed-up
-    ("4x2048", "delayed"): 1.58, ("4x2048", "hybrid"): 1.50, ("8x2048", "delayed"): 1.88, ("8x2048", "hybrid"): 1.75,
-    ("1x2048", "delayed"): 1.42, ("1x2048", "hybrid"): 1.34,
-}  # fmt: skip
+from transformer_blocks import LLAMA, QUICKSTART, TINY, TINY_QUICKSTART, Blocks, Quickstart, Size, make, tokens
 
 
 @dataclass(frozen=True)
-class Size:
-    width: int = 4096
-    heads: int = 32
-    kv_heads: int = 8
-    hidden: int = 14336
-    layers: int = 2
-    length: int = 2048
+class Group:
+    kind: type[nn.Module]
+    size: Size
+    tiny: Size
+    batch: int
+    candidates: tuple[str, ...]  # the first is what the others are compared with
 
 
-class Block(nn.Module):
-    def __init__(self, size: Size) -> None:
-        super().__init__()
-        self.size, head = size, size.width // size.heads
-        self.norm1, self.norm2 = (nn.RMSNorm(size.width, eps=1e-5) for _ in range(2))
-        self.q, self.o = (nn.Linear(size.width, size.width, bias=False) for _ in range(2))
-        self.k, self.v = (nn.Linear(size.width, size.kv_heads * head, bias=False) for _ in range(2))
-        self.gate, self.up = (nn.Linear(size.width, size.hidden, bias=False) for _ in range(2))
-        self.down = nn.Linear(size.hidden, size.width, bias=False)
-
-    def forward(self, x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
-        h = self.norm1(x)
-        q, k, v = (self._heads(p(h)) for p in (self.q, self.k, self.v))
-        a = F.scaled_dot_product_attention(_rotate(q, cos, sin), _rotate(k, cos, sin), v, is_causal=True, enable_gqa=True)
-        x = x + self.o(a.transpose(1, 2).flatten(2))
-        h = self.norm2(x)
-        return x + self.down(F.silu(self.gate(h)) * self.up(h))
-
-    def _heads(self, x: Tensor) -> Tensor:
-        return x.unflatten(-1, (-1, self.size.width // self.size.heads)).transpose(1, 2)
-
-
-def _rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
-    a, b = x.chunk(2, -1)
-    return x * cos + torch.cat([-b, a], -1) * sin
-
-
-class Blocks(nn.Module):
-    def __init__(self, size: Size) -> None:
-        super().__init__()
-        self.blocks = nn.ModuleList(Block(size) for _ in range(size.layers))
-        head = size.width // size.heads
-        angles = torch.outer(torch.arange(size.length), 5e5 ** (-torch.arange(0, head, 2) / head)).repeat(1, 2)
-        self.register_buffer("cos", angles.cos())
-        self.register_buffer("sin", angles.sin())
-
-    def forward(self, x: Tensor) -> Tensor:
-        for block in self.blocks:
-            x = block(x, self.cos.to(x.dtype), self.sin.to(x.dtype))  # type: ignore[operator]
-        return x
-
-
-def make(size: Size, device: str) -> nn.Module:
-    torch.manual_seed(0)
-    with torch.device(device):
-        return Blocks(size).to(torch.bfloat16).train()
-
-
-def candidate(name: str, model: nn.Module, inner: str, inner_mode: str | None) -> Callable[[Tensor], Tensor]:
-    if name == "bf16":
-        return torch.compile(model, fullgraph=True)
-    if name == "bf16 eager":
-        return model
-    if name.endswith("eager"):
-        return fp8fx.compile(model, name.removesuffix(" eager"), fullgraph=True, inner="eager")
-    return fp8fx.compile(model, name, fullgraph=True, inner=inner, inner_mode=inner_mode)
+PEERS = ("torchao-tensorwise", "torchao-rowwise")
+GROUPS = {
+    "4x2048": Group(Blocks, LLAMA, TINY, 4, ("bf16", "delayed", "hybrid", "rowwise", "direct-fast", "direct", "hybrid-saved", *PEERS)),
+    "8x2048": Group(Blocks, LLAMA, TINY, 8, ("bf16", "delayed", "hybrid", "hybrid-saved", *PEERS[:1])),
+    "1x2048": Group(Blocks, LLAMA, TINY, 1, ("bf16", "delayed", "hybrid", *PEERS[:1])),
+    "eager": Group(Blocks, LLAMA, TINY, 4, ("bf16-eager", "hybrid-eager")),
+    "quickstart": Group(Quickstart, QUICKSTART, TINY_QUICKSTART, 4, ("bf16", "delayed", "hybrid", *PEERS[:1])),
+}
+SPEED = {  # row -> least speed-up
+    "4x2048/delayed": 1.58, "8x2048/delayed": 1.88, "8x2048/hybrid": 1.75, "4x2048/hybrid": 1.50, "4x2048/rowwise": 1.30,
+    "4x2048/direct-fast": 1.45, "4x2048/direct": 1.35, "1x2048/delayed": 1.42, "1x2048/hybrid": 1.34, "eager/hybrid-eager": 1.38,
+    "quickstart/delayed": 1.50,
+}  # fmt: skip
+MEMORY = {"4x2048/hybrid": 1.00, "8x2048/hybrid": 0.93, "4x2048/hybrid-saved": 0.89, "8x2048/hybrid-saved": 0.81}  # row -> largest peak
 
 
 class Step:
-    """Forward and backward of one candidate."""
+    """Forward and backward of one candidate. Raises what building the candidate raises."""
 
-    def __init__(self, name: str, batch: int, size: Size, device: str, inner: str, inner_mode: str | None) -> None:
-        self.model = make(size, device)
-        self.run = candidate(name, self.model, inner, inner_mode)
-        generator = torch.Generator(device).manual_seed(1)
-        shape = (batch, size.length, size.width)
-        self.x = torch.randn(shape, generator=generator, device=device, dtype=torch.bfloat16).requires_grad_()
-        self.dy = torch.randn(shape, generator=generator, device=device, dtype=torch.bfloat16) / size.width
-        self.runtime: Any = runtime_of(self.run) if isinstance(self.run, nn.Module) else None
+    def __init__(self, name: str, group: Group, options: Any) -> None:
+        size = group.tiny if options.tiny else group.size
+        self.model = make(group.kind, size, options.device)
+        self.x, dy = tokens(size, group.batch, options.device)
+        self.compiled = compiled(name, self.model, options.inner, None if name.startswith(("bf16", "torchao")) else options.inner_mode)
+        self.dy = dy * self.compiled.loss_scale
 
     def __call__(self) -> Tensor:
         for tensor in (self.x, *self.model.parameters()):
             tensor.grad = None
-        y = self.run(self.x)
+        y = self.compiled.run(self.x)
         y.backward(self.dy)
-        if self.runtime is not None:
-            self.runtime.optimizer_stepped()
+        self.compiled.step()
         return y
 
     def tensors(self) -> dict[str, Tensor]:
-        for _ in range(3):  # delayed scales follow
+        """Output and gradients after three steps, which delayed scales need to follow; on the CPU."""
+        for _ in range(3):
             y = self()
-        weights = {name: p.grad.float().cpu() for name, p in self.model.named_parameters() if p.grad is not None}
-        return {"output": y.detach().float().cpu(), "input gradient": self.x.grad.float().cpu(), **weights}  # type: ignore[union-attr]
+        unscaled = 1 / self.compiled.loss_scale  # a power of two
+        gradients = {"input gradient": self.x.grad, **{name: p.grad for name, p in self.model.named_parameters()}}
+        return {"output": y.detach().cpu(), **{name: (g * unscaled).cpu() for name, g in gradients.items() if g is not None}}
 
 
-def sqnr(wanted: Tensor, found: Tensor) -> float:
-    return float(20 * torch.log10(wanted.norm() / (wanted - found).norm()))
+def sqnr(wanted: Tensor, found: Tensor, device: str) -> float:
+    a, b = wanted.to(device).float(), found.to(device).float()
+    return float(20 * torch.log10(a.norm() / (a - b).norm()))
 
 
-def seconds(step: Step, device: str, rounds: int) -> float:
-    sync: Callable[[], None] = torch.cuda.synchronize if device == "cuda" else lambda: None
-    for _ in range(3):
+def quality(reference: dict[str, Tensor], found: dict[str, Tensor], device: str) -> dict[str, float]:
+    each = {key: sqnr(reference[key], found[key], device) for key in reference}
+    weights = [value for key, value in each.items() if reference[key].dim() == 2]
+    return {"output_db": each["output"], "input_gradient_db": each["input gradient"], "weight_gradient_db": min(weights)}
+
+
+def milliseconds(step: Step, options: Any) -> float:
+    """Median over the rounds of the wall clock per step."""
+    start, warm = time.perf_counter(), 0
+    while warm < 3 or (time.perf_counter() - start < 1 and not options.tiny):
         step()
+        synchronize(options.device)
+        warm += 1
     found = []
-    for _ in range(rounds):
-        sync()
+    for _ in range(options.rounds):
+        synchronize(options.device)
         start = time.perf_counter()
-        for _ in range(4):
+        for _ in range(options.steps):
             step()
-        sync()
-        found.append((time.perf_counter() - start) / 4)
+        synchronize(options.device)
+        found.append(1e3 * (time.perf_counter() - start) / options.steps)
     return statistics.median(found)
 
 
-def measure(
-    name: str, batch: int, size: Size, options: Any, reference: dict[str, Tensor] | None
-) -> tuple[dict[str, Any], dict[str, Tensor]]:
-    step = Step(name, batch, size, options.device, options.inner, options.inner_mode)
+def measure(name: str, group: Group, options: Any, reference: dict[str, Tensor] | None) -> tuple[Row, dict[str, Tensor]]:
+    step = Step(name, group, options)
     values = step.tensors()
-    row: dict[str, Any] = {"candidate": name, "tokens": f"{batch}x{size.length}"}
-    if reference is not None:
-        found = {key: sqnr(reference[key], values[key]) for key in reference}
-        gradients = [value for key, value in found.items() if key.endswith("weight")]
-        row |= {"output": found["output"], "input gradient": found["input gradient"], "lowest weight gradient": min(gradients)}
+    row: Row = {"finite": all(bool(value.isfinite().all()) for value in values.values())}
+    if reference is not None and group.kind is Blocks:  # with dropout, no two candidates draw the same
+        row |= quality(reference, values, options.device)
     if options.device == "cuda":
         torch.cuda.reset_peak_memory_stats()
         step()
-        row["peak"] = torch.cuda.max_memory_allocated() / 2**30
-    row["ms"] = 1e3 * seconds(step, options.device, options.rounds)
-    del step
-    gc.collect()
-    torch._dynamo.reset()
-    if options.device == "cuda":
-        torch.cuda.empty_cache()
+        row["peak_gib"] = torch.cuda.max_memory_allocated() / 2**30
+    row["ms"] = milliseconds(step, options)
     return row, values
 
 
+def release(device: str) -> None:
+    gc.collect()
+    torch._dynamo.reset()
+    if device == "cuda":
+        torch._C._cuda_clearCublasWorkspaces()  # each candidate's peak has its own
+        torch.cuda.empty_cache()
+
+
+def attempt(name: str, group: Group, options: Any, reference: dict[str, Tensor] | None) -> tuple[Row, dict[str, Tensor] | None]:
+    """The row of one candidate, or one that holds its error: the others go on."""
+    values, start = None, time.perf_counter()
+    try:
+        row, values = measure(name, group, options, reference)
+    except Exception as error:  # out of memory, a refused recipe, a kernel that fails: part of the table
+        row = {"error": error_text(error)}
+    release(options.device)
+    return row | {"seconds": time.perf_counter() - start}, values
+
+
+def with_ratios(rows: list[Row]) -> None:
+    """Set speed-up and memory of every row, over the mean time and the least peak of its group's baselines."""
+    for row in rows:
+        base = [other for other in rows if other["group"] == row["group"] and other["baseline"] and "ms" in other]
+        if not base or "ms" not in row:
+            continue
+        row["speed_up"] = statistics.mean(other["ms"] for other in base) / row["ms"]
+        if row.get("peak_gib"):
+            row["memory"] = row["peak_gib"] / min(other["peak_gib"] for other in base)
+
+
+def line(row: Row) -> str:
+    name = f"{row['group']}/{row['candidate']}"
+    if "ms" not in row:
+        return f"{name:<28} {row.get('error') or 'no figures'}"
+    db = "  ".join(f"{row[f'{k}_db']:.1f}" for k in ("output", "input_gradient", "weight_gradient") if row.get(f"{k}_db") is not None)
+    peak = f"{row['peak_gib']:6.2f} GiB x{row['memory']:.3f}" if "memory" in row else ""
+    ratio = f"x{row['speed_up']:.3f}" if "speed_up" in row else ""
+    finite = "" if row["finite"] else "  NOT FINITE"
+    return f"{name:<28} {row['ms']:8.2f} ms {ratio}  {peak}  {db and db + ' dB'}{finite}"
+
+
+def run_group(name: str, wanted: list[str], options: Any, report: Report) -> None:
+    """The baseline, the candidates wanted, and the baseline again."""
+    group = GROUPS[name]
+    base, reference = group.candidates[0], None
+    last = [base] if len(wanted) > 1 and not options.once else []
+    for candidate in [base, *(c for c in wanted if c != base), *last]:
+        if options.limit and time.perf_counter() - options.start > options.limit:
+            print(f"{name}/{candidate}: not started, --limit {options.limit:.0f} s is over")
+            continue
+        row, values = attempt(candidate, group, options, reference)
+        reference = reference or values
+        again = any(r["group"] == name and r["candidate"] == base for r in report.rows)
+        label = f"{candidate}-again" if candidate == base and again else candidate
+        row = {"group": name, "candidate": label, "baseline": candidate == base, **row}
+        report.add(row)
+        with_ratios(report.rows)
+        report.save()
+        print(line(row), flush=True)
+
+
+def selected(patterns: Sequence[str] | None) -> dict[str, list[str]]:
+    """Group -> candidates, for `group/candidate` patterns; a group alone means all of it. SystemExit for one that matches nothing."""
+    names = [f"{group}/{candidate}" for group, made in GROUPS.items() for candidate in made.candidates]
+    found: dict[str, list[str]] = {}
+    for pattern in patterns or ["*"]:
+        hits = [name for name in names if fnmatch.fnmatch(name, pattern if "/" in pattern or pattern == "*" else f"{pattern}/*")]
+        if not hits:
+            raise SystemExit(f"no row {pattern!r}; there are {', '.join(names)}")
+        for name in hits:
+            group, candidate = name.split("/")
+            if candidate not in found.setdefault(group, []):
+                found[group].append(candidate)
+    return found
+
+
+def bars(rows: list[Row], selection: dict[str, list[str]] | None) -> list[Bar]:
+    """selection: the rows that were asked for, which must have figures; None: what is there."""
+    by_name = {f"{row['group']}/{row['candidate']}": row for row in rows}
+
+    def value(name: str, key: str) -> float | None:
+        group, candidate = name.split("/")
+        row = by_name.get(name)
+        if row is None or (row.get(key) is None and "ms" in row):
+            return None
+        return row.get(key, math.nan) if selection is None or candidate in selection.get(group, []) else None
+
+    speed = [
+        Bar(f"{name} over {GROUPS[name.split('/')[0]].candidates[0]}, speed", value(name, "speed_up"), least)
+        for name, least in SPEED.items()
+    ]
+    return speed + [Bar(f"{name}, peak memory over bf16", value(name, "memory"), most, at_most=True) for name, most in MEMORY.items()]
+
+
+def draw(figure: Any, rows: list[Row]) -> None:
+    """Bars of speed-up per group; a mark where the issue's bar lies."""
+    shown = [row for row in rows if "speed_up" in row and not row["baseline"]]
+    names = [f"{row['group']}/{row['candidate']}" for row in shown]
+    axes = figure.add_subplot()
+    figure.set_size_inches(8, 1 + 0.28 * max(len(shown), 4))
+    colors = ["#999999" if row["candidate"].startswith("torchao") else "#2b6cb0" for row in shown]
+    axes.barh(names, [row["speed_up"] for row in shown], color=colors)
+    for i, name in enumerate(names):
+        if name in SPEED:
+            axes.plot([SPEED[name]] * 2, [i - 0.4, i + 0.4], color="#c53030", linewidth=2)
+    axes.axvline(1, color="black", linewidth=0.8)
+    axes.invert_yaxis()
+    axes.set_xlabel("forward + backward, times the speed of bf16 (grey: torchao; red: the bar)")
+
+
 def main(argv: Sequence[str] | None = None) -> int:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--batches", type=int, nargs="+", default=[4, 8, 1])
-    parser.add_argument("--candidates", nargs="+", default=["bf16", "delayed", "hybrid"])
-    parser.add_argument("--tiny", action="store_true")
-    parser.add_argument("--inner", default="inductor")
-    parser.add_argument("--inner-mode", help="a torch.compile mode for the FP8 candidates: reduce-overhead")
-    parser.add_argument("--rounds", type=int, default=7)
-    parser.add_argument("--json", type=Path)
-    options = parser.parse_args(argv)
-    options.device = "cuda" if torch.cuda.is_available() else "cpu"
-    if options.device == "cpu" and not options.tiny:
-        parser.error("there is no CUDA GPU: only --tiny runs here")
-    size = Size(64, 4, 2, 160, 2, 32) if options.tiny else Size()
-    rows: list[dict[str, Any]] = []
-    failed = False
-    for batch in options.batches:
-        reference: dict[str, Tensor] | None = None
-        for name in options.candidates:
-            row, values = measure(name, batch, size, options, reference)
-            reference = values if reference is None else reference
-            base = next(r for r in rows if r["tokens"] == row["tokens"]) if reference is not values else row
-            row |= {"speed-up": base["ms"] / row["ms"], "memory": row.get("peak", 1) / base.get("peak", 1)}
-            rows.append(row)
-            bar = BARS.get((row["tokens"], name))
-            verdict = "" if bar is None else f"{'PASS' if row['speed-up'] >= bar else 'FAIL'} {bar}"
-            failed |= verdict.startswith("FAIL")
-            quality = "  ".join(f"{k} {row[k]:.1f} dB" for k in ("output", "input gradient", "lowest weight gradient") if k in row)
-            times = f"{row['ms']:8.2f} ms  x{row['speed-up']:.3f}  memory {row['memory']:.3f}"
-            print(f"{row['tokens']:>8} {name:<16} {times}  {quality}  {verdict}", flush=True)
-    if options.json:
-        options.json.write_text(json.dumps({"torch": torch.__version__, "device": options.device, "rows": rows}, indent=1))
-    print("FAIL" if failed else "PASS")
-    return int(failed and not options.tiny)
+    made = parser(__doc__)
+    made.add_argument("--rows", nargs="+", help="`group`, `group/candidate`, with wildcards")
+    made.add_argument("--inner", help="what compiles: inductor, on a CPU eager")
+    made.add_argument("--inner-mode", help="a torch.compile mode for the FP8 candidates: reduce-overhead")
+    made.add_argument("--rounds", type=int, default=7)
+    made.add_argument("--steps", type=int, default=5, help="of a round")
+    made.add_argument("--once", action="store_true", help="time the baseline first only")
+    made.add_argument("--limit", type=float, help="seconds after which no further candidate starts")
+    made.add_argument(
+        "--profile", nargs="+", metavar="ROW", help="instead of timing: the kernels of a step of these rows, and its launch time"
+    )
+    options = made.parse_args(argv)
+    options.device, options.start = device_for(options, made), time.perf_counter()
+    options.inner = options.inner or ("inductor" if options.device == "cuda" else "eager")
+    options.rounds, options.steps = (1, 1) if options.tiny else (options.rounds, options.steps)
+    if options.profile:
+        return profile_rows(selected(options.profile), options)
+    report, selection = Report("train_step", options, options.device, ("group", "candidate")), None
+    if report.measures:
+        selection = selected(options.rows)
+        for name, wanted in selection.items():
+            run_group(name, wanted, options, report)
+    with_ratios(report.rows)
+    print()
+    for row in report.rows:
+        print(line(row))
+    return report.finish(bars(report.rows, selection), draw)
+
+
+def profile_rows(selection: dict[str, list[str]], options: Any) -> int:
+    """Print the profile of each row; with --json, write them."""
+    report = Report("train_step profile", options, options.device, ("group", "candidate"))
+    for name, wanted in selection.items():
+        for candidate in wanted:
+            step = Step(candidate, GROUPS[name], options)
+            found = profiled(step, options.device)
+            print_profile(f"{name}/{candidate}", found)
+            report.add({"group": name, "candidate": candidate, **found})
+            del step
+            release(options.device)
+    return 0
 
 
 if __name__ == "__main__":

@@ -1,0 +1,158 @@
+"""What the benchmarks share: rows, bars, a JSON file that is written after every row, PASS and FAIL, and a picture.
+
+--json PATH          write the rows, the machine and the bars there, anew after every row: a run that is cut short loses nothing
+--picture PATH       draw them (.png, .svg); needs matplotlib
+--from-json PATH...  measure nothing: print and draw what earlier runs wrote. Rows of several files are put together; later ones win
+--tiny               the same program on small sizes, on any device: does it run? Its figures mean nothing and fail no bar
+"""
+
+from __future__ import annotations
+
+import argparse
+import datetime
+import importlib.metadata
+import json
+import math
+import platform
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+
+Row = dict[str, Any]
+
+
+@dataclass(frozen=True)
+class Bar:
+    """`value` must be at least `limit`, or at most. None: this run did not measure it; NaN: it tried and failed."""
+
+    name: str
+    value: float | None
+    limit: float
+    at_most: bool = False
+
+    @property
+    def passed(self) -> bool | None:
+        if self.value is None:
+            return None
+        return self.value <= self.limit if self.at_most else self.value >= self.limit  # NaN passes neither
+
+    def line(self) -> str:
+        word = {True: "PASS", False: "FAIL", None: "----"}[self.passed]
+        value = "not measured" if self.value is None else "failed" if math.isnan(self.value) else f"{self.value:.3f}"
+        return f"{word}  {self.name}: {value} (at {'most' if self.at_most else 'least'} {self.limit})"
+
+
+def version(package: str) -> str | None:
+    """The version of an installed package; None where there is none."""
+    try:
+        return importlib.metadata.version(package)
+    except importlib.metadata.PackageNotFoundError:
+        return None
+
+
+def machine(device: str) -> dict[str, Any]:
+    """What a figure was measured on."""
+    name = torch.cuda.get_device_name() if device == "cuda" else f"{platform.machine()} CPU"
+    versions = {package: version(package) for package in ("torch", "triton", "torchao")}
+    return {"device": name, **versions, "cuda": torch.version.cuda, "date": datetime.date.today().isoformat()}
+
+
+def parser(doc: str | None) -> argparse.ArgumentParser:
+    """A parser with the options every benchmark has."""
+    made = argparse.ArgumentParser(description=doc, formatter_class=argparse.RawDescriptionHelpFormatter)
+    made.add_argument("--json", type=Path, help="write the figures here, after every row")
+    made.add_argument("--picture", type=Path, help="draw the figures here: .png or .svg")
+    made.add_argument("--from-json", type=Path, nargs="+", help="measure nothing: print and draw these figures")
+    made.add_argument("--tiny", action="store_true", help="small sizes on any device: only whether the program runs")
+    return made
+
+
+def device_for(options: argparse.Namespace, made: argparse.ArgumentParser) -> str:
+    """cuda, or cpu where --tiny or --from-json allows it."""
+    if torch.cuda.is_available():
+        return "cuda"
+    if not options.tiny and not options.from_json:
+        made.error("there is no CUDA GPU: only --tiny and --from-json run here")
+    return "cpu"
+
+
+class Report:
+    """The rows of one run. `key` names the entries of a row that tell it from others, for putting files together."""
+
+    def __init__(self, benchmark: str, options: argparse.Namespace, device: str, key: Sequence[str]) -> None:
+        self.benchmark, self.options, self.key = benchmark, options, key
+        self.rows: list[Row] = []
+        self.machines = [machine(device)]
+        self.bars: list[Bar] = []
+        if options.from_json:
+            self._load(options.from_json)
+        print(f"{benchmark}: {', '.join(f'{k} {v}' for k, v in self.machines[0].items() if v)}", flush=True)
+
+    def _load(self, paths: Iterable[Path]) -> None:
+        files = [json.loads(path.read_text(encoding="utf-8")) for path in paths]
+        for path, file in zip(paths, files, strict=True):
+            if file["benchmark"] != self.benchmark:
+                raise SystemExit(f"{path} holds figures of {file['benchmark']}, not of {self.benchmark}")
+        rows = {tuple(str(row.get(name)) for name in self.key): row for file in files for row in file["rows"]}
+        self.rows = list(rows.values())
+        named = {json.dumps(made): made for file in files for made in file["machines"]}
+        self.machines = list(named.values())
+
+    @property
+    def measures(self) -> bool:
+        return not self.options.from_json
+
+    def add(self, row: Row) -> None:
+        self.rows.append(row)
+        self.save()
+
+    def save(self) -> None:
+        if self.options.json:
+            bars = [{**asdict(bar), "passed": bar.passed} for bar in self.bars]
+            data = {"benchmark": self.benchmark, "machines": self.machines, "tiny": self.options.tiny, "rows": self.rows, "bars": bars}
+            self.options.json.write_text(json.dumps(_finite(data), indent=1) + "\n", encoding="utf-8")
+
+    def finish(self, bars: list[Bar], draw: Callable[[Any, list[Row]], None]) -> int:
+        """Print PASS or FAIL for each bar, write the JSON, draw the picture (`draw(figure, rows)`), and return the exit status."""
+        self.bars = bars
+        for bar in bars:
+            print(bar.line())
+        self.save()
+        if self.options.picture:
+            picture(self.options.picture, lambda figure: draw(figure, self.rows))
+        if self.options.tiny:
+            print("tiny: sizes at which the bars mean nothing")
+            return 0
+        failed = [bar for bar in bars if bar.passed is False]
+        print("FAIL" if failed else "PASS")
+        return 1 if failed else 0
+
+
+def picture(path: Path, draw: Callable[[Any], None]) -> None:
+    """Make a figure, let `draw` fill it, and save it."""
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+    from matplotlib.figure import Figure
+
+    figure = Figure(layout="constrained")
+    FigureCanvasAgg(figure)
+    draw(figure)
+    figure.savefig(path, dpi=150, metadata={"Date": None} if path.suffix == ".svg" else None)
+    print(f"drawn: {path}")
+
+
+def error_text(error: BaseException) -> str:
+    """An error in one line."""
+    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
+    return f"{type(error).__name__}: {lines[0] if lines else ''}"[:300]
+
+
+def _finite(value: Any) -> Any:
+    """JSON has no NaN or infinity."""
+    if isinstance(value, dict):
+        return {key: _finite(item) for key, item in value.items()}
+    if isinstance(value, (list, tuple)):
+        return [_finite(item) for item in value]
+    return None if isinstance(value, float) and not math.isfinite(value) else value
