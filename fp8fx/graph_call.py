@@ -197,7 +197,7 @@ class GraphCall:
             if counts:
                 runtime.watch.backward()  # autograd says nothing of it here; kernels measure every kind of backward
         if GRAD_SCALES in self.names:
-            found[GRAD_SCALES] = runtime.scaling.read(self.grad_scales.on(device)).view(-1, len(GRADIENTS))
+            found[GRAD_SCALES] = runtime.scaling.read(self.grad_scales.on(device).view(-1, len(GRADIENTS)))
         for index, (place, wanted) in enumerate(self.weights):
             buffer = self.buffers[index]
             own = isinstance(args[place], nn.Parameter) or (buffer is not None and args[place] is buffer())

@@ -1,6 +1,7 @@
 """Records: what kernels measure, in memory that belongs to one rewritten graph of one model, read when a step is over.
 
-    records  float32 [n + 3 * sites, 4]     one row per cast whose amax is kept, then three per site: GRADIENTS      (ops/casts.py: RECORD)
+    casts   float32 [n, 4]           a row per cast whose amax is kept          (ops/casts.py: RECORD)
+    sites   float32 [sites, 3, 4]    a row per site and gradient role           (ops/quantize.py: GRADIENTS)
 
 Kernels raise amax and add counts by atomics, over all forwards and backwards of a step: microbatches are merged by that. Calls that must
 not count (evaluation) write to a second set of rows that nobody reads. Reading is one gather and one scatter on the device, and a copy of
@@ -41,35 +42,33 @@ class Records:
         self.rows = scaling.indices(slot for _, slot in places)  # ... and those of the scaling state they belong to
         self.size = self.count + len(GRADIENTS) * len(self.sites)
         self.used = False  # a call has counted since the last fold
-        self._buffer: Tensor | None = None
+        # (of the casts, of the sites), for calls that count and for those that do not. No views: the compiler takes their sizes for symbolic.
+        self._pairs: list[tuple[Tensor, Tensor]] = []
 
     def inputs(self, device: torch.device, recording: bool) -> tuple[Tensor, Tensor]:
         """float32 [casts, RECORD] and [sites, 3, RECORD]: of the step if `recording`, else of rows that nobody reads."""
-        if self._buffer is None or self._buffer.device != device:
+        if not self._pairs or self._pairs[0][0].device != device:
             self._allocate(device)
         self.used |= recording
-        return self._views[0 if recording else 1]
+        return self._pairs[0 if recording else 1]
 
     def _allocate(self, device: torch.device) -> None:
+        shapes = (self.count, RECORD), (len(self.sites), len(GRADIENTS), RECORD)
         with torch.inference_mode(False), torch.no_grad():
-            both = torch.zeros(2, self.size, RECORD, device=device)
-            self._buffer = both[0]
-            self._views = [self._split(rows) for rows in both]
-            self._where = tuple(torch.tensor(v, dtype=torch.int64, device=device) for v in (self.places, self.rows))
-
-    def _split(self, rows: Tensor) -> tuple[Tensor, Tensor]:
-        return rows[: self.count], rows[self.count :].view(len(self.sites), len(GRADIENTS), RECORD)
+            self._pairs = [tuple(torch.zeros(shape, device=device) for shape in shapes) for _ in range(2)]  # type: ignore[misc]
+            self._where = [torch.tensor(v, dtype=torch.int64, device=device) for v in (self.places, self.rows)]
 
     def fold(self, scaling: ScalingState, monitor: UnderflowMonitor) -> None:
         """The step is over: amax goes to the scaling state, counts to the monitor, and the rows start anew."""
-        if not self.used or self._buffer is None:
+        if not self.used:
             return
         self.used = False
+        casts, sites = self._pairs[0]
         with torch.inference_mode(False), torch.no_grad():
             if self.places:
                 places, rows = self._where
-                amax = self._buffer[:, 0][places]
+                amax = torch.cat([casts, sites.view(-1, RECORD)])[:, 0][places]
                 scaling.merge(rows, torch.where(amax > 0, amax, UNMEASURED), self.rows)
             if self.sites:
-                monitor.fold(self.sites, self._views[0][1][:, 0, 1:3])
-            self._buffer.data.zero_()  # autograd may hold it for a backward to come, and is not told
+                monitor.fold(self.sites, sites[:, 0, 1:3])
+            torch._foreach_zero_([casts.data, sites.data])  # autograd may hold them for a backward to come, and is not told

@@ -30,6 +30,7 @@ from fp8fx.passes.contract import Slot
 from fp8fx.recipe.grammar import Delayed
 
 ORDER = {"before": "history_first", "after": "scale_first"}  # is the scale renewed before this step's tensors are quantized, or after?
+APART = 4  # elements from one scale to the next, where each must start at 16 bytes
 FIELDS = ("scale", "history", "amax")
 MEANING, DUE = "delayed", "delayed.due"  # entries of a checkpoint: what the others mean; whether a step has ended
 
@@ -88,10 +89,14 @@ class ScalingState:
     # -- calls ----------------------------------------------------------------------------------------------------------
 
     def read(self, indices: Tensor) -> Tensor:
-        """Scales of `indices` (int64, any shape), a copy on their device."""
+        """Scales of `indices` (int64, any shape), a copy on their device. On a GPU each starts at 16 bytes, as cuBLAS wants it."""
         with self._locked():
             self._move(indices.device)
-        return self.scale[indices]
+        if not indices.is_cuda:
+            return self.scale[indices]
+        strides = [APART * stride for stride in indices.stride()]
+        padded = torch.empty_strided(indices.shape, strides, dtype=torch.float32, device=indices.device)
+        return torch.take(self.scale, indices, out=padded)
 
     def merge(self, indices: Tensor, amax: Tensor, rows: Iterable[int] = ()) -> None:
         """Merge `amax` into this step's, by max. `indices`: int64 [m], a slot may occur twice; `amax`: float32 [m].

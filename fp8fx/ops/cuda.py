@@ -85,8 +85,8 @@ def cast_current(
     scale_t = made.scale_t if made.scale_t is not None else nothing
     if block == "tensor":
         scale, scale_t = (scale if made.scale is not None else scale_t), nothing
-    elif scale.numel():
-        scale = scale.view(*x.shape[:-1], scale.shape[-1])
+    elif made.scale is not None:
+        scale = scale.view(casts.scale_shapes(x, parsed, "rows")[0])
     return *_laid_out(x, made.q, made.q_t), scale, scale_t
 
 
