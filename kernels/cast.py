@@ -280,9 +280,7 @@ def _launch(
     # A pointer that the constexprs switch off is never read: any tensor stands in.
     codes, packed = byte_views(x, q, t)
     pointers = [x if part is None else part for pair in zip(scales, made, strict=True) for part in pair]
-    from fp8fx.kernels.launch import launch
-
-    launch(_cast_kernel, (count * triton.cdiv(m, block_m) * triton.cdiv(k, block_k),), (
+    _cast_kernel[(count * triton.cdiv(m, block_m) * triton.cdiv(k, block_k),)](
         grid_x,
         *codes,
         *pointers,
@@ -294,5 +292,18 @@ def _launch(
         k,
         m // 4,
         *grid_x.stride(),
-    ), {"AXIS": axes[0], "AXIS_T": axes[1], "FROM_AMAX": any(part is not None for part in made), "POWER_OF_TWO": power_of_two, "E5M2": format.name == "e5m2", "STOCHASTIC": how.rounding == "stochastic", "NONFINITE": how.overflow == "nonfinite", "GROUPED": k % 4 == 0, "AMAX": amax is not None, "PACKED": packed, "BLOCK_M": block_m, "BLOCK_K": block_k}, num_warps=warps)
+        AXIS=axes[0],
+        AXIS_T=axes[1],
+        FROM_AMAX=any(part is not None for part in made),
+        POWER_OF_TWO=power_of_two,
+        E5M2=format.name == "e5m2",
+        STOCHASTIC=how.rounding == "stochastic",
+        NONFINITE=how.overflow == "nonfinite",
+        GROUPED=k % 4 == 0,
+        AMAX=amax is not None,
+        PACKED=packed,
+        BLOCK_M=block_m,
+        BLOCK_K=block_k,
+        num_warps=warps,
+    )
     return q, t
