@@ -33,7 +33,7 @@ from fp8fx.kernels.delayed import delayed_update
 from fp8fx.kernels.norm_cast import norm_cast
 
 SHAPES = [(8192, 14336), (8192, 4096), (16384, 8192)]
-TINY = [(128, 256)]
+TINY = [(64, 128)]
 COPY, BAR, SWIGLU = "copy", "cast+transpose+amax", "SwiGLU to FP8"
 BARS = {BAR: 0.85, SWIGLU: 0.90}
 Kernels = dict[str, tuple[Callable[[Tensor], Any], float]]
@@ -92,7 +92,7 @@ def kernels(device: str) -> Kernels:
 def measure(shape: tuple[int, int], options: Any) -> Row:
     """GB/s of every kernel. A kernel that fails on a first call is left out, its error kept."""
     row: Row = {"m": shape[0], "k": shape[1], "gbs": {}, "errors": {}}
-    xs = [torch.randn(shape, device=options.device).to(torch.bfloat16) for _ in range(3)]
+    xs = [torch.randn(shape, device=options.device).to(torch.bfloat16) for _ in range(1 if options.tiny else 3)]
     table = kernels(options.device)
     for name, (call, _) in list(table.items()):
         try:
@@ -110,7 +110,8 @@ def measure(shape: tuple[int, int], options: Any) -> Row:
 
 def update_time(options: Any) -> float:
     """Microseconds of the update of delayed scaling for 512 slots with a history of 16."""
-    slots = [torch.rand(512, 16, device=options.device), *(torch.rand(512, device=options.device) + 0.5 for _ in range(3))]
+    count = 4 if options.tiny else 512
+    slots = [torch.rand(count, 16, device=options.device), *(torch.rand(count, device=options.device) + 0.5 for _ in range(3))]
     return 1e6 * interleaved({"update": [lambda: delayed_update(*slots)] * (1 if options.tiny else 20)}, options.rounds)["update"]
 
 

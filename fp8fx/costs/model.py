@@ -1,0 +1,145 @@
+"""What a linear layer costs in bf16 and in FP8, and which layers of a graph to run in FP8.
+
+A layer alone takes as long as the slower of its GPU work and of the host that launches it. In a graph the host runs ahead, so that only
+the sums matter:    time = max(sum of GPU times, fixed + sum of host times)
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+
+from fp8fx.costs.table import Table, load
+
+FAST_FORWARD = ("fast", "precise", "precise")  # of output, grad_input, grad_weight: the recipes' default
+# (scaling, granularity) -> casts of X, of W in forward, of W once more in backward, of dY; in inference W is kept in FP8.
+_TRAINING = {
+    "known": ("both", "rows", "transposed", "both"),
+    "current": ("current_both", "current", "transposed", "current_both"),
+    "row": ("row_both", "row", "row", "row_both"),
+    "block": ("block_both", "block", "transposed", "block_both"),
+}
+_INFERENCE = {"known": "rows", "current": "current", "row": "row", "block": "block"}
+
+
+@dataclass(frozen=True)
+class Layer:
+    """One linear layer: X [m, k] by W [n, k].
+
+    scaling, granularity: of its input, in the recipe's words (a block as (rows, columns)). accumulate: of the three GEMMs.
+    shared: how many layers read the same quantized X, which is then cast once for all of them.
+    """
+
+    m: int
+    k: int
+    n: int
+    training: bool = True
+    scaling: str = "current"
+    granularity: str | tuple[int, int] = "tensor"
+    dtype: torch.dtype = torch.bfloat16
+    accumulate: tuple[str, str, str] = FAST_FORWARD
+    shared: int = 1
+
+
+@dataclass(frozen=True)
+class Cost:
+    """Microseconds on the GPU and on the host that launches it; `fixed` is the host's per graph, whatever is in it."""
+
+    gpu_bf16: float
+    gpu_fp8: float
+    host_bf16: float
+    host_fp8: float
+    fixed: float
+
+    @property
+    def speedup(self) -> float:
+        """Of the layer on its own."""
+        return max(self.gpu_bf16, self.fixed + self.host_bf16) / max(self.gpu_fp8, self.fixed + self.host_fp8)
+
+    @property
+    def gpu_speedup(self) -> float:
+        """Where the host is not what limits."""
+        return self.gpu_bf16 / self.gpu_fp8
+
+
+def cost(layer: Layer, table: Table | None = None) -> Cost:
+    """The layer's cost by `table`, that of the H100 by default."""
+    table = load() if table is None else table
+    host = table.host["training" if layer.training else "inference"]
+    return Cost(_gpu_bf16(layer, table), _gpu_fp8(layer, table), host["bf16"], host["fp8"], host["fixed"])
+
+
+def speedup(
+    m: int,
+    k: int,
+    n: int,
+    training: bool = True,
+    scaling: str = "current",
+    granularity: str | tuple[int, int] = "tensor",
+    dtype: torch.dtype = torch.bfloat16,
+    *,
+    table: Table | None = None,
+) -> float:
+    """How many times as fast as in `dtype` one linear layer, X [m, k] by W [n, k], is in FP8 on its own; below 1 it is slower."""
+    return cost(Layer(m, k, n, training, scaling, granularity, dtype), table).speedup
+
+
+def choose(layers: Sequence[Layer], table: Table | None = None, least: float = 1.0) -> list[bool]:
+    """Which layers of one graph to run in FP8, so that the graph takes least time.
+
+    Each layer trades GPU time saved for host time added. Those that save most per added host time come first, and as many are taken as make
+    max(GPU, host) least. A layer whose GPU time is not better by the factor `least` stays in high precision.
+    """
+    costs = [cost(layer, table) for layer in layers]
+    gains = [c.gpu_bf16 - c.gpu_fp8 if c.gpu_speedup > least else 0.0 for c in costs]
+    added = [max(c.host_fp8 - c.host_bf16, 1e-9) for c in costs]
+    order = sorted((i for i in range(len(layers)) if gains[i] > 0), key=lambda i: -gains[i] / added[i])
+    gpu = sum(c.gpu_bf16 for c in costs)
+    host = max((c.fixed for c in costs), default=0.0) + sum(c.host_bf16 for c in costs)
+    best, taken = max(gpu, host), 0
+    for count, i in enumerate(order, start=1):
+        gpu, host = gpu - gains[i], host + added[i]
+        if max(gpu, host) < best:
+            best, taken = max(gpu, host), count
+    chosen = set(order[:taken])
+    return [i in chosen for i in range(len(layers))]
+
+
+def _gpu_bf16(layer: Layer, table: Table) -> float:
+    m, k, n = layer.m, layer.k, layer.n
+    if layer.dtype not in (torch.bfloat16, torch.float16):
+        rate = table.rates["tf32" if layer.dtype == torch.float32 and torch.backends.cuda.matmul.allow_tf32 else "float32"]
+        return (3 if layer.training else 1) * 2e-6 * m * k * n / rate
+    forward = table.forward(m, k, n, "bf16")
+    return forward + table.forward(m, n, k, "bf16") + table.weight(m, k, n, "bf16") if layer.training else forward
+
+
+def _gpu_fp8(layer: Layer, table: Table) -> float:
+    m, k, n = layer.m, layer.k, layer.n
+    kind = _kind(layer)
+    wide = layer.dtype.itemsize / 2  # casts move bytes; a float32 tensor has twice those of bf16
+    output, grad_input, grad_weight = (_column(layer, accumulate) for accumulate in layer.accumulate)
+    gemms = table.forward(m, k, n, output)
+    if not layer.training:
+        return gemms + wide * table.cast(_INFERENCE[kind], m * k) / layer.shared
+    gemms += table.forward(m, n, k, grad_input) + table.weight(m, k, n, grad_weight)
+    of_x, of_w, of_w_again, of_dy = _TRAINING[kind]
+    casts = table.cast(of_x, m * k) / layer.shared + table.cast(of_w, n * k) + table.cast(of_w_again, n * k) + table.cast(of_dy, m * n)
+    return gemms + wide * casts
+
+
+def _kind(layer: Layer) -> str:
+    if layer.granularity == "tensor":
+        return "current" if layer.scaling == "current" else "known"
+    return "row" if layer.granularity == "row" else "block"
+
+
+def _column(layer: Layer, accumulate: str) -> str:
+    kind = _kind(layer)
+    if kind == "block":
+        return "block"
+    if layer.scaling == "none" and accumulate == "precise":  # all in e5m2, which torch's kernel refuses
+        return "own_precise"
+    return f"{'row' if kind == 'row' else 'tensor'}_{accumulate}"
