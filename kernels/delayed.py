@@ -17,6 +17,7 @@ import triton.language as tl
 from torch import Tensor
 
 from fp8fx.errors import KernelError
+from fp8fx.kernels.launch import launch
 from fp8fx.kernels.scale import divide, inverse
 
 _INF_BITS = tl.constexpr(0x7F800000)
@@ -98,17 +99,16 @@ def delayed_update(
     if n == 0:
         return
     block = triton.next_power_of_2(length)
-    _delayed_update_kernel[(n,)](
-        history,
-        scale,
-        amax,
-        fmax,
-        length,
-        margin,
-        MOST_RECENT=algorithm == "most_recent",
-        POWER_OF_TWO=power_of_two,
-        HISTORY_FIRST=order == "history_first",
-        RESET=reset_amax,
-        BLOCK=block,
+    launch(
+        _delayed_update_kernel,
+        (n,),
+        (history, scale, amax, fmax, length, margin),
+        {
+            "MOST_RECENT": algorithm == "most_recent",
+            "POWER_OF_TWO": power_of_two,
+            "HISTORY_FIRST": order == "history_first",
+            "RESET": reset_amax,
+            "BLOCK": block,
+        },
         num_warps=max(1, min(8, block // 256)),
     )
