@@ -7,8 +7,8 @@
 
 act: silu, gelu (erf), gelu_tanh or relu; silu with u is SwiGLU, gelu with u GeGLU. Each intermediate is rounded to h's dtype where the
 unfused operators round it, so that codes differ from theirs only where the exponential's last bit does. One read of h, u and dy, in
-quarters (see `quarters`). A tile cannot know the amax of the whole: scales are given (delayed scaling), or made from an amax that `activation_amax`
-measured (current scaling), or there is none.
+quarters (see `quarters`). A tile cannot know the amax of the whole: scales are given (delayed scaling), or made from an amax that
+`activation_amax` measured (current scaling), or there is none.
 """
 
 from __future__ import annotations

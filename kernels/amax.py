@@ -124,7 +124,7 @@ def part_count(tiles: int) -> int:
 
 
 def amax_parts(x: Tensor) -> Tensor:
-    """float32 [PARTS], the largest of which is amax(x); x bf16, fp16 or fp32, any shape and strides. `cast(..., from_amax=True)` reads it."""
+    """float32 [PARTS], the largest of which is amax(x); x bf16, fp16 or fp32, any strides. `cast(..., from_amax=True)` reads it."""
     check_input(x, "amax")
     seen: Matrices = long_rows(x) if x.is_contiguous() else matrices(x)
     block_m, block_k, warps = _PARTS_FLAT if x.is_contiguous() and seen.k == 4096 else _TILE

@@ -15,30 +15,32 @@ AXES = {"tensor": 0, "row": 1, "column": 2}
 
 
 class Matrices(NamedTuple):
-    """A tensor as `count` matrices [m, k]; strides by batch, row and column. `x` is the tensor to point at, whatever its shape."""
+    """A tensor as `batches` matrices [m, k]; strides by batch, row and column. `x` is the tensor to point at, whatever its shape."""
 
     x: Tensor
-    count: int
+    batches: int
     m: int
     k: int
     strides: tuple[int, int, int]
 
     def tiles(self, block_m: int, block_k: int) -> int:
-        return self.count * ((self.m + block_m - 1) // block_m) * ((self.k + block_k - 1) // block_k)
+        return self.batches * ((self.m + block_m - 1) // block_m) * ((self.k + block_k - 1) // block_k)
 
     def tile_rows(self, block_m: int) -> int:
-        return self.count * ((self.m + block_m - 1) // block_m)
+        return self.batches * ((self.m + block_m - 1) // block_m)
 
 
 def matrices(x: Tensor) -> Matrices:
     """`x` as batches of matrices, without a copy where its strides allow: a scalar is [1, 1, 1], a vector [1, 1, K]."""
     if x.dim() == 2:
-        return Matrices(x, 1, *x.shape, (0, *x.stride()))
+        (m, k), (by_row, by_column) = x.shape, x.stride()
+        return Matrices(x, 1, m, k, (0, by_row, by_column))
     if x.dim() < 2:
         x = x.reshape(1, 1, x.numel())
     elif x.dim() > 3:
         x = x.reshape(math.prod(x.shape[:-2]), *x.shape[-2:])
-    return Matrices(x, *x.shape, x.stride())
+    (count, m, k), (by_batch, by_row, by_column) = x.shape, x.stride()
+    return Matrices(x, count, m, k, (by_batch, by_row, by_column))
 
 
 def plain_matrices(x: Tensor) -> Matrices:
@@ -62,7 +64,7 @@ def check_input(x: Tensor, where: str) -> None:
 
 def axis_size(x: Matrices, granularity: str) -> int:
     """How many scales x has."""
-    return {"tensor": 1, "row": x.count * x.m, "column": x.count * x.k}[granularity]
+    return {"tensor": 1, "row": x.batches * x.m, "column": x.batches * x.k}[granularity]
 
 
 def axis_shape(shape: torch.Size, granularity: str) -> list[int]:

@@ -153,7 +153,7 @@ def statistics(
     amax: bool,
 ) -> Tensor | None:
     """Write mean (None for rms), rstd and, with a residual, `total`, contiguous; returns the partial amaxes of y if `amax`."""
-    rows = x.count * x.m
+    rows = x.batches * x.m
     programs = part_count(rows) if amax else rows
     parts = torch.empty(programs, dtype=torch.float32, device=rstd.device) if amax else None
     block, warps = block_of(x.k)
