@@ -1,10 +1,12 @@
 # mypy: allow-untyped-defs, allow-incomplete-defs
 """amax = max |x| over the finite elements, of a tensor, per row, per column, or per row and per column in one read of x.
 
-    x [..., M, K] any strides -> float32 [], [..., M, 1], [..., 1, K]; 0 where nothing is finite
+    amax        x [..., M, K] any strides -> float32 [], [..., M, 1], [..., 1, K]; 0 where nothing is finite
+    amax_parts  the same of a tensor, left as PARTS partial ones for the kernel that reads them: no memory to zero, no atomics
 
 Each program reduces a tile and merges it with an atomic max of the int32 bits, which order as magnitudes do: the result does
-not depend on the order of the programs. Reference: `fp8fx.numerics.amax`, equal bit for bit.
+not depend on the order of the programs. `amax_parts` walks from the end of x to its start, so that the cast which follows finds the
+start of x in the L2 cache. Reference: `fp8fx.numerics.amax`, equal bit for bit.
 """
 
 from __future__ import annotations
@@ -16,35 +18,17 @@ from torch import Tensor
 
 from fp8fx.errors import KernelError
 from fp8fx.kernels.codes import finite_magnitude
-from fp8fx.kernels.layout import AXES, axis_shape, axis_size, batches, check_input, widest
+from fp8fx.kernels.launch import launch
+from fp8fx.kernels.layout import AXES, Matrices, axis_shape, axis_size, check_input, long_rows, matrices
+from fp8fx.kernels.records import amax_bits, merge_amax
 
 # BLOCK_M, BLOCK_K, num_warps
 _TILE = (64, 128, 4)
 _FLAT = (4, 4096, 8)
+_PARTS_FLAT = (2, 4096, 4)
 
-
-@triton.jit
-def merge_amax(amax_ptr, seen, value):
-    """Atomic max of float32 `value` >= 0 into `amax_ptr` (int32), skipped where `seen`, read there before, is as large already."""
-    # A stale `seen` is only ever too small, so it costs an atomic, never a result.
-    bits = value.to(tl.int32, bitcast=True)
-    tl.atomic_max(amax_ptr, bits, mask=bits > seen, sem="relaxed")
-
-
-@triton.jit
-def amax_of(x0, x1, x2, x3):
-    """max |x| over the finite elements of the quarters; a scalar."""
-    # The plain maximum costs one instruction per element. A NaN may or may not get lost in it, so the tile is looked at again if the
-    # result is not finite; if it is, a NaN that got lost does not count anyway.
-    largest = _max_of(tl.abs(x0), tl.abs(x1), tl.abs(x2), tl.abs(x3))
-    if not largest < float("inf"):
-        largest = _max_of(finite_magnitude(x0), finite_magnitude(x1), finite_magnitude(x2), finite_magnitude(x3))
-    return largest
-
-
-@triton.jit
-def _max_of(a0, a1, a2, a3):
-    return tl.max(tl.max(tl.maximum(tl.maximum(a0, a1), tl.maximum(a2, a3)), 1), 0)
+# Programs of a kernel that walks over a whole tensor and leaves one partial amax each: almost four per multiprocessor.
+MOST_PARTS = 512
 
 
 @triton.jit
@@ -64,15 +48,7 @@ def _amax_kernel(
     BLOCK_M: tl.constexpr,
     BLOCK_K: tl.constexpr,
 ):
-    tiles_k, tiles_m = tl.cdiv(K, BLOCK_K), tl.cdiv(M, BLOCK_M)
-    pid = tl.program_id(0)
-    b = (pid // (tiles_k * tiles_m)).to(tl.int64)
-    rows = (pid // tiles_k) % tiles_m * BLOCK_M + tl.arange(0, BLOCK_M)
-    columns = pid % tiles_k * BLOCK_K + tl.arange(0, BLOCK_K)
-    inside = (rows < M)[:, None] & (columns < K)[None, :]
-    at = b * stride_xb + rows.to(tl.int64)[:, None] * stride_xm + columns.to(tl.int64)[None, :] * stride_xk
-    seen = tl.load(amax_ptr)
-    magnitude = finite_magnitude(tl.load(x_ptr + at, mask=inside, other=0.0).to(tl.float32))
+    magnitude, b, rows, columns = _tile(tl.program_id(0), x_ptr, M, K, stride_xb, stride_xm, stride_xk, BLOCK_M, BLOCK_K)
     if ROW:
         largest = tl.max(magnitude, 1).to(tl.int32, bitcast=True)
         tl.atomic_max(row_ptr + b * M + rows, largest, mask=rows < M, sem="relaxed")
@@ -80,7 +56,40 @@ def _amax_kernel(
         largest = tl.max(magnitude, 0).to(tl.int32, bitcast=True)
         tl.atomic_max(column_ptr + b * K + columns, largest, mask=columns < K, sem="relaxed")
     if TENSOR:
-        merge_amax(amax_ptr, seen, tl.max(tl.max(magnitude, 1), 0))
+        merge_amax(amax_ptr, amax_bits(amax_ptr), tl.max(tl.max(magnitude, 1), 0))
+
+
+@triton.jit
+def _tile(tile, x_ptr, M, K, stride_xb, stride_xm, stride_xk, BLOCK_M: tl.constexpr, BLOCK_K: tl.constexpr):
+    """Finite magnitudes of a tile, its batch, rows and columns."""
+    tiles_k, tiles_m = tl.cdiv(K, BLOCK_K), tl.cdiv(M, BLOCK_M)
+    b = (tile // (tiles_k * tiles_m)).to(tl.int64)
+    rows = (tile // tiles_k) % tiles_m * BLOCK_M + tl.arange(0, BLOCK_M)
+    columns = tile % tiles_k * BLOCK_K + tl.arange(0, BLOCK_K)
+    inside = (rows < M)[:, None] & (columns < K)[None, :]
+    at = b * stride_xb + rows.to(tl.int64)[:, None] * stride_xm + columns.to(tl.int64)[None, :] * stride_xk
+    return finite_magnitude(tl.load(x_ptr + at, mask=inside, other=0.0).to(tl.float32)), b, rows, columns
+
+
+@triton.jit
+def _amax_parts_kernel(
+    x_ptr,
+    parts_ptr,
+    tiles,
+    M,
+    K,
+    stride_xb,
+    stride_xm,
+    stride_xk,
+    PARTS: tl.constexpr,
+    BLOCK_M: tl.constexpr,
+    BLOCK_K: tl.constexpr,
+):
+    largest = tl.zeros([BLOCK_M, BLOCK_K], tl.float32)
+    for i in range(tl.program_id(0), tiles, PARTS):
+        magnitude, _, _, _ = _tile(tiles - 1 - i, x_ptr, M, K, stride_xb, stride_xm, stride_xk, BLOCK_M, BLOCK_K)
+        largest = tl.maximum(largest, magnitude)
+    tl.store(parts_ptr + tl.program_id(0), tl.max(tl.max(largest, 1), 0))
 
 
 def amax(x: Tensor, granularity: str = "tensor") -> Tensor:
@@ -93,24 +102,41 @@ def amax_each(x: Tensor, granularities: tuple[str, ...]) -> list[Tensor]:
     check_input(x, "amax")
     if unknown := set(granularities) - set(AXES):
         raise KernelError(f"amax: unknown granularity {sorted(unknown)[0]!r}; allowed: tensor, row or column")
-    flat = granularities == ("tensor",) and x.is_contiguous()
-    grid_x = widest(x) if flat else batches(x)
-    found = {g: torch.zeros(axis_size(grid_x, g), dtype=torch.int32, device=x.device) for g in granularities}
+    seen = long_rows(x) if granularities == ("tensor",) and x.is_contiguous() else matrices(x)
+    sizes = [axis_size(seen, g) for g in granularities]
+    found = torch.zeros(sum(sizes), dtype=torch.int32, device=x.device).split(sizes)
     if x.numel() > 0:
-        anything = next(iter(found.values()))
-        block_m, block_k, warps = _FLAT if flat and grid_x.shape[-1] == 4096 else _TILE
-        count, m, k = grid_x.shape
-        _amax_kernel[(count * triton.cdiv(m, block_m) * triton.cdiv(k, block_k),)](
-            grid_x,
-            *(found.get(g, anything) for g in AXES),
-            m,
-            k,
-            *grid_x.stride(),
-            TENSOR="tensor" in found,
-            ROW="row" in found,
-            COLUMN="column" in found,
-            BLOCK_M=block_m,
-            BLOCK_K=block_k,
+        by = dict(zip(granularities, found, strict=True))
+        block_m, block_k, warps = _FLAT if seen.k == 4096 and len(by) == 1 and "tensor" in by else _TILE
+        launch(
+            _amax_kernel,
+            (seen.tiles(block_m, block_k),),
+            (seen.x, *(by.get(g, found[0]) for g in AXES), seen.m, seen.k, *seen.strides),
+            {"TENSOR": "tensor" in by, "ROW": "row" in by, "COLUMN": "column" in by, "BLOCK_M": block_m, "BLOCK_K": block_k},
             num_warps=warps,
         )
-    return [found[g].view(torch.float32).view(axis_shape(x.shape, g)) for g in granularities]
+    return [part.view(torch.float32).view(axis_shape(x.shape, g)) for part, g in zip(found, granularities, strict=True)]
+
+
+def part_count(tiles: int) -> int:
+    """How many partial amaxes the programs that share `tiles` tiles leave: a power of two."""
+    return int(min(MOST_PARTS, triton.next_power_of_2(max(tiles, 1))))
+
+
+def amax_parts(x: Tensor) -> Tensor:
+    """float32 [PARTS], the largest of which is amax(x); x bf16, fp16 or fp32, any strides. `cast(..., from_amax=True)` reads it."""
+    check_input(x, "amax")
+    seen: Matrices = long_rows(x) if x.is_contiguous() else matrices(x)
+    block_m, block_k, warps = _PARTS_FLAT if x.is_contiguous() and seen.k == 4096 else _TILE
+    tiles = seen.tiles(block_m, block_k)
+    parts = torch.empty(part_count(tiles), dtype=torch.float32, device=x.device)
+    if x.numel() == 0:
+        return parts.zero_()
+    launch(
+        _amax_parts_kernel,
+        (parts.numel(),),
+        (seen.x, parts, tiles, seen.m, seen.k, *seen.strides),
+        {"PARTS": parts.numel(), "BLOCK_M": block_m, "BLOCK_K": block_k},
+        num_warps=warps,
+    )
+    return parts

@@ -21,8 +21,9 @@ from fp8fx.errors import KernelError
 from fp8fx.formats import Format
 from fp8fx.kernels.cast import NEAREST, Quantized, Rounding
 from fp8fx.kernels.codes import encode, finite_magnitude, hardware_format, random_tile
-from fp8fx.kernels.layout import batches, check_input, transposed_shape
-from fp8fx.kernels.quarters import byte_views, load_quarter, locate, store_quarter, store_transposed
+from fp8fx.kernels.launch import launch
+from fp8fx.kernels.layout import check_input, matrices, transposed_shape
+from fp8fx.kernels.quarters import load_quarter, locate, packing, store_quarter, store_transposed
 from fp8fx.kernels.scale import current_scale, inverse
 
 # block side, which is the side of the tile -> num_warps
@@ -105,7 +106,6 @@ def _cast_block_kernel(
     eps,
     M,
     K,
-    M_WORDS,
     stride_xb,
     stride_xm,
     stride_xk,
@@ -139,7 +139,7 @@ def _cast_block_kernel(
         store_quarter(q_ptr, c2, place, rows + 2, columns)
         store_quarter(q_ptr, c3, place, rows + 3, columns)
     if TRANSPOSED:
-        store_transposed(t_ptr, c0, c1, c2, c3, place, rows, words, columns, M_WORDS, PACKED)
+        store_transposed(t_ptr, c0, c1, c2, c3, place, rows, words, columns, PACKED)
 
 
 def cast_block(
@@ -175,31 +175,24 @@ def cast_block(
     t = torch.empty(transposed_shape(x.shape), dtype=fp8.torch_dtype, device=x.device) if transposed else None
     amax, scale = _blocks(x, block if rows else block_t)
     if x.numel() > 0:
-        grid_x = batches(x)
-        count, m, k = grid_x.shape
-        codes, packed = byte_views(x, q, t)
-        _cast_block_kernel[(count * triton.cdiv(m, side) * triton.cdiv(k, side),)](
-            grid_x,
-            *codes,
-            amax,
-            scale,
-            x if how.rng is None else how.rng,
-            how.signed_key,
-            eps,
-            m,
-            k,
-            m // 4,
-            *grid_x.stride(),
-            KIND=kinds[block if rows else block_t],
-            ROWS=rows,
-            TRANSPOSED=transposed,
-            POWER_OF_TWO=power_of_two,
-            E5M2=fp8.name == "e5m2",
-            STOCHASTIC=how.rounding == "stochastic",
-            NONFINITE=how.overflow == "nonfinite",
-            GROUPED=k % 4 == 0,
-            PACKED=packed,
-            SIDE=side,
+        seen = matrices(x)
+        pointers = (seen.x, x if q is None else q, x if t is None else t, amax, scale, x if how.rng is None else how.rng)
+        launch(
+            _cast_block_kernel,
+            (seen.tiles(side, side),),
+            (*pointers, how.signed_key, eps, seen.m, seen.k, *seen.strides),
+            {
+                "KIND": kinds[block if rows else block_t],
+                "ROWS": rows,
+                "TRANSPOSED": transposed,
+                "POWER_OF_TWO": power_of_two,
+                "E5M2": fp8.name == "e5m2",
+                "STOCHASTIC": how.stochastic,
+                "NONFINITE": how.nonfinite,
+                "GROUPED": seen.k % 4 == 0,
+                "PACKED": packing(seen.m) if transposed else 0,
+                "SIDE": side,
+            },
             num_warps=_WARPS[side],
         )
     own, turned = (amax, scale) if rows else (None, None), (amax, scale) if transposed else (None, None)

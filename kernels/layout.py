@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -13,21 +14,47 @@ INPUT_DTYPES = (torch.bfloat16, torch.float16, torch.float32)
 AXES = {"tensor": 0, "row": 1, "column": 2}
 
 
-def batches(x: Tensor) -> Tensor:
-    """`x` as [B, M, K] without a copy where its strides allow: a scalar is [1, 1, 1], a vector [1, 1, K]."""
-    if x.dim() < 2:
-        return x.reshape(1, 1, x.numel())
+class Matrices(NamedTuple):
+    """A tensor as `batches` matrices [m, k]; strides by batch, row and column. `x` is the tensor to point at, whatever its shape."""
+
+    x: Tensor
+    batches: int
+    m: int
+    k: int
+    strides: tuple[int, int, int]
+
+    def tiles(self, block_m: int, block_k: int) -> int:
+        return self.batches * ((self.m + block_m - 1) // block_m) * ((self.k + block_k - 1) // block_k)
+
+    def tile_rows(self, block_m: int) -> int:
+        return self.batches * ((self.m + block_m - 1) // block_m)
+
+
+def matrices(x: Tensor) -> Matrices:
+    """`x` as batches of matrices, without a copy where its strides allow: a scalar is [1, 1, 1], a vector [1, 1, K]."""
     if x.dim() == 2:
-        return x[None]
-    return x if x.dim() == 3 else x.reshape(math.prod(x.shape[:-2]), *x.shape[-2:])
+        (m, k), (by_row, by_column) = x.shape, x.stride()
+        return Matrices(x, 1, m, k, (0, by_row, by_column))
+    if x.dim() < 2:
+        x = x.reshape(1, 1, x.numel())
+    elif x.dim() > 3:
+        x = x.reshape(math.prod(x.shape[:-2]), *x.shape[-2:])
+    (count, m, k), (by_batch, by_row, by_column) = x.shape, x.stride()
+    return Matrices(x, count, m, k, (by_batch, by_row, by_column))
 
 
-def widest(x: Tensor) -> Tensor:
-    """A contiguous `x` as [1, M, K] with long rows that are multiples of 16 bytes wide, if its size allows: for elementwise kernels."""
+def plain_matrices(x: Tensor) -> Matrices:
+    """The same with stride 1 along the rows: what is laid out otherwise is copied."""
+    return matrices(x if x.stride(-1) == 1 or x.shape[-1] == 1 else x.contiguous())
+
+
+def long_rows(x: Tensor) -> Matrices:
+    """A contiguous `x` as one matrix with long rows that are multiples of 16 bytes wide, if its size allows: for elementwise kernels."""
+    n = x.numel()
     for width in (4096, 512, 64):
-        if x.numel() % width == 0:
-            return x.view(1, -1, width)
-    return batches(x)
+        if n % width == 0:
+            return Matrices(x, 1, n // width, width, (0, width, 1))
+    return matrices(x)
 
 
 def check_input(x: Tensor, where: str) -> None:
@@ -35,10 +62,9 @@ def check_input(x: Tensor, where: str) -> None:
         raise KernelError(f"{where}: reads bfloat16, float16 and float32, got {x.dtype}: run the reference operator instead")
 
 
-def axis_size(x: Tensor, granularity: str) -> int:
-    """How many scales [B, M, K] `x` has."""
-    count, rows, columns = x.shape
-    return {"tensor": 1, "row": count * rows, "column": count * columns}[granularity]
+def axis_size(x: Matrices, granularity: str) -> int:
+    """How many scales x has."""
+    return {"tensor": 1, "row": x.batches * x.m, "column": x.batches * x.k}[granularity]
 
 
 def axis_shape(shape: torch.Size, granularity: str) -> list[int]:

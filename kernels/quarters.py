@@ -8,20 +8,23 @@ words are exchanged, a quarter as many. That needs a multiple of 4 rows; otherwi
 
 from __future__ import annotations
 
-import torch
 import triton
 import triton.language as tl
-from torch import Tensor
 
 
 @triton.jit
 def locate(M, K, BLOCK_M: tl.constexpr, BLOCK_K: tl.constexpr):
     """This program's tile of [B, M, K]: its place (b int64, tile_m, tile_k, M, K), rows of quarter 0, words along qT's rows, columns."""
+    return locate_tile(tl.program_id(0), M, K, BLOCK_M, BLOCK_K)
+
+
+@triton.jit
+def locate_tile(tile, M, K, BLOCK_M: tl.constexpr, BLOCK_K: tl.constexpr):
+    """The same of the tile with this number."""
     tiles_k, tiles_m = tl.cdiv(K, BLOCK_K), tl.cdiv(M, BLOCK_M)
-    pid = tl.program_id(0)
-    tile_m, tile_k = (pid // tiles_k) % tiles_m, pid % tiles_k
+    tile_m, tile_k = (tile // tiles_k) % tiles_m, tile % tiles_k
     words = tile_m * (BLOCK_M // 4) + tl.arange(0, BLOCK_M // 4)
-    place = ((pid // (tiles_k * tiles_m)).to(tl.int64), tile_m, tile_k, M, K)
+    place = ((tile // (tiles_k * tiles_m)).to(tl.int64), tile_m, tile_k, M, K)
     return place, 4 * words, words, tile_k * BLOCK_K + tl.arange(0, BLOCK_K)
 
 
@@ -43,32 +46,33 @@ def zero_codes(x):
 
 @triton.jit
 def store_quarter(q_ptr, codes, place, rows, columns):
-    """uint8 codes to their places in contiguous q [B, M, K]."""
+    """uint8 codes to their places in contiguous q [B, M, K] of float8."""
     b, _, _, M, K = place
     at = (b * M + rows.to(tl.int64))[:, None] * K + columns[None, :]
-    tl.store(q_ptr + at, codes, mask=(rows < M)[:, None] & (columns < K)[None, :])
+    tl.store(q_ptr.to(tl.pointer_type(tl.uint8), bitcast=True) + at, codes, mask=(rows < M)[:, None] & (columns < K)[None, :])
 
 
 @triton.jit
-def store_transposed(t_ptr, c0, c1, c2, c3, place, rows, words, columns, M_WORDS, PACKED: tl.constexpr):
-    """The quarters of codes to their places in contiguous qT [B, K, M]; t_ptr is int32 if PACKED, else uint8. M_WORDS: M // 4."""
+def store_transposed(t_ptr, c0, c1, c2, c3, place, rows, words, columns, PACKED: tl.constexpr):
+    """The quarters of codes to their places in contiguous qT [B, K, M] of float8; PACKED as `packing` says."""
     b, _, _, M, K = place
-    line = (b * K + columns.to(tl.int64))[:, None]
+    line = t_ptr + (b * K + columns.to(tl.int64))[:, None] * M
     inside = (columns < K)[:, None]
     if PACKED:
         packed = c0.to(tl.uint32) | (c1.to(tl.uint32) << 8) | (c2.to(tl.uint32) << 16) | (c3.to(tl.uint32) << 24)
-        at = line * M_WORDS + words[None, :]
-        tl.store(t_ptr + at, tl.trans(packed).to(tl.int32, bitcast=True), mask=inside & (words < M_WORDS)[None, :])
+        end = M // 4
+        if PACKED == 2:
+            end = tl.multiple_of(end, 4)  # so that four words are stored at once
+        at = line.to(tl.pointer_type(tl.int32), bitcast=True) + words[None, :]
+        tl.store(at, tl.trans(packed).to(tl.int32, bitcast=True), mask=inside & (words < end)[None, :])
     else:
-        at = line * M + rows[None, :]
-        tl.store(t_ptr + at, tl.trans(c0), mask=inside & (rows < M)[None, :])
-        tl.store(t_ptr + at + 1, tl.trans(c1), mask=inside & (rows + 1 < M)[None, :])
-        tl.store(t_ptr + at + 2, tl.trans(c2), mask=inside & (rows + 2 < M)[None, :])
-        tl.store(t_ptr + at + 3, tl.trans(c3), mask=inside & (rows + 3 < M)[None, :])
+        at = line.to(tl.pointer_type(tl.uint8), bitcast=True) + rows[None, :]
+        tl.store(at, tl.trans(c0), mask=inside & (rows < M)[None, :])
+        tl.store(at + 1, tl.trans(c1), mask=inside & (rows + 1 < M)[None, :])
+        tl.store(at + 2, tl.trans(c2), mask=inside & (rows + 2 < M)[None, :])
+        tl.store(at + 3, tl.trans(c3), mask=inside & (rows + 3 < M)[None, :])
 
 
-def byte_views(x: Tensor, q: Tensor | None, t: Tensor | None) -> tuple[list[Tensor], bool]:
-    """q and qT as the kernels take them, x standing in for None, and whether qT is written by words."""
-    packed = t is not None and t.shape[-1] % 4 == 0
-    rows = x if q is None else q.view(torch.uint8)
-    return [rows, x if t is None else t.view(torch.int32 if packed else torch.uint8)], packed
+def packing(m: int) -> int:
+    """How qT with rows of `m` bytes is written: 0 by bytes, 1 by words, 2 by words, four at once."""
+    return 2 if m % 16 == 0 else 1 if m % 4 == 0 else 0

@@ -18,6 +18,7 @@ from torch import Tensor
 
 from fp8fx.formats import Format
 from fp8fx.kernels.codes import hardware_format
+from fp8fx.kernels.launch import launch
 
 _SMALLEST = tl.constexpr(2.0**-126)
 _LARGEST = tl.constexpr(2.0**126)
@@ -51,6 +52,12 @@ def current_scale(amax, eps, FMAX: tl.constexpr, POWER_OF_TWO: tl.constexpr):
 
 
 @triton.jit
+def largest_part(parts_ptr, PARTS: tl.constexpr):
+    """The amax of a tensor from PARTS partial ones, a power of two: see `amax_parts`."""
+    return tl.max(tl.load(parts_ptr + tl.arange(0, PARTS)), 0)
+
+
+@triton.jit
 def _scale_kernel(amax_ptr, scale_ptr, n, eps, FMAX: tl.constexpr, POWER_OF_TWO: tl.constexpr, BLOCK: tl.constexpr):
     at = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
     amax = tl.load(amax_ptr + at, mask=at < n, other=1.0)
@@ -63,5 +70,6 @@ def compute_scale(amax: Tensor, format: str | Format, power_of_two: bool = False
     scale = torch.empty_like(amax)
     if (n := amax.numel()) > 0:
         fmax = hardware_format(format).max
-        _scale_kernel[(triton.cdiv(n, _BLOCK),)](amax, scale, n, eps, FMAX=fmax, POWER_OF_TWO=power_of_two, BLOCK=_BLOCK)
+        constexprs = {"FMAX": fmax, "POWER_OF_TWO": power_of_two, "BLOCK": _BLOCK}
+        launch(_scale_kernel, (triton.cdiv(n, _BLOCK),), (amax, scale, n, eps), constexprs)
     return scale

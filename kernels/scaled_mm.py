@@ -28,6 +28,7 @@ from triton.tools.tensor_descriptor import TensorDescriptor
 
 from fp8fx.errors import KernelError
 from fp8fx.kernels.codes import INTERPRET
+from fp8fx.kernels.launch import launch
 from fp8fx.kernels.scaled_mm_kernels import blocked_mm_kernel, scaled_mm_kernel
 
 _DTYPES = {torch.bfloat16: tl.bfloat16, torch.float16: tl.float16, torch.float32: tl.float32}
@@ -209,7 +210,7 @@ def _launch(a: _Operand, b: _Operand, c: Tensor, bias: Tensor | None, bias_axis:
     sizes = (a.scale if bias is None else bias, count, m, n, k, a.batch_rows, b.batch_rows, *c.stride())
     programs *= chosen.per_multiprocessor
     grid = (min(tiles, programs),)
-    shared = {
+    constexprs: dict[str, object] = {
         "BIAS": 0 if bias is None else bias_axis,
         "TMA_STORE": by_tma,
         "DTYPE": _DTYPES[c.dtype],
@@ -218,34 +219,16 @@ def _launch(a: _Operand, b: _Operand, c: Tensor, bias: Tensor | None, bias_axis:
         "BLOCK_K": block_k,
         "GROUP": chosen.group,
         "PROGRAMS": programs,
-        "num_warps": chosen.num_warps,
-        "num_stages": chosen.num_stages,
     }
     if blocked:
-        steps = [max(operand.block[1] // block_k, 1) if operand.block else 1 for operand in (a, b)]
         rows = [operand.block[0] if operand.block else 1 for operand in (a, b)]
-        blocked_mm_kernel[grid](
-            *operands,
-            *sizes,
-            *a.strides(),
-            *b.strides(),
-            BLOCK_ROWS_A=rows[0],
-            BLOCK_ROWS_B=rows[1],
-            STEPS_A=steps[0],
-            STEPS_B=steps[1],
-            **shared,
-        )
+        steps = [max(operand.block[1] // block_k, 1) if operand.block else 1 for operand in (a, b)]
+        constexprs |= {"BLOCK_ROWS_A": rows[0], "BLOCK_ROWS_B": rows[1], "STEPS_A": steps[0], "STEPS_B": steps[1]}
+        sizes = (*sizes, *a.strides(), *b.strides())
     else:
-        scaled_mm_kernel[grid](
-            *operands,
-            *sizes,
-            ROW_A=a.per_row,
-            ROW_B=b.per_row,
-            PRECISE=precise,
-            HALVES=chosen.halves,
-            FLATTEN=chosen.flatten,
-            **shared,
-        )
+        constexprs |= {"ROW_A": a.per_row, "ROW_B": b.per_row, "PRECISE": precise, "HALVES": chosen.halves, "FLATTEN": chosen.flatten}
+    kernel = blocked_mm_kernel if blocked else scaled_mm_kernel
+    launch(kernel, grid, (*operands, *sizes), constexprs, num_warps=chosen.num_warps, num_stages=chosen.num_stages)
 
 
 def _block_k(a: _Operand, b: _Operand, most: int) -> int:

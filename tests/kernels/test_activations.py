@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
-from torch import Tensor
+from kernel_checks import nearly_the_codes
 from torch.nn import functional as F
 
 from fp8fx import formats, numerics
@@ -22,22 +22,6 @@ FORWARD = {
     "gelu_tanh": lambda h: F.gelu(h, approximate="tanh"),
     "relu": F.relu,
 }
-
-
-def nearly_the_codes(actual: Tensor | None, y: Tensor, format: str, scale: Tensor | None) -> None:
-    """`actual` holds the codes of y, up to one code where y lies next to a boundary: under 1% of them, all one step away.
-
-    Where terms of a derivative cancel, what is left of them may err by more steps: up to 2^-16 of the largest value.
-    """
-    assert actual is not None
-    assert actual.is_contiguous()
-    expected = quantize_scaled(y.detach(), formats.get(format), scale)
-    assert actual.shape == expected.shape
-    ours, theirs = (codes.cpu().view(torch.uint8).int() for codes in (actual, expected))
-    steps = torch.where((ours ^ theirs) & 0x80 != 0, (ours & 0x7F) + (theirs & 0x7F), (ours - theirs).abs())
-    error = (actual.cpu().float() - expected.cpu().float()).abs()
-    assert bool(((steps <= 1) | (error <= 2.0**-16 * expected.float().abs().max().cpu())).all())
-    assert float((steps != 0).float().mean()) < 0.01
 
 
 @pytest.mark.parametrize("gated", [False, True])

@@ -7,7 +7,7 @@ import math
 
 import pytest
 import torch
-from torch import Tensor
+from kernel_checks import random_bits, same_bytes, same_floats, specials
 
 from fp8fx import formats, numerics
 from fp8fx.errors import KernelError
@@ -23,35 +23,6 @@ from fp8fx.kernels.scale import compute_scale
 FORMATS = ("e4m3fn", "e5m2")
 OVERFLOWS = ("saturate", "nonfinite")
 DTYPES = (torch.bfloat16, torch.float16, torch.float32)
-
-
-def specials(x: Tensor) -> Tensor:
-    """`x` with NaN of both signs, infinities, zeros, huge and subnormal values strewn in."""
-    values = [math.nan, -math.nan, math.inf, -math.inf, 0.0, -0.0, 3e4, -6e4, 1e-7, -1e-7]
-    flat = x.reshape(-1)
-    step = max(flat.numel() // (3 * len(values)), 1)
-    for i, value in zip(range(0, flat.numel(), step), itertools.cycle(values)):
-        flat[i] = value
-    return x
-
-
-def same_bytes(actual: Tensor | None, expected: Tensor) -> None:
-    assert actual is not None
-    assert actual.shape == expected.shape
-    assert actual.dtype == expected.dtype
-    assert actual.is_contiguous()
-    wrong = actual.cpu().view(torch.uint8) != expected.contiguous().view(torch.uint8)
-    assert not wrong.any(), f"{int(wrong.sum())} of {wrong.numel()} bytes differ, first at {wrong.nonzero()[0].tolist()}"
-
-
-def same_floats(actual: Tensor | None, expected: Tensor) -> None:
-    assert actual is not None
-    torch.testing.assert_close(actual.cpu(), expected, rtol=0, atol=0)
-
-
-def random_bits(shape: torch.Size, rng: Tensor, key: int) -> Tensor:
-    seed, step, call = rng.tolist()
-    return numerics.philox_bits(tuple(shape), seed, key, step, call)
 
 
 SHAPES = [(1, 1), (66, 131), (2, 3, 8, 36)]

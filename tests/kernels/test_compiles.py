@@ -15,6 +15,7 @@ pytest.importorskip("triton")
 import triton
 
 from fp8fx.kernels import scaled_mm as mm
+from fp8fx.kernels.activation_amax import activation_amax, activation_backward_amax
 from fp8fx.kernels.activation_cast import activation_backward_cast, activation_cast
 from fp8fx.kernels.amax import amax, amax_each
 from fp8fx.kernels.cast import Rounding, cast, cast_current
@@ -26,6 +27,8 @@ from fp8fx.kernels.scale import compute_scale
 Compiled = Callable[[], list[Any]]
 ONE = torch.ones(())
 X = torch.empty(256, 512, dtype=torch.bfloat16)
+RECORD, PARTS = torch.zeros(3), torch.ones(512)
+LONG = torch.empty(64, 10000, dtype=torch.bfloat16)
 STOCHASTIC = Rounding("stochastic", "nonfinite", torch.zeros(3, dtype=torch.int64), 7)
 CUOBJDUMP = Path(triton.__file__).parent / "backends" / "nvidia" / "bin" / "cuobjdump"
 
@@ -46,6 +49,21 @@ ELEMENTWISE: dict[str, Callable[[], Any]] = {
     "rms norm": lambda: norm_cast(X, X[0], None, "e4m3fn", "rms", 1e-6, ONE, amax=ONE),
     "layer norm": lambda: norm_cast(X, X[0], X[1], "e4m3fn", "layer", 1e-6, ONE),
     "gelu": lambda: activation_cast(X, None, "gelu", "e4m3fn", ONE),
+    "cast counts": lambda: cast(X, "e4m3fn", ONE, layout="both", record=RECORD, counts=True, bias_grad=X[0].float()),
+    "cast current with counts": lambda: cast_current(X, "e5m2", layout="both", record=RECORD, counts=True),
+    "cast row counts": lambda: cast_current(X, "e5m2", "row", "column", "both", record=RECORD, counts=True, bias_grad=X[0]),
+    "swiglu amax": lambda: activation_amax(X, X, "silu"),
+    "swiglu backward amax": lambda: activation_backward_amax(X, X, X, "silu", ONE, ONE),
+    "swiglu current": lambda: activation_cast(X, X, "silu", "e4m3fn", PARTS, record=RECORD, counts=True, from_amax=True, made_scale=ONE),
+    "geglu backward": lambda: activation_backward_cast(
+        *(X, X, X, "gelu", "e5m2", PARTS, PARTS),
+        **{"record": RECORD, "record_u": RECORD, "counts": True, "bias_grad": X[0], "bias_grad_u": X[0]},
+        **{"from_amax": True, "made_scale": ONE, "made_scale_u": ONE},
+    ),
+    "layer norm current": lambda: norm_cast(
+        X, X[0], X[1], "e4m3fn", "layer", record=RECORD, counts=True, current=True, made_scale=torch.ones(2)
+    ),
+    "long rms norm current": lambda: norm_cast(LONG, None, None, "e4m3fn", current=True, made_scale=ONE),
 }
 
 
@@ -66,7 +84,7 @@ def test_memory_bound_kernels(name: str, compiled: Compiled, tmp_path: Path) -> 
     for kernel in kernels:
         assert spills(kernel, tmp_path) == 0
         ptx = kernel.asm["ptx"]
-        if kernel.metadata.name in ("_cast_kernel", "_cast_block_kernel", "_activation_kernel"):
+        if kernel.metadata.name in ("cast_kernel", "_cast_block_kernel", "_activation_kernel", "_norm_cast_kernel"):
             assert "satfinite.e4m3x2" in ptx or "satfinite.e5m2x2" in ptx
         if name in ("cast", "cast both", "swiglu"):
             assert "ld.global.v4" in ptx, "loads are 16 bytes wide"
