@@ -47,7 +47,7 @@ def _delayed_update_kernel(
     history = history_ptr + slot * length
     old = tl.load(history + at, mask=at < length, other=0.0)
     new = tl.load(amax_ptr + slot)
-    measured = ~(new < 0.0)
+    measured = new.to(tl.int32, bitcast=True) >= 0  # its sign bit; a NaN was measured
     # Every value of the row is read before any is written: the row moves in place.
     tl.debug_barrier()
     tl.store(history + 1 + at, old, mask=measured & (at < length - 1))

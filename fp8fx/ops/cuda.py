@@ -54,9 +54,8 @@ def cast(
     if not _has_kernel(x, parsed):
         return casts.cast_reference(x, spec, rng, site, role, scale, record, layout)
     matrix = x if x.dim() == 2 else as_matrix(x)
-    amax = None if record is None else record[:1]
-    q, q_t = kernel.cast(matrix, parsed.format, scale, layout=layout, how=_rounding(parsed, rng, site, role), amax=amax)
-    return _laid_out(x, q, q_t)
+    how, counts = _rounding(parsed, rng, site, role), record is not None and role == casts.GRADIENT
+    return _laid_out(x, *kernel.cast(matrix, parsed.format, scale, "tensor", layout, how, None, record, counts))
 
 
 def _laid_out(x: Tensor, q: Tensor | None, q_t: Tensor | None) -> tuple[Tensor, Tensor]:
@@ -77,7 +76,8 @@ def cast_current(
     how, block = _rounding(parsed, rng, site, role), parsed.granularity
     if isinstance(block, str):
         sides = ("row", "column") if block == "row" else ("tensor", None)
-        made = kernel.cast_current(matrix, parsed.format, *sides, layout, how, parsed.power_of_two, parsed.eps)
+        counts = record is not None and role == casts.GRADIENT
+        made = kernel.cast_current(matrix, parsed.format, *sides, layout, how, parsed.power_of_two, parsed.eps, record, counts)
     else:
         made = cast_block(matrix, parsed.format, block, None, layout, how, parsed.power_of_two, parsed.eps)
     nothing = x.new_empty(0, dtype=torch.float32)
