@@ -28,6 +28,7 @@ from fp8fx.errors import CaptureError, FP8Warning, RecipeError
 from fp8fx.fastpath import WITHOUT_FASTPATH
 from fp8fx.graph_call import GraphCall, SharedGraph, Version, alive
 from fp8fx.monitor import UnderflowMonitor
+from fp8fx.ops.inductor import decompositions
 from fp8fx.options import Options
 from fp8fx.passes.contract import Context
 from fp8fx.passes.lower import WeightInput
@@ -189,7 +190,9 @@ class Runtime:
             from torch._inductor.compile_fx import compile_fx
 
             patches = torch._inductor.list_mode_options(self.options.inner_mode) if self.options.inner_mode else None
-            return compile_fx(module, example_inputs, config_patches=patches)  # type: ignore[return-value]
+            cuda = any(isinstance(x, Tensor) and x.is_cuda for x in example_inputs)
+            table = {"decompositions": decompositions()} if cuda else {}
+            return compile_fx(module, example_inputs, config_patches=patches, **table)  # type: ignore[return-value,arg-type]
         return torch._dynamo.lookup_backend(name)(module, example_inputs)
 
     # -- calls ----------------------------------------------------------------------------------------------------------

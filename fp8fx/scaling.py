@@ -90,8 +90,9 @@ class ScalingState:
 
     def read(self, indices: Tensor) -> Tensor:
         """Scales of `indices` (int64, any shape), a copy on their device. On a GPU each starts at 16 bytes, as cuBLAS wants it."""
-        with self._locked():
-            self._move(indices.device)
+        if self.scale.device != indices.device:
+            with self._locked():
+                self._move(indices.device)
         if not indices.is_cuda:
             return self.scale[indices]
         strides = [APART * stride for stride in indices.stride()]

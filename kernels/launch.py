@@ -11,8 +11,10 @@ A kernel that does not compile is a KernelError that names it; the operators fal
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from typing import Any
+import contextlib
+import threading
+from collections.abc import Iterator, Mapping
+from typing import Any, NamedTuple
 
 import torch
 import triton
@@ -26,8 +28,19 @@ _COMPILED: dict[tuple[Any, ...], tuple[Any, tuple[Any, ...]]] = {}
 # kernel -> for each run-time argument, whether Triton compiles for its value (of a pointer: its alignment).
 _SPECIALIZED: dict[int, tuple[bool, ...]] = {}
 
+_RECORDING = threading.local()
+
 _ONE, _WHOLE, _ANY = 1, 16, 0  # what an integer is: 1, a multiple of 16, neither
 _INT32 = 2**31
+
+
+class Launch(NamedTuple):
+    """A launch that was made: compiled kernel, values of its compile-time parameters, grid, run-time arguments."""
+
+    compiled: Any
+    tail: tuple[Any, ...]
+    grid: tuple[int, ...]
+    args: tuple[Any, ...]
 
 
 def launch(
@@ -55,13 +68,33 @@ def launch(
             launch(kernel, grid, args, constexprs, num_warps, num_stages)
         return
     found = _COMPILED.get(key)
-    if found is None or triton.knobs.runtime.launch_enter_hook is not None:  # a profiler wants to see Triton's own launches
-        _first(key, kernel, grid, args, dict(constexprs), num_warps, num_stages)
-        return
-    compiled, tail = found
-    x, y, z = (*grid, 1, 1)[:3]
-    stream = torch._C._cuda_getCurrentRawStream(device)
-    compiled.run(x, y, z, stream, compiled.function, compiled.packed_metadata, None, None, None, *args, *tail)
+    if found is None or hooked():
+        found = _first(key, kernel, grid, args, dict(constexprs), num_warps, num_stages)
+    else:
+        compiled, tail = found
+        x, y, z = (*grid, 1, 1)[:3]
+        stream = torch._C._cuda_getCurrentRawStream(device)
+        compiled.run(x, y, z, stream, compiled.function, compiled.packed_metadata, None, None, None, *args, *tail)
+    recording = getattr(_RECORDING, "launches", None)
+    if recording is not None and found is not None:
+        recording.append(Launch(*found, grid, args))
+
+
+def hooked() -> bool:
+    """A profiler wants to see Triton's own launches."""
+    hook: Any = triton.knobs.runtime.launch_enter_hook
+    return hook is not None and bool(getattr(hook, "calls", True))
+
+
+@contextlib.contextmanager
+def recorded() -> Iterator[list[Launch]]:
+    """The launches of this thread inside."""
+    before, made = getattr(_RECORDING, "launches", None), list[Launch]()
+    _RECORDING.launches = made
+    try:
+        yield made
+    finally:
+        _RECORDING.launches = before
 
 
 def _key(
@@ -111,7 +144,7 @@ def _first(
     constexprs: dict[str, Any],
     num_warps: int,
     num_stages: int,
-) -> None:
+) -> tuple[Any, tuple[Any, ...]] | None:
     """Compile by Triton's own launch, and remember what it gives."""
     try:
         compiled = kernel[grid](*args, **constexprs, num_warps=num_warps, num_stages=num_stages)
@@ -123,9 +156,10 @@ def _first(
         raise _failed(kernel, error) from error
     except Exception as error:
         raise _failed(kernel, error) from error
-    if compiled is not None:
-        tail = tuple(constexprs[name] for name in kernel.arg_names[len(args) :])
-        _COMPILED[key] = (compiled, tail)
+    if compiled is None:
+        return None
+    _COMPILED[key] = (compiled, tuple(constexprs[name] for name in kernel.arg_names[len(args) :]))
+    return _COMPILED[key]
 
 
 def _failed(kernel: Any, error: Exception) -> KernelError:

@@ -229,10 +229,13 @@ def _last_placeholder(graph: fx.Graph) -> fx.Node | None:
 
 
 def static(values: list[Tensor]) -> list[Tensor]:
-    """Inputs whose sizes never change. AOTAutograd would otherwise compare them, by name, with those of other models."""
+    """Inputs whose sizes never change, as the inner compiler should see them: AOTAutograd would otherwise take sizes for symbolic, and
+    compare them, by name, with those of other models."""
+    context = torch._guards.TracingContext.try_get()
+    mode = None if context is None else context.fake_mode
     for value in values:
         torch._dynamo.mark_static(value)
-    return values
+    return values if mode is None else [mode.from_tensor(value, static_shapes=True) for value in values]
 
 
 @functools.cache

@@ -17,16 +17,17 @@ from fp8fx import numerics
 from fp8fx.kernels import cast as kernel
 from fp8fx.kernels import scaled_mm
 from fp8fx.kernels.cast_block import cast_block
+from fp8fx.kernels.replay import taped
 from fp8fx.ops import casts
 from fp8fx.ops import linear as linear_op
 from fp8fx.ops import quantize as quantize_op
+from fp8fx.ops.inductor import FORMATS, torch_has
 from fp8fx.ops.library import LIBRARY, without_autocast
 from fp8fx.ops.operands import forward_operand
 from fp8fx.ops.quantize import as_matrix
 from fp8fx.ops.scaled_mm import scaled_mm_reference
 from fp8fx.spec import SiteSpec, TensorSpec
 
-FORMATS = ("e4m3fn", "e5m2")
 DTYPES = (torch.bfloat16, torch.float16, torch.float32)
 NONFINITE = kernel.Rounding(overflow="nonfinite")
 SAMPLED = 256  # rows of a gradient that the underflow counts look at: a share of them is enough for a warning
@@ -132,23 +133,11 @@ def scaled(
         return scaled_mm_reference(a, scale_a, format_a, block_a, b, scale_b, format_b, block_b, bias, dtype)
     scale_a = _one(a.device) if scale_a is None else scale_a
     scale_b = _one(b.device) if scale_b is None else scale_b
-    if not block_a and not block_b and _torch_has(a, scale_a, b, scale_b, bias, dtype):
+    aligned = (a.data_ptr() | b.data_ptr()) % 16 == 0
+    if aligned and torch_has(a, scale_a, b, scale_b, bias, dtype, bool(block_a or block_b)):
         return torch._scaled_mm(a, b, scale_a, scale_b, bias, None, dtype, accumulate == "fast")
     blocks = (tuple(block_a) or None, tuple(block_b) or None)
     return scaled_mm.scaled_mm(a, b, scale_a, scale_b, bias, dtype, accumulate, *blocks)  # type: ignore[arg-type]
-
-
-def _torch_has(a: Tensor, scale_a: Tensor, b: Tensor, scale_b: Tensor, bias: Tensor | None, dtype: torch.dtype) -> bool:
-    """cuBLASLt takes the product as it lies. It is as fast as our kernel with fast accumulation, and faster with precise one."""
-    if a.dim() != 2 or b.dim() != 2 or not a.numel() or not b.numel() or a.dtype == b.dtype == torch.float8_e5m2:
-        return False
-    if bias is not None and (bias.dtype != dtype or dtype == torch.float32):
-        return False
-    rows = scale_a.numel() != 1
-    if rows != (scale_b.numel() != 1) or (rows and dtype != torch.bfloat16):
-        return False
-    aligned = a.shape[1] % 16 == 0 and b.shape[1] % 16 == 0
-    return aligned and a.is_contiguous() and b.mT.is_contiguous() and a.data_ptr() % 16 == 0 and b.data_ptr() % 16 == 0
 
 
 def linear(x: Tensor, w: Tensor, b: Tensor | None, input: list[Tensor], weight: list[Tensor], *rest: Any) -> Tensor:
@@ -174,9 +163,9 @@ def meter_row(x: Tensor, q: Tensor | None, spec: str, *amax: Tensor | None) -> T
 
 
 IMPLEMENTATIONS: dict[str, Callable[..., Any]] = {
-    "quantize": quantize,
-    "cast": cast,
-    "cast_current": cast_current,
+    "quantize": taped(quantize),
+    "cast": taped(cast),
+    "cast_current": taped(cast_current),
     "scaled_mm": scaled,
     "linear": linear,
     "meter_row": meter_row,

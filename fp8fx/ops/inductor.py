@@ -1,0 +1,85 @@
+"""How the operators look to Inductor: products that cuBLASLt has become aten's own, which Inductor knows how to place and launch.
+
+    linear(x, w, b, [q_x, s_x, ...], [q_w, s_w], ...)  =  aten._scaled_mm(q_x, q_w.T, s_x, s_w, b)
+    scaled_mm(a, s_a, b, s_b)                          =  aten._scaled_mm(a, b, s_a, s_b)
+
+An anchor that only carries a gradient is no longer an argument then, so that the tensor it stands for need not be written. What cuBLASLt
+does not have stays an operator of fp8fx. These are decompositions: AOTAutograd applies them when it writes its graphs, after autograd.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from fp8fx.ops.linear import linear
+from fp8fx.ops.operands import forward_operand
+from fp8fx.ops.quantize import as_matrix
+from fp8fx.ops.scaled_mm import scaled_mm
+from fp8fx.spec import SiteSpec
+
+FORMATS = ("e4m3fn", "e5m2")
+
+
+def torch_has(
+    a: Tensor, scale_a: Tensor | None, b: Tensor, scale_b: Tensor | None, bias: Tensor | None, dtype: torch.dtype, blocks: bool
+) -> bool:
+    """cuBLASLt takes this product as it lies. `a` [M, K], `b` [K, N].
+
+    It is as fast as the project's kernel with fast accumulation, and faster with precise one (docs/performance.md).
+    """
+    if blocks or scale_a is None or scale_b is None or a.dim() != 2 or b.dim() != 2 or not a.numel() or not b.numel():
+        return False
+    if a.element_size() != 1 or b.element_size() != 1 or a.dtype == b.dtype == torch.float8_e5m2 or dtype not in _OUTPUTS:
+        return False
+    if bias is not None and (bias.dtype != dtype or dtype == torch.float32):
+        return False
+    rows = scale_a.numel() != 1
+    if rows != (scale_b.numel() != 1) or (rows and dtype != torch.bfloat16):
+        return False
+    return a.shape[1] % 16 == 0 and b.shape[1] % 16 == 0 and a.is_contiguous() and b.mT.is_contiguous()
+
+
+_OUTPUTS = (torch.bfloat16, torch.float16, torch.float32)
+
+
+def _scaled_mm(
+    a: Tensor,
+    scale_a: Tensor | None,
+    format_a: str,
+    block_a: list[int],
+    b: Tensor,
+    scale_b: Tensor | None,
+    format_b: str,
+    block_b: list[int],
+    bias: Tensor | None,
+    dtype: torch.dtype,
+    accumulate: str = "precise",
+) -> Any:
+    plain = format_a in FORMATS and format_b in FORMATS
+    if not a.is_cuda or not plain or not torch_has(a, scale_a, b, scale_b, bias, dtype, bool(block_a or block_b)):
+        return NotImplemented
+    return torch.ops.aten._scaled_mm.default(a, b, scale_a, scale_b, bias, None, dtype, accumulate == "fast")
+
+
+def _linear(x: Tensor, w: Tensor, b: Tensor | None, input: list[Tensor], weight: list[Tensor], *rest: Any) -> Any:
+    *_, input_spec, weight_spec, backward, dtype = rest
+    spec = SiteSpec.parse_backward(backward)
+    if not x.is_cuda or "output" not in spec.gemms or not input or not weight:
+        return NotImplemented
+    left, right = forward_operand(x, input, input_spec), forward_operand(w, weight, weight_spec).mT
+    scale = left.scale
+    if scale is not None and scale.dim() > 2:
+        scale = as_matrix(scale)
+    y = _scaled_mm(as_matrix(left.values), scale, left.format, list(left.block), *right.arguments(), b, dtype, spec.accumulate[0])
+    return y if y is NotImplemented else y.view(*x.shape[:-1], y.shape[-1])
+
+
+def decompositions() -> dict[Any, Callable[..., Any]]:
+    """Inductor's own, and these."""
+    from torch._inductor.decomposition import select_decomp_table
+
+    return {**select_decomp_table(), linear: _linear, scaled_mm: _scaled_mm}

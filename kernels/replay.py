@@ -1,0 +1,203 @@
+"""taped: the second call of a function that only launches kernels does not run it again.
+
+    cast = taped(cast)        cast(x, spec, scale, ...) -> q, qt
+
+What such a function does for tensors of certain shapes, strides and types, and certain other arguments, is always the same: allocate
+outputs, and launch kernels on pointers to its inputs and outputs. The first call writes that down as a tape; later ones play it, at a
+fraction of the host's time (checks, grids, keys, views). A function that did anything else on the device, such as copying a tensor into
+another layout, is not taped for those arguments. A tape holds no tensor.
+"""
+
+from __future__ import annotations
+
+import functools
+import threading
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from fp8fx.kernels.launch import Launch, hooked, recorded
+
+MOST_TAPES = 4096  # of one function; sizes that change at every call would fill the memory
+_HARMLESS = {"empty", "empty_strided", "new_empty", "view", "t", "transpose", "unbind", "select", "slice", "alias", "detach", "as_strided",
+             "unsqueeze", "squeeze", "permute", "expand", "_unsafe_view", "split", "split_with_sizes", "new_empty_strided"}  # fmt: skip
+_ZEROED = {"zeros", "new_zeros"}
+
+try:  # the allocation that Inductor's own code calls: a quarter of torch.empty's time
+    from torch._C._dynamo.guards import _empty_strided_cuda as _empty  # type: ignore[attr-defined]
+except ImportError:
+
+    def _empty(size: Any, stride: Any, dtype: torch.dtype) -> Tensor:
+        return torch.empty_strided(size, stride, dtype=dtype, device="cuda")
+
+
+@dataclass(frozen=True)
+class _Allocation:
+    size: tuple[int, ...]
+    stride: tuple[int, ...]
+    dtype: torch.dtype
+    zeroed: bool
+
+    def make(self) -> Tensor:
+        made: Tensor = _empty(self.size, self.stride, self.dtype)
+        return made.zero_() if self.zeroed else made
+
+
+@dataclass(frozen=True)
+class _Step:
+    """One launch: its compiled kernel, grid and arguments, tensors left out; (position, number of the tensor) of those."""
+
+    compiled: Any
+    grid: tuple[int, int, int]
+    values: list[Any]
+    tensors: list[tuple[int, int]]
+
+
+@dataclass(frozen=True)
+class _Output:
+    tensor: int
+    view: tuple[tuple[int, ...], tuple[int, ...], int] | None  # size, stride, offset in it
+
+
+@dataclass(frozen=True)
+class Tape:
+    """Tensors are numbered: the inputs at `inputs`, then the allocations."""
+
+    device: int
+    inputs: list[int]
+    allocations: list[_Allocation]
+    steps: list[_Step]
+    outputs: list[_Output | _Allocation]
+
+    def play(self, args: tuple[Any, ...]) -> tuple[Tensor, ...]:
+        tensors = [args[i] for i in self.inputs]
+        tensors += [allocation.make() for allocation in self.allocations]
+        stream = torch._C._cuda_getCurrentRawStream(self.device)
+        for step in self.steps:
+            values, compiled = step.values.copy(), step.compiled
+            for position, number in step.tensors:
+                values[position] = tensors[number]
+            compiled.run(*step.grid, stream, compiled.function, compiled.packed_metadata, None, None, None, *values)
+        return tuple(self._output(output, tensors) for output in self.outputs)
+
+    def _output(self, output: _Output | _Allocation, tensors: list[Tensor]) -> Tensor:
+        if isinstance(output, _Allocation):
+            return output.make()
+        tensor = tensors[output.tensor]
+        return tensor if output.view is None else tensor.as_strided(*output.view)
+
+
+def taped(function: Callable[..., tuple[Tensor, ...]]) -> Callable[..., tuple[Tensor, ...]]:
+    """`function`, with tapes. It takes positional arguments, tensors of one device among them, and returns tensors none of which is an input."""
+    tapes: dict[tuple[Any, ...], Tape | None] = {}
+    lock = threading.Lock()
+
+    @functools.wraps(function)
+    def run(*args: Any) -> tuple[Tensor, ...]:
+        key = _key(args)
+        tape = tapes.get(key, False)
+        if tape is None or hooked():
+            return function(*args)
+        if tape is not False and tape.device == torch._C._cuda_getDevice():
+            return tape.play(args)
+        with lock:
+            if len(tapes) > MOST_TAPES:
+                tapes.clear()
+            results, tapes[key] = _record(function, args)
+        return results
+
+    return run
+
+
+def _key(args: tuple[Any, ...]) -> tuple[Any, ...]:
+    return tuple(
+        (a.shape, a.stride(), a.dtype, a.get_device(), a.data_ptr() & 15) if isinstance(a, Tensor) else tuple(a) if isinstance(a, list) else a
+        for a in args
+    )
+
+
+class _Watch(TorchDispatchMode):
+    """What a function does with torch: whether only tensors were made and looked at, and which were filled with zeros."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.harmless, self.zeroed = True, set[int]()
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        result = func(*args, **(kwargs or {}))
+        name = func._schema.name.removeprefix("aten::")
+        if name in _ZEROED:
+            self.zeroed.add(result.untyped_storage().data_ptr())
+        elif name not in _HARMLESS:
+            self.harmless = False
+        return result
+
+
+def _record(function: Callable[..., tuple[Tensor, ...]], args: tuple[Any, ...]) -> tuple[tuple[Tensor, ...], Tape | None]:
+    with recorded() as launches, _Watch() as watch:
+        results = function(*args)
+    return results, _tape(args, results, launches, watch.zeroed) if watch.harmless and launches else None
+
+
+def _tape(args: tuple[Any, ...], results: tuple[Tensor, ...], launches: list[Launch], zeroed: set[int]) -> Tape | None:
+    """None for what a tape cannot say: descriptors, pointers into the middle of a tensor, one tensor given twice."""
+    inputs = [i for i, a in enumerate(args) if isinstance(a, Tensor)]
+    numbers = {args[i].data_ptr(): number for number, i in enumerate(inputs)}
+    if len(numbers) != len(inputs) or 0 in numbers:
+        return None
+    made = {t.untyped_storage().data_ptr(): t for launch in launches for t in launch.args if isinstance(t, Tensor)}
+    made |= {t.untyped_storage().data_ptr(): t for t in results if t.numel()}
+    allocations: list[_Allocation] = []
+    for start, tensor in made.items():
+        if start not in numbers and not any(args[i].untyped_storage().data_ptr() == start for i in inputs):
+            numbers[start] = len(inputs) + len(allocations)
+            allocations.append(_allocation(tensor, start in zeroed))
+    steps = [_step(launch, numbers) for launch in launches]
+    if any(step is None for step in steps):
+        return None
+    outputs = [_output(t, numbers, allocations, len(inputs)) for t in results]
+    if any(output is None for output in outputs):
+        return None
+    return Tape(args[inputs[0]].get_device(), inputs, allocations, steps, outputs)  # type: ignore[arg-type]
+
+
+def _whole(tensor: Tensor) -> bool:
+    return tensor.storage_offset() == 0 and tensor.numel() * tensor.element_size() == tensor.untyped_storage().nbytes()
+
+
+def _allocation(tensor: Tensor, zeroed: bool) -> _Allocation:
+    if _whole(tensor):
+        return _Allocation(tuple(tensor.shape), tensor.stride(), tensor.dtype, zeroed)
+    count = tensor.untyped_storage().nbytes() // tensor.element_size()
+    return _Allocation((count,), (1,), tensor.dtype, zeroed)
+
+
+def _step(launch: Launch, numbers: dict[int, int]) -> _Step | None:
+    values, tensors = list(launch.args), []
+    for position, value in enumerate(values):
+        if isinstance(value, Tensor):
+            number = numbers.get(value.data_ptr())
+            if number is None:
+                return None
+            values[position] = None
+            tensors.append((position, number))
+        elif not isinstance(value, (int, float)):
+            return None
+    x, y, z = (*launch.grid, 1, 1)[:3]
+    return _Step(launch.compiled, (x, y, z), [*values, *launch.tail], tensors)
+
+
+def _output(tensor: Tensor, numbers: dict[int, int], allocations: list[_Allocation], inputs: int) -> _Output | _Allocation | None:
+    if not tensor.numel():
+        return _Allocation(tuple(tensor.shape), tensor.stride(), tensor.dtype, False)
+    number = numbers.get(tensor.untyped_storage().data_ptr(), -1) - inputs
+    if number < 0 or allocations[number].dtype != tensor.dtype:
+        return None
+    made = allocations[number]
+    if (made.size, made.stride) == (tuple(tensor.shape), tensor.stride()) and tensor.storage_offset() == 0:
+        return _Output(number + inputs, None)
+    return _Output(number + inputs, (tuple(tensor.shape), tensor.stride(), tensor.storage_offset()))
