@@ -127,7 +127,9 @@ class Report:
             print("tiny: sizes at which the bars mean nothing")
             return 0
         failed = [bar for bar in bars if bar.passed is False]
-        print("FAIL" if failed else "PASS")
+        print(
+            f"{'FAIL' if failed else 'PASS'}: {sum(bar.passed is not None for bar in bars)} of {len(bars)} bars measured, {len(failed)} missed"
+        )
         return 1 if failed else 0
 
 

@@ -101,6 +101,9 @@ def test_train_step_bars(script: Any) -> None:
     assert math.isnan(found["4x2048/rowwise over bf16, speed"].value)
     assert found["4x2048/rowwise over bf16, speed"].passed is False
     assert found["8x2048/delayed over bf16, speed"].passed is None
+    alone = [row("4x2048", "delayed", 20.0, 4.0)]  # its baseline failed
+    train_step.with_ratios(alone)
+    assert train_step.bars(alone, {"4x2048": ["delayed"]})[0].passed is False
 
 
 def test_a_missed_bar_is_the_exit_status(script: Any, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -116,6 +119,7 @@ def test_a_missed_bar_is_the_exit_status(script: Any, tmp_path: Path, capsys: py
     assert "FAIL  rowwise minus torchao-rowwise as measured earlier, lowest of 4 (output), dB: -9.900 (at least -0.3)" in text
     path.write_text(json.dumps({**data, "rows": rows[:2]}))
     assert accuracy.main(["--from-json", str(path)]) == 0
+    assert "PASS: 1 of 3 bars measured, 0 missed" in capsys.readouterr().out
     with pytest.raises(SystemExit, match="holds figures of accuracy, not of small_shapes"):
         script("small_shapes").main(["--from-json", str(path)])
 
@@ -165,6 +169,8 @@ def test_accuracy_bars(script: Any) -> None:
     assert "as measured earlier, lowest of 4 (input gradient)" in rowwise.name
     assert rowwise.value == pytest.approx(-0.4)
     assert rowwise.passed is False
+    rows[0]["even"]["output"] = None  # what JSON has for NaN
+    assert accuracy.bars(rows)[0].passed is False
 
 
 def test_small_shapes(script: Any, tmp_path: Path) -> None:

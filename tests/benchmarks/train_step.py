@@ -211,9 +211,11 @@ def bars(rows: list[Row], selection: dict[str, list[str]] | None) -> list[Bar]:
     def value(name: str, key: str) -> float | None:
         group, candidate = name.split("/")
         row = by_name.get(name)
-        if row is None or (row.get(key) is None and "ms" in row):
+        if row is None or (selection is not None and candidate not in selection.get(group, [])):
             return None
-        return row.get(key, math.nan) if selection is None or candidate in selection.get(group, []) else None
+        if key == "memory" and "ms" in row and "peak_gib" not in row:  # measured where there is no GPU memory
+            return None
+        return row.get(key, math.nan)
 
     speed = [
         Bar(f"{name} over {GROUPS[name.split('/')[0]].candidates[0]}, speed", value(name, "speed_up"), least)
