@@ -9,6 +9,7 @@ import os
 import re
 import subprocess
 import sys
+from collections.abc import Iterator
 from pathlib import Path
 from types import ModuleType
 from typing import Any
@@ -18,6 +19,15 @@ import torch
 
 HERE = Path(__file__).parent
 pytestmark = pytest.mark.skipif(torch.cuda.is_available(), reason="where there is a GPU the benchmarks themselves run")
+
+
+@pytest.fixture(autouse=True)
+def one_thread() -> Iterator[None]:
+    """Tensors of 64 x 64 are no work for two."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)
 
 
 @pytest.fixture
@@ -211,7 +221,7 @@ for arguments in sys.argv[1:]:
 def test_kernel_benchmarks_in_the_interpreter(tmp_path: Path) -> None:
     """A process of its own: Triton reads the variable when kernels are defined."""
     pytest.importorskip("triton")
-    environment = {**os.environ, "TRITON_INTERPRET": "1", "CUDA_VISIBLE_DEVICES": "", "PYTHONPATH": str(HERE)}
+    environment = {**os.environ, "TRITON_INTERPRET": "1", "CUDA_VISIBLE_DEVICES": "", "OMP_NUM_THREADS": "1", "PYTHONPATH": str(HERE)}
     arguments = [f"gemm --json {tmp_path}/gemm.json", f"casts --json {tmp_path}/casts.json", f"measure_costs --json {tmp_path}/costs.json"]
     command = [sys.executable, "-P", "-W", "ignore", "-c", RUN, *arguments]
     done = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
