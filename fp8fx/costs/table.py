@@ -95,9 +95,9 @@ def _place(axis: Sequence[float], size: int) -> _Place:
 
 
 def table_name(device: str) -> str:
-    """`h100` of "NVIDIA H100 80GB HBM3": the word of a device's name that tells the chip, in lower case."""
-    found = re.search(r"\b([a-z]{1,3}\d{2,4}[a-z]?)\b", device.lower())
-    return found[1] if found else re.sub(r"\W+", "_", device.lower())
+    """`h100` of "NVIDIA H100 80GB HBM3": the word of a device's name that tells the chip; the whole name where there is none."""
+    words = device.lower().split()
+    return next((word for word in words if re.fullmatch(r"[a-z]{1,3}\d{2,4}[a-z]*", word)), re.sub(r"\W+", "_", device.lower()))
 
 
 @functools.cache

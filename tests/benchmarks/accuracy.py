@@ -106,12 +106,16 @@ def attempt(name: str, size: Any, options: Any, wanted: dict[str, Tensors]) -> R
     return row
 
 
+def value(row: Row, case: str, key: str) -> float:
+    """In dB; NaN for what JSON holds as null."""
+    found = row[case][key]
+    return math.nan if found is None else found
+
+
 def line(row: Row) -> str:
     if "error" in row:
         return f"{row['candidate']:<28} {row['error']}"
-    return f"{row['candidate']:<28}" + "".join(
-        f"{math.nan if (v := row[case][key]) is None else v:9.1f}" for case in CASES for key in FIGURES
-    )
+    return f"{row['candidate']:<28}" + "".join(f"{value(row, case, key):9.1f}" for case in CASES for key in FIGURES)
 
 
 def bars(rows: list[Row]) -> list[Bar]:
@@ -124,10 +128,10 @@ def bars(rows: list[Row]) -> list[Bar]:
             made.append(Bar(f"{label}, dB", None if row is None else math.nan, -TOLERANCE))
             continue
         if other is not None and "error" not in other:
-            differences = {f"{case} {key}": row[case][key] - other[case][key] for case, key in JUDGED}
+            differences = {f"{case} {key}": value(row, case, key) - value(other, case, key) for case, key in JUDGED}
         else:
             label += " as measured earlier"
-            differences = {key: row["even"][key] - value for key, value in zip(FIGURES, EARLIER[peer], strict=True)}
+            differences = {key: value(row, "even", key) - known for key, known in zip(FIGURES, EARLIER[peer], strict=True)}
         worst = min(differences, key=lambda key: (not math.isnan(differences[key]), differences[key]))
         made.append(Bar(f"{label}, lowest of {len(differences)} ({worst}), dB", differences[worst], -TOLERANCE))
     return made
@@ -139,11 +143,12 @@ def draw(figure: Any, rows: list[Row]) -> None:
     figure.set_size_inches(9, 6)
     for axes, case in zip(figure.subplots(2, 1), CASES, strict=True):
         for i, row in enumerate(shown):
-            axes.bar([k + i / (len(shown) + 1.5) for k in range(len(FIGURES))], [row[case][key] for key in FIGURES], 1 / (len(shown) + 1.5),
-                     label=row["candidate"])  # fmt: skip
+            width = 1 / (len(shown) + 1.5)
+            places = [k + i * width for k in range(len(FIGURES))]
+            axes.bar(places, [value(row, case, key) for key in FIGURES], width, label=row["candidate"])
         axes.set_xticks([k + 0.4 for k in range(len(FIGURES))], FIGURES)
         axes.set_ylabel(f"SQNR, dB ({case})")
-    figure.axes[0].legend(fontsize="small", ncols=2)
+    figure.axes[0].legend(fontsize="small", ncols=4, loc="lower center", bbox_to_anchor=(0.5, 1))
 
 
 def main(argv: Sequence[str] | None = None) -> int:

@@ -126,8 +126,8 @@ class Report:
         if self.options.tiny:
             print("tiny: sizes at which the bars mean nothing")
             return 0
-        failed = [bar for bar in bars if bar.passed is False]
-        print("FAIL" if failed else "PASS")
+        failed, measured = [bar for bar in bars if bar.passed is False], [bar for bar in bars if bar.passed is not None]
+        print(f"{'FAIL' if failed else 'PASS'}: {len(measured)} of {len(bars)} bars measured, {len(failed)} missed")
         return 1 if failed else 0
 
 

@@ -21,7 +21,7 @@ class Size:
 
 LLAMA = Size()
 QUICKSTART = Size(kv_heads=32, hidden=16384, layers=1)
-TINY = Size(64, 4, 2, 160, 2, 32)
+TINY = Size(64, 4, 2, 160, 1, 32)
 TINY_QUICKSTART = Size(64, 4, 4, 256, 1, 32)
 
 
