@@ -49,12 +49,14 @@ class _Allocation:
 
 @dataclass(frozen=True)
 class _Step:
-    """One launch: its compiled kernel, grid and arguments, tensors left out; (position, number of the tensor) of those."""
+    """One launch: its compiled kernel, grid and arguments, pointers left out. Those are (position, number of the tensor), or with a
+    third number, bytes, point into the tensor."""
 
     compiled: Any
     grid: tuple[int, int, int]
     values: list[Any]
     tensors: list[tuple[int, int]]
+    inside: list[tuple[int, int, int]]
 
 
 @dataclass(frozen=True)
@@ -81,6 +83,8 @@ class Tape:
             values, compiled = step.values.copy(), step.compiled
             for position, number in step.tensors:
                 values[position] = tensors[number]
+            for position, number, offset in step.inside:
+                values[position] = tensors[number].data_ptr() + offset
             compiled.run(*step.grid, stream, compiled.function, compiled.packed_metadata, None, None, None, *values)
         return tuple(self._output(output, tensors) for output in self.outputs)
 
@@ -144,7 +148,7 @@ def _record(function: Callable[..., tuple[Tensor, ...]], args: tuple[Any, ...]) 
 
 
 def _tape(args: tuple[Any, ...], results: tuple[Tensor, ...], launches: list[Launch], zeroed: set[int]) -> Tape | None:
-    """None for what a tape cannot say: descriptors, pointers into the middle of a tensor, one tensor given twice."""
+    """None for what a tape cannot say: descriptors, one tensor given twice, pointers to other parts of an input's memory."""
     inputs = [i for i, a in enumerate(args) if isinstance(a, Tensor)]
     numbers = {args[i].data_ptr(): number for number, i in enumerate(inputs)}
     if len(numbers) != len(inputs) or 0 in numbers:
@@ -177,18 +181,21 @@ def _allocation(tensor: Tensor, zeroed: bool) -> _Allocation:
 
 
 def _step(launch: Launch, numbers: dict[int, int]) -> _Step | None:
-    values, tensors = list(launch.args), []
+    values, tensors, inside = list(launch.args), [], []
     for position, value in enumerate(values):
         if isinstance(value, Tensor):
-            number = numbers.get(value.data_ptr())
-            if number is None:
+            start, number = value.untyped_storage().data_ptr(), numbers.get(value.data_ptr())
+            if number is not None:
+                tensors.append((position, number))
+            elif start in numbers:
+                inside.append((position, numbers[start], value.data_ptr() - start))
+            else:
                 return None
             values[position] = None
-            tensors.append((position, number))
         elif not isinstance(value, (int, float)):
             return None
     x, y, z = (*launch.grid, 1, 1)[:3]
-    return _Step(launch.compiled, (x, y, z), [*values, *launch.tail], tensors)
+    return _Step(launch.compiled, (x, y, z), [*values, *launch.tail], tensors, inside)
 
 
 def _output(tensor: Tensor, numbers: dict[int, int], allocations: list[_Allocation], inputs: int) -> _Output | _Allocation | None:

@@ -7,10 +7,11 @@
     grouped_mm, scaled_grouped_mm                                      grouped.py
     layer_norm_quantize, linear_quantize                               producers.py   (made by fuse)
     mlp                                                                mlp.py         (made by fuse)
+    act_linear, act_backward_cast                                      act_linear.py  (made by lower)
 
 Importing this package registers all of them.
 """
 
-from fp8fx.ops import casts, conv, embedding, grouped, linear, matmul, mlp, producers, quantize, scaled_mm
+from fp8fx.ops import act_linear, casts, conv, embedding, grouped, linear, matmul, mlp, producers, quantize, scaled_mm
 
-__all__ = ["casts", "conv", "embedding", "grouped", "linear", "matmul", "mlp", "producers", "quantize", "scaled_mm"]
+__all__ = ["act_linear", "casts", "conv", "embedding", "grouped", "linear", "matmul", "mlp", "producers", "quantize", "scaled_mm"]

@@ -16,6 +16,8 @@ from torch import Tensor
 from fp8fx import numerics
 from fp8fx.kernels import cast as kernel
 from fp8fx.kernels import scaled_mm
+from fp8fx.kernels.activation_amax import activation_amax, activation_backward_amax
+from fp8fx.kernels.activation_cast import activation_backward_cast, activation_cast
 from fp8fx.kernels.cast_block import cast_block
 from fp8fx.kernels.replay import taped
 from fp8fx.ops import casts
@@ -24,6 +26,7 @@ from fp8fx.ops import quantize as quantize_op
 from fp8fx.ops.inductor import FORMATS, torch_has
 from fp8fx.ops.library import LIBRARY, without_autocast
 from fp8fx.ops.operands import forward_operand
+from fp8fx.ops.producers import make_anchor
 from fp8fx.ops.quantize import as_matrix
 from fp8fx.ops.scaled_mm import scaled_mm_reference
 from fp8fx.spec import SiteSpec, TensorSpec
@@ -162,10 +165,112 @@ def meter_row(x: Tensor, q: Tensor | None, spec: str, *amax: Tensor | None) -> T
     return quantize_op.meter_row_reference(x, q, spec, *amax)
 
 
+def act_linear(
+    x: Tensor,
+    w1: Tensor,
+    w2: Tensor | None,
+    b1: Tensor | None,
+    b2: Tensor | None,
+    input: list[Tensor],
+    weight1: list[Tensor],
+    weight2: list[Tensor],
+    record1: Tensor | None,
+    record2: Tensor | None,
+    scales1: Tensor | None,
+    scales2: Tensor | None,
+    scale: Tensor | None,
+    record: Tensor | None,
+    rng: Tensor | None,
+    activation: str,
+    site1: str,
+    site2: str,
+    input_spec: str,
+    weight1_spec: str,
+    weight2_spec: str,
+    backward1: str,
+    backward2: str,
+    spec: str,
+    site: str,
+    layout: str,
+    dtype: torch.dtype,
+) -> tuple[Tensor, ...]:
+    h = linear(x, w1, b1, input, weight1, None, None, rng, site1, input_spec, weight1_spec, backward1, dtype)
+    u = None
+    if w2 is not None:
+        u = linear(x, w2, b2, input, weight2, None, None, rng, site2, input_spec, weight2_spec, backward2, dtype)
+    codes = _ACT_CAST(as_matrix(h), None if u is None else as_matrix(u), activation, spec, rng, site, scale, record, layout)
+    q, qt, made = codes
+    q = q if layout == "transposed" else q.view(h.shape)
+    return make_anchor(h.shape, h.dtype, h.device), q, qt, made, h, h.new_empty(0) if u is None else u
+
+
+def _act_cast(
+    h: Tensor,
+    u: Tensor | None,
+    activation: str,
+    spec: str,
+    rng: Tensor | None,
+    site: str,
+    scale: Tensor | None,
+    record: Tensor | None,
+    layout: str,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """q, qt and scale (no elements where it is given, or 1) of act(h) * u [M, H]."""
+    parsed = TensorSpec.parse(spec)
+    how, made = _rounding(parsed, rng, site, "input"), h.new_empty(1 if parsed.scaling == "current" else 0, dtype=torch.float32)
+    current = parsed.scaling == "current"
+    given = activation_amax(h, u, activation) if current else scale if parsed.scaling == "delayed" else None
+    q, q_t = activation_cast(
+        h, u, activation, parsed.format, given, layout, how, record=record, from_amax=current, made_scale=made if current else None,
+        power_of_two=parsed.power_of_two, eps=parsed.eps,
+    )  # fmt: skip
+    return *_laid_out(h, q, q_t), made.view(()) if current else made
+
+
+def act_backward_cast(
+    grad: Tensor,
+    h: Tensor,
+    u: Tensor,
+    activation: str,
+    rng: Tensor | None,
+    site1: str,
+    site2: str,
+    spec: str,
+    scale1: Tensor | None,
+    scale2: Tensor | None,
+    record1: Tensor | None,
+    record2: Tensor | None,
+    layout: str,
+    sums: bool,
+) -> tuple[Tensor, ...]:
+    parsed, gated = TensorSpec.parse(spec), u.dim() > 1
+    current, other = parsed.scaling == "current", u if gated else None
+    hows = _rounding(parsed, rng, site1, casts.GRADIENT), _rounding(parsed, rng, site2, casts.GRADIENT)
+    made = [grad.new_empty(1 if current and wanted else 0, dtype=torch.float32) for wanted in (True, gated)]
+    totals = [grad.new_empty(h.shape[-1] if sums and wanted else 0, dtype=torch.float32) for wanted in (True, gated)]
+    given: Any = (scale1, scale2) if parsed.scaling == "delayed" else (None, None)
+    if current:
+        given = activation_backward_amax(grad, h, other, activation)
+    first, second = activation_backward_cast(
+        grad, h, other, activation, parsed.format, *given, layout, *hows, record=record1, record_u=record2 if gated else None,
+        counts=record1 is not None, bias_grad=totals[0] if sums else None, bias_grad_u=totals[1] if sums and gated else None,
+        from_amax=current, made_scale=made[0] if current else None, made_scale_u=made[1] if current and gated else None,
+        power_of_two=parsed.power_of_two, eps=parsed.eps,
+    )  # fmt: skip
+    q, qt = _laid_out(grad, *first)
+    q_u, qt_u = _laid_out(grad, *second) if gated else (q.new_empty(0), q.new_empty(0))
+    scales = [part.view(()) if part.numel() else part for part in made]
+    return q, qt, scales[0], q_u, qt_u, scales[1], *totals
+
+
+_ACT_CAST = taped(_act_cast)
+
 IMPLEMENTATIONS: dict[str, Callable[..., Any]] = {
     "quantize": taped(quantize),
     "cast": taped(cast),
     "cast_current": taped(cast_current),
+    "act_linear": act_linear,
+    "act_backward_cast": taped(act_backward_cast),
     "scaled_mm": scaled,
     "linear": linear,
     "meter_row": meter_row,

@@ -62,6 +62,9 @@ def _scaled_mm(
     plain = format_a in FORMATS and format_b in FORMATS
     if not a.is_cuda or not plain or not torch_has(a, scale_a, b, scale_b, bias, dtype, bool(block_a or block_b)):
         return NotImplemented
+    if scale_a.numel() == 1:  # type: ignore[union-attr]
+        # Inductor's lowering of this product loses the place of a scale () that lies inside of another tensor.
+        scale_a, scale_b = scale_a.view(1, 1), scale_b.view(1, 1)  # type: ignore[union-attr]
     return torch.ops.aten._scaled_mm.default(a, b, scale_a, scale_b, bias, None, dtype, accumulate == "fast")
 
 

@@ -103,10 +103,16 @@ class LinearBackward:
             quantized, by_columns = self.state.cast(flat, _layout(needs_x, needs_w))
         else:
             quantized = self.state.quantize(flat, [-1])
-        dx = self._grad_input(flat, quantized) if needs_x else None
+        dx, dw = self.products(flat, quantized, by_columns, needs_x, needs_w)
         dx = None if dx is None else dx.reshape(*grad.shape[:-1], dx.shape[-1])
-        dw = self._grad_weight(flat, quantized, by_columns) if needs_w else None
         return dx, dw, self.state.statistics(flat) if needs_meter else None
+
+    def products(
+        self, flat: Tensor, quantized: Operand, by_columns: Operand | None, needs_x: bool, needs_w: bool
+    ) -> tuple[Tensor | None, Tensor | None]:
+        """(dX [M, K], dW [N, K]) from dY [M, N] and its codes, those for the grad_weight GEMM made here where they are not given."""
+        dx = self._grad_input(flat, quantized) if needs_x else None
+        return dx, self._grad_weight(flat, quantized, by_columns) if needs_w else None
 
     def _grad_input(self, flat: Tensor, quantized: Operand) -> Tensor:
         """dX [M, K] = dY [M, N] W [N, K]."""

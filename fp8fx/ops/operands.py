@@ -124,8 +124,11 @@ class Backward:
         """`grad` [M, N] as the operand of the grad_input GEMM, [M, N], and of the grad_weight GEMM, [M, N] column-major."""
         spec = self.spec.grad_output
         assert spec is not None
-        record = None if self.record is None else self.record[0]
+        record = self.own_record("grad_output")
         return cast_operands(grad, spec, self.rng, self.site, "grad_output", self.scale("grad_output"), record, layout)
+
+    def own_record(self, role: str) -> Tensor | None:
+        return None if self.record is None else self.record[GRADIENTS.index(role)]
 
     def quantize_other_axis(self, grad: Tensor, dims: list[int]) -> Operand:
         """`grad` once more, for the GEMM that contracts the other axis: scales per row or block differ."""

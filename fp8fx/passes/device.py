@@ -89,6 +89,7 @@ class _Writer:
         self.records: list[tuple[Slot, ...]] = module.meta.setdefault(RECORDS, [])
         self.rows: list[int] = module.meta.setdefault(GRAD_RECORDS, [])
         self.modified = False
+        self._one: fx.Node | None = None
 
     def _measured(self) -> list[tuple[Slot, fx.Node]]:
         """(slot, node of its amax) of the further output."""
@@ -144,7 +145,7 @@ class _Writer:
                 made = emit(self.graph, quantize, ops.cast_current.default, x, text, rng, site, role, record, "rows")
             else:
                 made = emit(self.graph, quantize, ops.cast.default, x, text, rng, site, role, scale, record, "rows")
-                scale = scale if scale is not None else self.one(x)
+                scale = scale if scale is not None else self.one()
         made.meta["weight_cache"] = quantize.meta.get("weight_cache", "none")
         if spec.scaling == "current":
             scale = item(self.graph, made, 2)
@@ -155,9 +156,13 @@ class _Writer:
         self.casts[made] = (made, scale)
         return made, scale
 
-    def one(self, x: Any) -> fx.Node:
-        """A scale of 1. Equal nodes become one in the inner compiler."""
-        return self.graph.call_method("new_ones", (x, ()), {"dtype": torch.float32})
+    def one(self) -> fx.Node:
+        """A scale of 1, one for the graph; it is made from an input, for its device."""
+        if self._one is None:
+            weight = next(node for node in self.graph.nodes if node.op == "placeholder" and tensor(node) is not None)
+            with self.graph.inserting_before(next(n for n in self.graph.nodes if n.op != "placeholder")):
+                self._one = self.graph.call_method("new_ones", (weight, ()), {"dtype": torch.float32})
+        return self._one
 
     def record(self, quantize: fx.Node) -> fx.Node | None:
         """The record for the amax of `quantize`, if anyone keeps it; the further output loses it."""

@@ -19,6 +19,7 @@ from torch import fx
 from torch.nn import functional as F
 
 from fp8fx.capture.graph import VAL, tensor
+from fp8fx.passes.activations import activation_of
 from fp8fx.passes.contract import Context, PassResult, Skip, emit, finish, is_item, item, same_region
 from fp8fx.passes.effects import Effects
 from fp8fx.passes.reads import read_only_as_anchor, reads_values
@@ -34,7 +35,7 @@ def fuse(module: fx.GraphModule, context: Context) -> PassResult:
     skips: list[Skip] = []
     modified = False
     if context.device == "cuda":
-        return finish(module, False, [Skip("fused producers and compound operators", "", "they have no kernel yet")])
+        return finish(module, False)  # lower fuses what there are kernels for
     effects = Effects(module.graph)
     for name, target, rule in RULES:
         for node in list(module.graph.find_nodes(op="call_function", target=target)):
@@ -45,25 +46,10 @@ def fuse(module: fx.GraphModule, context: Context) -> PassResult:
     return finish(module, modified, skips)
 
 
-def _activation(node: Any) -> str | None:
-    """The name of an activation that mlp knows, or None."""
-    if not isinstance(node, fx.Node) or len(node.args) != 1:
-        return None
-    plain = not node.kwargs or (set(node.kwargs) <= {"inplace"} and node.kwargs.get("inplace") is False)
-    if node.target is F.gelu:
-        kind = node.kwargs.get("approximate", "none")
-        return "gelu_tanh" if kind == "tanh" else "gelu"
-    if node.target in (F.relu, torch.relu, "relu"):
-        return "relu" if plain else None
-    if node.target is F.silu:
-        return "silu" if plain else None
-    return None
-
-
 def _mlp(graph: fx.Graph, node: fx.Node, effects: Effects) -> str | None:
     """`linear(act(linear(x, w1)), w2) = mlp(x, w1, w2)`; `node` is the second linear."""
     act = node.args[0]
-    name = _activation(act)
+    name = activation_of(act)
     first = act.args[0] if name is not None and isinstance(act, fx.Node) else None
     if not isinstance(first, fx.Node) or first.target is not LINEAR:
         return ""

@@ -27,6 +27,7 @@ from fp8fx.capture.graph import TENSOR_NAME
 from fp8fx.capture.regions import outline_regions
 from fp8fx.passes.contract import SLOT, Context, PassResult, Skip, Slot, finish
 from fp8fx.passes.device import to_kernels
+from fp8fx.passes.device_fuse import fuse_activations
 from fp8fx.passes.effects import Effects
 from fp8fx.spec import TensorSpec
 
@@ -90,7 +91,8 @@ def _device(module: fx.GraphModule, context: Context) -> tuple[bool, list[Skip]]
     changed, skips = to_kernels(module, context)
     if changed:
         finish(module, True)  # what only the other layout of a weight read is gone
-    return changed, skips
+    fused, more = fuse_activations(module.graph)
+    return changed or fused, skips + more
 
 
 def _kernels() -> bool:

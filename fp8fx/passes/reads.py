@@ -19,6 +19,7 @@ _CODES: dict[Any, dict[int, int]] = {
     ops.grouped_mm.default: {0: 3, 1: 4},
     ops.conv.default: {0: 3, 1: 4},
     ops.mlp.default: {0: 5, 1: 6, 3: 7},
+    ops.act_linear.default: {0: 5, 1: 6, 2: 7},
 }
 _BACKWARD_TEXT: dict[Any, int] = {
     ops.linear.default: 11,

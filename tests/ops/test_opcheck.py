@@ -64,6 +64,19 @@ def recorded_args(backward: str) -> tuple[Any, ...]:
     return *args[:5], torch.zeros(3, RECORD), *args[6:]
 
 
+def act_linear_args(activation: str, gated: bool, scaling: str = "current") -> tuple[Any, ...]:
+    spec = SPEC.replace("current", scaling)
+    x, w1, w2, bias = learned(2, 3, 8), learned(6, 8, seed=2), learned(6, 8, seed=3) if gated else None, learned(6, seed=4)
+    q, qt, scale, _ = ops.cast_current(x.detach(), SPEC, None, "fc", "input", None, "both")
+    backward = f"grad_output={spec};gemms=output,grad_input,grad_weight;columns=yes"
+    weight2 = codes(w2) if w2 is not None else []
+    return (
+        x, w1, w2, bias, None, [q, scale, qt, scale], codes(w1), weight2, torch.zeros(3, RECORD), torch.zeros(3, RECORD), scales(), scales(),
+        SCALE if scaling == "delayed" else None, None, RNG, activation, "gate", "up", SPEC, SPEC, SPEC, backward, backward, spec, "down",
+        "both", torch.float32,
+    )  # fmt: skip
+
+
 def matmul_args(backward: str) -> tuple[Any, ...]:
     a, b = learned(2, 3, 8), learned(8, 6, seed=2)
     return a, b, codes(a), codes(b), meter(), scales(), RNG, "scores", SPEC, SPEC, backward, torch.float32
@@ -166,6 +179,15 @@ SAMPLES: dict[str, list[Callable[[], tuple[Any, ...]]]] = {
         lambda: linear_args(KEPT),
         lambda: recorded_args(KEPT + ";columns=yes"),
         lambda: linear_args(KEPT.replace("output,grad_input,grad_weight", "") + ";calibrating=yes"),
+    ],
+    "act_linear": [
+        lambda: act_linear_args("silu", True),
+        lambda: act_linear_args("gelu", False, "delayed"),
+        lambda: act_linear_args("relu", True, "delayed"),
+    ],
+    "act_backward_cast": [
+        lambda: (randn(3, 8), randn(3, 8), randn(3, 8), "silu", None, "gate", "up", SPEC, None, None, None, None, "both", True),
+        lambda: (randn(3, 8), randn(3, 8), randn(0), "gelu", None, "fc", "", DELAYED, SCALE, None, None, None, "transposed", False),
     ],
     "matmul": [lambda: matmul_args(BACKWARD), lambda: matmul_args("gemms=output"), lambda: matmul_args(KEPT)],
     "grouped_mm": [lambda: grouped_args(BACKWARD), lambda: grouped_args("gemms=grad_weight"), lambda: grouped_args(KEPT)],

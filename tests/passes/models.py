@@ -206,6 +206,19 @@ SINGLE: dict[str, Case] = {
 }
 
 # name -> (model, inputs): several sites, and what the passes do between them.
+class Gated(nn.Module):
+    """SwiGLU and the like: norm -> gate, up -> down, with a residual."""
+
+    def __init__(self, activation: Callable[[Tensor], Tensor]) -> None:
+        super().__init__()
+        self.norm, self.gate, self.up, self.down = nn.LayerNorm(8), nn.Linear(8, 16), nn.Linear(8, 16, bias=False), nn.Linear(16, 8)
+        self.activation = activation
+
+    def forward(self, x: Tensor) -> Tensor:
+        h = self.norm(x)
+        return x + self.down(self.activation(self.gate(h)) * self.up(h))
+
+
 TOGETHER: dict[str, Case] = {
     "shared": (_module(Shared), _inputs((3, 8))),
     "chain": (_module(Chain), _inputs((3, 8))),
@@ -215,6 +228,8 @@ TOGETHER: dict[str, Case] = {
     "feed tanh gelu": (_module(Feed, lambda h: F.gelu(h, approximate="tanh")), _inputs((3, 8))),
     "feed relu": (_module(Feed, F.relu), _inputs((3, 8))),
     "feed silu": (_module(Feed, F.silu), _inputs((3, 8))),
+    "gated silu": (_module(Gated, F.silu), _inputs((2, 3, 8))),
+    "gated gelu": (_module(Gated, F.gelu), _inputs((3, 8))),
     "scores": (_module(Scores), _inputs((2, 4, 8), (2, 4, 8), (2, 4, 8), (4, 4))),
     "attention": (_module(Attention), _inputs((2, 4, 8))),
     "conv and norm": (_module(ConvNet), _inputs((2, 3, 6, 6))),

@@ -142,7 +142,7 @@ def test_weights_are_kept_in_evaluation_and_follow_their_parameter(feed: Trace) 
 
 @pytest.mark.parametrize("inside", [True, False], ids=["weights inside", "weights outside"])
 @pytest.mark.parametrize("recipe", ["hybrid", "delayed", "direct", "rowwise", "blockwise"])
-@pytest.mark.parametrize("name", ["feed gelu", "shared", "chain"])
+@pytest.mark.parametrize("name", ["feed gelu", "gated silu", "gated gelu", "shared", "chain"])
 def test_the_graph_for_kernels_has_the_same_numbers(name: str, recipe: str, inside: bool) -> None:
     """The graph that a GPU gets, run on the reference: outputs, gradients and what is measured are those of the CPU's, bit for bit."""
     trace = together(name, recipe)
@@ -167,4 +167,6 @@ def test_the_graph_for_kernels_has_the_same_numbers(name: str, recipe: str, insi
     assert "columns=yes" in text
     assert ("fp8_weight" in text) != inside
     assert "fp8_meter" not in text
+    one_scale = {"hybrid", "delayed"} if name.startswith("gated") else {"hybrid", "delayed", "direct"}  # direct rounds the output of `up`
+    assert ("fp8fx.act_linear" in text) == (name not in ("shared", "chain") and recipe in one_scale)
     assert ("fp8_records" in text) == (recipe == "delayed")
