@@ -154,3 +154,38 @@ def test_odd_sizes_and_few_rows(compiled: Compiled, monkeypatch: pytest.MonkeyPa
     odd, few = compiled()
     assert "cp.async.bulk.tensor.2d.global" not in odd.asm["ptx"]
     assert "m64n16k32.f32.e4m3.e5m2" in few.asm["ptx"]
+
+
+ENDS: dict[str, dict[str, Any]] = {
+    "activation": {"activation": "gelu", "record": ONE},
+    "codes": {"out_format": "e4m3fn", "out_scale": ONE, "record": ONE},
+    "rounded": {"round_to": "e5m2", "how": STOCHASTIC},
+    "everything": {"out_format": "e5m2", "out_scale": ONE, "record": ONE, "how": STOCHASTIC, "activation": "silu"},
+}
+
+
+# Of all 28 pairs, none of which spills: each takes up to 20 s to compile.
+SOME_ENDS = [
+    ("activation", "small"),
+    ("codes", "large"),
+    ("codes", "blocked"),
+    ("codes", "decode_64"),
+    ("rounded", "large"),
+    ("everything", "decode"),
+]
+
+
+@pytest.mark.parametrize(("end", "config"), SOME_ENDS)
+def test_scaled_mm_ends(end: str, config: str, compiled: Compiled, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.setattr(mm, "multiprocessors", lambda device: 132)
+    a, b = codes(512, 1024, "e5m2"), codes(768, 1024, "e4m3").t()
+    blocks: dict[str, Any] = {"block_a": (1, 128), "block_b": (128, 128)} if config == "blocked" else {}
+    scales = (torch.ones(512, 8), torch.ones(8, 6)) if blocks else (ONE, ONE)
+    accumulate = "precise" if config == "precise" else "fast"
+    mm.scaled_mm(a, b, *scales, torch.ones(768), accumulate=accumulate, config=mm.CONFIGS[config], **blocks, **ENDS[end])
+    (kernel,) = compiled()
+    assert "wgmma.mma_async" in kernel.asm["ptx"]
+    assert "cp.async.bulk.tensor.2d.global" in kernel.asm["ptx"], "the output leaves through the copy engine"
+    assert ("satfinite.e" in kernel.asm["ptx"]) == (end != "activation")
+    assert spills(kernel, tmp_path) == 0
+    assert kernel.metadata.shared <= 227 * 1024
