@@ -172,7 +172,7 @@ def _launch(
     _, _, m, k, _ = seen[1]
     outs = [out for out in sums[: 2 if two else 1] if out is not None]
     parts = partials(h, seen[1].tile_rows(block_m), k, len(outs)) if outs else None
-    left = iter(()) if parts is None else iter(parts.unbind())
+    left = iter(()) if parts is None else iter(parts.unbind(1))
     results, flags = [], []
     for i in range(2 if two else 1):
         scalings[i].check(where)

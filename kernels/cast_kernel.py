@@ -146,7 +146,7 @@ def cast_kernel(
     if AXIS_T != -1:
         store_transposed(t_ptr, c0, c1, c2, c3, place, rows, words, columns, PACKED)
     if SUMS:
-        store_partial(sums_ptr, (x0 + x1) + (x2 + x3), place, columns, BLOCK_M)
+        store_partial(sums_ptr, (x0 + x1) + (x2 + x3), place, columns, BLOCK_M, 1)
     if RECORD and not KNOWN:
         merge_amax(record_ptr, seen, amax_of(x0, x1, x2, x3))
 

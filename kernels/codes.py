@@ -3,6 +3,7 @@
 
     codes = encode(y, x, ...)      y = float32(x) * inv_scale, x the tile before scaling (a NaN keeps its sign, which * loses on a GPU)
     bits  = random_tile(...)       32 random bits per element: Philox4x32-10 by the element's logical row-major index
+    value = decode(codes)          float32
 
 Nearest-even on a GPU is the processor's own conversion, written as PTX, whose manual says what it does beyond max; Triton's cast
 promises nothing there. Triton's interpreter has no PTX and casts wrongly, so there the tile is clamped and rounded in float32
@@ -91,6 +92,19 @@ def encode(y, x, random_bits, E5M2: tl.constexpr, STOCHASTIC: tl.constexpr, NONF
 
 
 @triton.jit
+def decode(codes, E5M2: tl.constexpr):
+    """float32 values of uint8 codes."""
+    values = codes.to(tl.float8e5 if E5M2 else tl.float8e4nv, bitcast=True).to(tl.float32)
+    if INTERPRET:  # which reads the codes of NaN and inf as numbers
+        low = codes & 0x7F
+        infinite = tl.where((codes & 0x80) == 0, float("inf"), float("-inf"))
+        if E5M2:
+            values = tl.where(low == 0x7C, infinite, values)
+        values = tl.where(low > (0x7C if E5M2 else 0x7E), float("nan"), values)
+    return values
+
+
+@triton.jit
 def _round_magic(y, M: tl.constexpr, EMIN: tl.constexpr):
     """Nearest-even of float32 y, |y| <= max, onto the grid of M mantissa bits; float32."""
     bits = y.to(tl.int32, bitcast=True)
@@ -128,29 +142,35 @@ def philox(c0, c1, c2, c3, k0, k1):
 
 
 @triton.jit
+def _words(random, block):
+    """The four random words of the blocks of elements with these int64 numbers; random as in `random_tile`."""
+    rng_ptr, key = random
+    seed, step, call = tl.load(rng_ptr), tl.load(rng_ptr + 1), tl.load(rng_ptr + 2)
+    k0 = (seed & 0xFFFFFFFF).to(tl.uint32)
+    k1 = (((seed >> 32) ^ key) & 0xFFFFFFFF).to(tl.uint32)
+    low, high = (block & 0xFFFFFFFF).to(tl.uint32), (block >> 32).to(tl.uint32)
+    c2, c3 = (step & 0xFFFFFFFF).to(tl.uint32), (call & 0xFFFFFFFF).to(tl.uint32)
+    return philox(low, high, tl.zeros_like(low) + c2, tl.zeros_like(low) + c3, k0, k1)
+
+
+@triton.jit
+def random_at(random, index):
+    """uint32, like index: the bits of the elements with these int64 row-major indices. Four times the work of a grouped tile."""
+    w0, w1, w2, w3 = _words(random, index >> 2)
+    word = (index & 3).to(tl.int32)
+    return tl.where(word == 0, w0, tl.where(word == 1, w1, tl.where(word == 2, w2, w3)))
+
+
+@triton.jit
 def random_tile(random, rows, column, width, BLOCK_M: tl.constexpr, BLOCK_K: tl.constexpr, GROUPED: tl.constexpr):
     """uint32 [BLOCK_M, BLOCK_K]: the bits of elements (rows [BLOCK_M] int64, column + 0..BLOCK_K) of a matrix of `width` columns.
 
     random: (pointer to int64 [seed, step, call], key: int32, the hash of producer and role). GROUPED: width and column are
     multiples of 4, so the four words of a block are four neighbours of one row; otherwise each element makes its own block.
     """
-    rng_ptr, key = random
-    seed, step, call = tl.load(rng_ptr), tl.load(rng_ptr + 1), tl.load(rng_ptr + 2)
-    k0 = (seed & 0xFFFFFFFF).to(tl.uint32)
-    k1 = (((seed >> 32) ^ key) & 0xFFFFFFFF).to(tl.uint32)
-    c2 = (step & 0xFFFFFFFF).to(tl.uint32)
-    c3 = (call & 0xFFFFFFFF).to(tl.uint32)
     start = rows * width + column
     if GROUPED:
-        block = (start[:, None] >> 2) + tl.arange(0, BLOCK_K // 4)[None, :]
+        w0, w1, w2, w3 = _words(random, (start[:, None] >> 2) + tl.arange(0, BLOCK_K // 4)[None, :])
+        return tl.join(tl.join(w0, w2), tl.join(w1, w3)).reshape(BLOCK_M, BLOCK_K)
     else:
-        index = start[:, None] + tl.arange(0, BLOCK_K)[None, :]
-        block = index >> 2
-    low, high = (block & 0xFFFFFFFF).to(tl.uint32), (block >> 32).to(tl.uint32)
-    w0, w1, w2, w3 = philox(low, high, tl.zeros_like(low) + c2, tl.zeros_like(low) + c3, k0, k1)
-    if GROUPED:
-        bits = tl.join(tl.join(w0, w2), tl.join(w1, w3)).reshape(BLOCK_M, BLOCK_K)
-    else:
-        word = (index & 3).to(tl.int32)
-        bits = tl.where(word == 0, w0, tl.where(word == 1, w1, tl.where(word == 2, w2, w3)))
-    return bits
+        return random_at(random, start[:, None] + tl.arange(0, BLOCK_K)[None, :])

@@ -44,7 +44,7 @@ PARTS = tl.constexpr(8)  # 0: the scale is given; else it is made from so many p
 POWER_OF_TWO = tl.constexpr(9)
 EPS = tl.constexpr(10)
 RECORD = tl.constexpr(11)  # 0 none, 1 amax, 2 amax and counts
-SUMS = tl.constexpr(12)
+SUMS = tl.constexpr(12)  # 0 none, else how many sets of partial sums the launch leaves
 AND_AMAX = tl.constexpr(13)  # the amax is stored behind the scale that was made from it
 
 
@@ -85,7 +85,7 @@ def write_result(y0, y1, y2, y3, into, random, place, at, inv, BLOCK_M: tl.const
     if HOW[TRANSPOSED]:
         store_transposed(t_ptr, c0, c1, c2, c3, place, rows, words, columns, HOW[PACKED])
     if HOW[SUMS]:
-        store_partial(sums_ptr, (y0 + y1) + (y2 + y3), place, columns, BLOCK_M)
+        store_partial(sums_ptr, (y0 + y1) + (y2 + y3), place, columns, BLOCK_M, HOW[SUMS])
     if HOW[RECORD] and HOW[PARTS] == 0:
         seen = amax_bits(record_ptr)
         merge_amax(record_ptr, seen, amax_of(y0, y1, y2, y3))
@@ -192,6 +192,6 @@ class Result:
             scaling.power_of_two,
             scaling.eps,
             record,
-            self.sums is not None,
+            0 if self.sums is None else self.sums.stride(0) // x.k,
             scaling.and_amax,
         )

@@ -11,6 +11,8 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
+from fp8fx.kernels.scaled_mm_epilogue import finish
+
 
 @triton.jit
 def _locate(tile, tiles_m, tiles_n, GROUP: tl.constexpr):
@@ -23,25 +25,7 @@ def _locate(tile, tiles_m, tiles_n, GROUP: tl.constexpr):
     return batch, first + within % per_group % height, within % per_group // height
 
 
-@triton.jit
-def _store(c, part, bias_ptr, place, column, strides, BIAS: tl.constexpr, TMA_STORE: tl.constexpr, DTYPE: tl.constexpr):
-    """Add the bias, round once and store `part`, the scaled sums of the rows from `row` and the columns from `column` on."""
-    batch, row, M, N = place
-    stride_cb, stride_cm, stride_cn = strides
-    rows = row + tl.arange(0, part.shape[0])
-    columns = column + tl.arange(0, part.shape[1])
-    if BIAS == 1:
-        part += tl.load(bias_ptr + columns, mask=columns < N, other=0.0).to(tl.float32)[None, :]
-    if BIAS == 2:
-        part += tl.load(bias_ptr + rows, mask=rows < M, other=0.0).to(tl.float32)[:, None]
-    if TMA_STORE:
-        c.store([batch * M + row, column], part.to(DTYPE))
-    else:
-        at = batch.to(tl.int64) * stride_cb + rows.to(tl.int64)[:, None] * stride_cm + columns.to(tl.int64)[None, :] * stride_cn
-        tl.store(c + at, part.to(DTYPE), mask=(rows < M)[:, None] & (columns < N)[None, :])
-
-
-@triton.jit
+@triton.jit(do_not_specialize=["key"])
 def scaled_mm_kernel(
     a,
     b,
@@ -49,6 +33,10 @@ def scaled_mm_kernel(
     scale_a_ptr,
     scale_b_ptr,
     bias_ptr,
+    out_scale_ptr,
+    record_ptr,
+    rng_ptr,
+    key,
     batches,
     M,
     N,
@@ -60,19 +48,19 @@ def scaled_mm_kernel(
     stride_cn,
     ROW_A: tl.constexpr,
     ROW_B: tl.constexpr,
-    BIAS: tl.constexpr,  # 0 none, 1 one per column, 2 one per row
+    END: tl.constexpr,  # see `scaled_mm_epilogue`
     TMA_STORE: tl.constexpr,
+    PARTS: tl.constexpr,  # in which a tile is finished
     DTYPE: tl.constexpr,
     PRECISE: tl.constexpr,
     BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr,
     BLOCK_K: tl.constexpr,
     GROUP: tl.constexpr,
-    HALVES: tl.constexpr,
     FLATTEN: tl.constexpr,
     PROGRAMS: tl.constexpr,
 ):
-    """C = (A B^T) scaled per tensor or per row of A and of B, plus bias."""
+    """C = (A B^T) scaled per tensor or per row of A and of B, finished as `scaled_mm_epilogue` says."""
     tiles_m, tiles_n, steps = tl.cdiv(M, BLOCK_M), tl.cdiv(N, BLOCK_N), tl.cdiv(K, BLOCK_K)
     tiles = batches * tiles_m * tiles_n
     # Read early what the end of a tile needs: there, the matrix unit would wait for it.
@@ -104,15 +92,11 @@ def scaled_mm_kernel(
             acc *= scale_b[None, :]
         place = (batch, tile_m * BLOCK_M, M, N)
         strides = (stride_cb, stride_cm, stride_cn)
-        if HALVES:  # half the registers and shared memory for the output tile
-            first, second = acc.reshape(BLOCK_M, 2, BLOCK_N // 2).permute(0, 2, 1).split()
-            _store(c, first, bias_ptr, place, tile_n * BLOCK_N, strides, BIAS, TMA_STORE, DTYPE)
-            _store(c, second, bias_ptr, place, tile_n * BLOCK_N + BLOCK_N // 2, strides, BIAS, TMA_STORE, DTYPE)
-        else:
-            _store(c, acc, bias_ptr, place, tile_n * BLOCK_N, strides, BIAS, TMA_STORE, DTYPE)
+        ends = (bias_ptr, out_scale_ptr, record_ptr, rng_ptr, key)
+        finish(c, acc, ends, place, tile_n * BLOCK_N, strides, END, TMA_STORE, DTYPE, PARTS)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["key"])
 def blocked_mm_kernel(
     a,
     b,
@@ -120,6 +104,10 @@ def blocked_mm_kernel(
     scale_a_ptr,
     scale_b_ptr,
     bias_ptr,
+    out_scale_ptr,
+    record_ptr,
+    rng_ptr,
+    key,
     batches,
     M,
     N,
@@ -139,8 +127,9 @@ def blocked_mm_kernel(
     BLOCK_ROWS_B: tl.constexpr,
     STEPS_A: tl.constexpr,  # BLOCK_K steps that share a scale
     STEPS_B: tl.constexpr,
-    BIAS: tl.constexpr,
+    END: tl.constexpr,
     TMA_STORE: tl.constexpr,
+    PARTS: tl.constexpr,  # in which a tile is finished
     DTYPE: tl.constexpr,
     BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr,
@@ -148,7 +137,7 @@ def blocked_mm_kernel(
     GROUP: tl.constexpr,
     PROGRAMS: tl.constexpr,
 ):
-    """C = sum over blocks of K of (A B^T) * scale_a * scale_b, plus bias: each partial product is scaled before it is added."""
+    """C = sum over blocks of K of (A B^T) * scale_a * scale_b, each partial product scaled before it is added; finished likewise."""
     tiles_m, tiles_n, steps = tl.cdiv(M, BLOCK_M), tl.cdiv(N, BLOCK_N), tl.cdiv(K, BLOCK_K)
     tiles = batches * tiles_m * tiles_n
     for tile in tl.range(tl.program_id(0), tiles, PROGRAMS):
@@ -174,4 +163,5 @@ def blocked_mm_kernel(
                 acc += part * scale_a[:, None] * scale_b[None, :]
         place = (batch, tile_m * BLOCK_M, M, N)
         strides = (stride_cb, stride_cm, stride_cn)
-        _store(c, acc, bias_ptr, place, tile_n * BLOCK_N, strides, BIAS, TMA_STORE, DTYPE)
+        ends = (bias_ptr, out_scale_ptr, record_ptr, rng_ptr, key)
+        finish(c, acc, ends, place, tile_n * BLOCK_N, strides, END, TMA_STORE, DTYPE, PARTS)

@@ -17,10 +17,12 @@ import triton
 from fp8fx.kernels import scaled_mm as mm
 from fp8fx.kernels.activation_amax import activation_amax, activation_backward_amax
 from fp8fx.kernels.activation_cast import activation_backward_cast, activation_cast
+from fp8fx.kernels.add_norm import add_norm_cast
 from fp8fx.kernels.amax import amax, amax_each
 from fp8fx.kernels.cast import Rounding, cast, cast_current
 from fp8fx.kernels.cast_block import cast_block
 from fp8fx.kernels.delayed import delayed_update
+from fp8fx.kernels.norm_backward import norm_backward_cast
 from fp8fx.kernels.norm_cast import norm_cast
 from fp8fx.kernels.scale import compute_scale
 
@@ -28,6 +30,7 @@ Compiled = Callable[[], list[Any]]
 ONE = torch.ones(())
 X = torch.empty(256, 512, dtype=torch.bfloat16)
 RECORD, PARTS = torch.zeros(3), torch.ones(512)
+COLUMN = torch.ones(256, 1)
 LONG = torch.empty(64, 10000, dtype=torch.bfloat16)
 STOCHASTIC = Rounding("stochastic", "nonfinite", torch.zeros(3, dtype=torch.int64), 7)
 CUOBJDUMP = Path(triton.__file__).parent / "backends" / "nvidia" / "bin" / "cuobjdump"
@@ -62,6 +65,18 @@ ELEMENTWISE: dict[str, Callable[[], Any]] = {
     ),
     "layer norm current": lambda: norm_cast(
         X, X[0], X[1], "e4m3fn", "layer", record=RECORD, counts=True, current=True, made_scale=torch.ones(2)
+    ),
+    "add norm": lambda: add_norm_cast(X, X, X[0], X[1], "e4m3fn", "layer", scale=ONE, record=RECORD, counts=True),
+    "add rms norm": lambda: add_norm_cast(X, X, X[0], None, "e4m3fn", scale=ONE, record=RECORD, counts=True, round_first=True),
+    "add norm current": lambda: add_norm_cast(X, X, X[0], X[1], "e4m3fn", "layer", current=True, made_scale=ONE),
+    "rms norm backward": lambda: norm_backward_cast(X, X, X[0], None, COLUMN, "e5m2", ONE, weight_grad=X[0], record=RECORD, counts=True),
+    "layer norm backward": lambda: norm_backward_cast(
+        *(X, X, X[0], COLUMN, COLUMN, "e5m2"),
+        **{"add": X, "write": True, "weight_grad": X[0], "bias_grad": X[1], "row_sum": X[2], "record": RECORD, "counts": True},
+        **{"current": True, "made_scale": ONE},
+    ),
+    "long layer norm backward": lambda: norm_backward_cast(
+        LONG, LONG, None, COLUMN[:64], COLUMN[:64], "e5m2", current=True, made_scale=ONE, how=STOCHASTIC
     ),
     "long rms norm current": lambda: norm_cast(LONG, None, None, "e4m3fn", current=True, made_scale=ONE),
 }
@@ -139,3 +154,38 @@ def test_odd_sizes_and_few_rows(compiled: Compiled, monkeypatch: pytest.MonkeyPa
     odd, few = compiled()
     assert "cp.async.bulk.tensor.2d.global" not in odd.asm["ptx"]
     assert "m64n16k32.f32.e4m3.e5m2" in few.asm["ptx"]
+
+
+ENDS: dict[str, dict[str, Any]] = {
+    "activation": {"activation": "gelu", "record": ONE},
+    "codes": {"out_format": "e4m3fn", "out_scale": ONE, "record": ONE},
+    "rounded": {"round_to": "e5m2", "how": STOCHASTIC},
+    "everything": {"out_format": "e5m2", "out_scale": ONE, "record": ONE, "how": STOCHASTIC, "activation": "silu"},
+}
+
+
+# Of all 28 pairs, none of which spills: each takes up to 20 s to compile.
+SOME_ENDS = [
+    ("activation", "small"),
+    ("codes", "large"),
+    ("codes", "blocked"),
+    ("codes", "decode_64"),
+    ("rounded", "large"),
+    ("everything", "decode"),
+]
+
+
+@pytest.mark.parametrize(("end", "config"), SOME_ENDS)
+def test_scaled_mm_ends(end: str, config: str, compiled: Compiled, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.setattr(mm, "multiprocessors", lambda device: 132)
+    a, b = codes(512, 1024, "e5m2"), codes(768, 1024, "e4m3").t()
+    blocks: dict[str, Any] = {"block_a": (1, 128), "block_b": (128, 128)} if config == "blocked" else {}
+    scales = (torch.ones(512, 8), torch.ones(8, 6)) if blocks else (ONE, ONE)
+    accumulate = "precise" if config == "precise" else "fast"
+    mm.scaled_mm(a, b, *scales, torch.ones(768), accumulate=accumulate, config=mm.CONFIGS[config], **blocks, **ENDS[end])
+    (kernel,) = compiled()
+    assert "wgmma.mma_async" in kernel.asm["ptx"]
+    assert "cp.async.bulk.tensor.2d.global" in kernel.asm["ptx"], "the output leaves through the copy engine"
+    assert ("satfinite.e" in kernel.asm["ptx"]) == (end != "activation")
+    assert spills(kernel, tmp_path) == 0
+    assert kernel.metadata.shared <= 227 * 1024
