@@ -119,10 +119,10 @@ def act_backward_cast_reference(
     nothing = grad.new_empty(0, dtype=torch.float32)
     if not gated:
         other = cast_of_fake(grad.new_empty(0, 1), spec, layout)
-        return *first, *(t.new_empty(0) for t in other), dh.sum(0, dtype=torch.float32) if sums else nothing, nothing
+        return *first, *(t.new_empty(0) for t in other), dh.sum(0, dtype=torch.float32) if sums else nothing, torch.empty_like(nothing)
     du = grad * forward(h)
     second = cast_of(du, spec, rng, site2, "grad_output", scale2, record2, layout)
-    return *first, *second, *((t.sum(0, dtype=torch.float32) if sums else nothing) for t in (dh, du))
+    return *first, *second, *((t.sum(0, dtype=torch.float32) if sums else torch.empty_like(nothing)) for t in (dh, du))
 
 
 def act_backward_cast_fake(grad: Tensor, h: Tensor, u: Tensor, activation: str, *rest: Any) -> tuple[Tensor, ...]:
