@@ -12,6 +12,7 @@ An amax of 0 says that nothing was measured, or nothing but zeros: the slot keep
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Sequence
 
 import torch
@@ -64,7 +65,7 @@ class Records:
             return
         self.used = False
         casts, sites = self._pairs[0]
-        with torch.inference_mode(False), torch.no_grad():
+        with torch.inference_mode(False) if torch.is_inference_mode_enabled() else contextlib.nullcontext():
             if self.places:
                 places, rows = self._where
                 amax = torch.cat([casts, sites.view(-1, RECORD)])[:, 0][places]

@@ -80,9 +80,12 @@ class ScalingState:
                 self._fill(slot)
             return self.slots[slot]
 
-    @contextlib.contextmanager
-    def _locked(self) -> Iterator[None]:
+    def _locked(self) -> contextlib.AbstractContextManager[Any]:
         """One thread at a time; and no inference tensors, which later training could not write."""
+        return self._outside_inference() if torch.is_inference_mode_enabled() else self._lock
+
+    @contextlib.contextmanager
+    def _outside_inference(self) -> Iterator[None]:
         with self._lock, torch.inference_mode(False), torch.no_grad():
             yield
 

@@ -22,6 +22,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from fp8fx.kernels.launch import Launch, hooked, recorded
 
+TRIES = 4  # torch looks over an operator's shoulder in its first calls, which then do more than they will
 MOST_TAPES = 4096  # of one function; sizes that change at every call would fill the memory
 _HARMLESS = {"empty", "empty_strided", "new_empty", "view", "t", "transpose", "unbind", "select", "slice", "alias", "detach", "as_strided",
              "unsqueeze", "squeeze", "permute", "expand", "_unsafe_view", "split", "split_with_sizes", "new_empty_strided"}  # fmt: skip
@@ -97,22 +98,24 @@ class Tape:
 
 def taped(function: Callable[..., tuple[Tensor, ...]]) -> Callable[..., tuple[Tensor, ...]]:
     """`function`, with tapes. It takes positional arguments, tensors of one device among them, and returns tensors none of which is an input."""
-    tapes: dict[tuple[Any, ...], Tape | None] = {}
+    tapes: dict[tuple[Any, ...], Tape | int] = {}  # an int counts the calls that could not be taped
     lock = threading.Lock()
 
     @functools.wraps(function)
     def run(*args: Any) -> tuple[Tensor, ...]:
         key = _key(args)
-        tape = tapes.get(key, False)
-        if tape is None or hooked():
-            return function(*args)
-        if tape is not False and tape.device == torch._C._cuda_getDevice():
-            return tape.play(args)
-        with lock:
-            if len(tapes) > MOST_TAPES:
-                tapes.clear()
-            results, tapes[key] = _record(function, args)
-        return results
+        tape = tapes.get(key, 0)
+        if isinstance(tape, Tape):
+            if tape.device == torch._C._cuda_getDevice() and not hooked():
+                return tape.play(args)
+        elif tape < TRIES and not hooked():
+            results, made = _record(function, args)
+            with lock:
+                if len(tapes) > MOST_TAPES:
+                    tapes.clear()
+                tapes[key] = tape + 1 if made is None else made
+            return results
+        return function(*args)
 
     return run
 

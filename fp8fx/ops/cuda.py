@@ -277,8 +277,11 @@ IMPLEMENTATIONS: dict[str, Callable[..., Any]] = {
 }
 
 
+KERNELS_ONLY = ("cast", "cast_current", "act_backward_cast")  # nothing in them that an autocast region would change
+
+
 @functools.cache
 def register() -> None:
     """For CUDA tensors these run in place of the references, from the first call of this on."""
     for name, function in IMPLEMENTATIONS.items():
-        LIBRARY.impl(name, without_autocast(function), "CUDA")
+        LIBRARY.impl(name, function if name in KERNELS_ONLY else without_autocast(function), "CUDA")
