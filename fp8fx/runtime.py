@@ -10,7 +10,7 @@ import dataclasses
 import logging
 import warnings
 import weakref
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Container, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -251,12 +251,25 @@ class Runtime:
         stream = self.stream
         return Stream(stream.seed, stream.step + 1) if self._stepped else Stream(stream.seed, stream.step, stream.call)
 
-    def load_state(self, state: dict[str, Tensor]) -> None:
-        """Take what `state` gave, all of it or, with ModelError, nothing. An original checkpoint has no entries: all stays as it is."""
+    def load_state(self, state: dict[str, Tensor], convert: bool = False) -> None:
+        """Take what `state` gave, all of it or, with ModelError, nothing. An original checkpoint has no entries: all stays as it is.
+
+        convert: see ScalingState.load.
+        """
         if not state:
             self.weights.clear()
             self.scaling.forget()
             return
+        kept = self.check_state(state, convert)
+        if kept:
+            self.scaling.load(kept, convert)
+        if "stream" in state:
+            self.stream = Stream(*state["stream"].tolist())
+            self._stepped = False
+        self.weights.clear()
+
+    def check_state(self, state: dict[str, Tensor], convert: bool = False) -> dict[str, Tensor]:
+        """ModelError if `load_state` would raise it; nothing is changed. The entries of delayed scaling."""
         kept = {key: value for key, value in state.items() if is_scaling(key)}
         stream = {"stream": self._position().tensor(torch.device("cpu"))}
         check_state({key: value for key, value in state.items() if key not in kept}, stream, self.recipe.name)
@@ -264,10 +277,22 @@ class Runtime:
             there, here = ("holds", "keeps none") if kept else ("holds no", "keeps them")
             raise other_recipe(f"it {there} delayed scales, and recipe {self.recipe.name!r} {here}")
         if kept:
-            self.scaling.load(kept)
-        if "stream" in state:
-            self.stream = Stream(*state["stream"].tolist())
-            self._stepped = False
+            self.scaling.check(kept, convert)
+        return kept
+
+    def unmatched(self, state: dict[str, Tensor], modules: Container[str]) -> tuple[list[str], list[str]]:
+        """(missing, unknown) keys of entries of a checkpoint; see ScalingState.unmatched. An original checkpoint lacks nothing."""
+        kept = {key: value for key, value in state.items() if is_scaling(key)}
+        missing, unknown = self.scaling.unmatched(kept, modules)
+        return ["stream"] * (bool(state) and "stream" not in state) + missing, unknown
+
+    def snapshot(self) -> dict[str, Any]:
+        """What `load_state` changes, for `restore`."""
+        return {"stream": dataclasses.replace(self.stream), "_stepped": self._stepped, "scaling": self.scaling.snapshot()}
+
+    def restore(self, snapshot: dict[str, Any]) -> None:
+        self.stream, self._stepped = snapshot["stream"], snapshot["_stepped"]
+        self.scaling.restore(snapshot["scaling"])
         self.weights.clear()
 
     def begin_call(self, calibrating: bool) -> bool:

@@ -23,7 +23,7 @@ plan state scaling monitor autocast watch
 runtime graph_call
 coverage
 compile backend
-loss_scaling
+loss_scaling checkpoint
 demo cli targets
 """
 RANK = {name: rank for rank, line in enumerate(LAYERS.split("\n")) for name in line.split()}
