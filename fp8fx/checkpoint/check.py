@@ -81,7 +81,8 @@ def _dtype(value: Any) -> str:
 
 
 def _shape(value: Any) -> Any:
-    return tuple(value.shape) if isinstance(value, Tensor) else type(value)
+    """What must be equal; float16 may become float32, but not int64."""
+    return (tuple(value.shape), value.is_floating_point()) if isinstance(value, Tensor) else type(value)
 
 
 def _more(items: list[str]) -> str:
@@ -115,8 +116,8 @@ def _optimizer(saved: Mapping[str, Any], optimizer: Any, model: Model, which: st
     """Its action, with the saved state in the order of this optimizer's parameters."""
     if saved["class"] != class_name(optimizer):
         raise CheckpointError(
-            f"optimizer{which} is a {saved['class']} in the file and a {class_name(optimizer)} here: their states mean different things. Make "
-            f"a {saved['class']}, or leave out optimizer= to start a new one"
+            f"optimizer{which} is a {saved['class']} in the file and a {class_name(optimizer)} here: their states mean different things. "
+            f"Make a {saved['class']}, or leave out optimizer= to start a new one"
         )
     here, groups = optimizer_groups(optimizer, model, LOADS), saved["groups"]
     if len(here) != len(groups):

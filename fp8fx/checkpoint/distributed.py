@@ -4,9 +4,9 @@
     dcp.save(state, checkpoint_id=directory)        on every rank
     dcp.load(state, checkpoint_id=directory)
 
-DCP fills tensors it is given and must know their names and shapes beforehand. A fresh model has no delayed scales yet, nor a fresh optimizer
-its state. The optimizer's is made by torch's own get_optimizer_state_dict; fp8fx's state travels as one object: a safetensors blob with the
-state of every rank, since ranks differ in what they measured in the step so far.
+DCP fills tensors it is given and must know their names and shapes beforehand. A fresh model has no delayed scales yet, nor a fresh
+optimizer its state. The optimizer's is made by torch's own get_optimizer_state_dict; fp8fx's state travels as one object: a safetensors
+blob with the state of every rank, since ranks differ in what they measured in the step so far.
 """
 
 from __future__ import annotations
@@ -19,7 +19,6 @@ import safetensors.torch
 import torch
 import torch.distributed as dist
 from torch import Tensor
-from torch.distributed.checkpoint.state_dict import StateDictOptions, get_optimizer_state_dict, set_optimizer_state_dict
 
 from fp8fx.checkpoint.loading import refusal
 from fp8fx.checkpoint.migrate import Difference, FP8Plan, plan_part
@@ -29,7 +28,6 @@ from fp8fx.errors import CheckpointError
 from fp8fx.state import OPTIMIZER_STEPS
 
 USAGE = "fp8fx.DistributedState(model, optimizer)"
-FLAT = StateDictOptions(flatten_optimizer_state_dict=True)
 
 
 class DistributedState:
@@ -52,26 +50,29 @@ class DistributedState:
 
     def state_dict(self) -> dict[str, Any]:
         """Called by DCP on every rank, for saving as for loading."""
+        import torch.distributed.checkpoint.state_dict as dcp  # not for builds of torch without torch.distributed
+
         found: dict[str, Any] = {"model": self.model.entries(), "fp8": self._fp8()}
         for optimizer in self.optimizers:
             with OPTIMIZER_STEPS.paused():  # torch steps a fresh optimizer once, with a learning rate of 0, to see what it keeps
-                found["optimizer"] = get_optimizer_state_dict(self.model.root, optimizer, options=FLAT)
+                found["optimizer"] = dcp.get_optimizer_state_dict(self.model.root, optimizer, options=_flat())
         for scaler in self.scalers:
             found["scaler"] = {"state": scaler.state_dict()}
         return found
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Called by DCP when it has filled what `state_dict` gave."""
+        import torch.distributed.checkpoint.state_dict as dcp
+
         plans, differences = self._plans(state["fp8"])
         if differences and not self.migrate:
-            raise CheckpointError(
-                refusal("the checkpoint", differences, "fp8fx.DistributedState(..., migrate=True)", "the FP8 state was not loaded")
-            )
+            call, outcome = "fp8fx.DistributedState(..., migrate=True)", "fp8fx's state and the optimizer were not loaded"
+            raise CheckpointError(refusal("the checkpoint", differences, call, outcome))
         with torch.inference_mode(False), torch.no_grad():
             self.model.root.load_state_dict(state["model"], strict=True)
             for optimizer in self.optimizers:
                 with OPTIMIZER_STEPS.paused():
-                    set_optimizer_state_dict(self.model.root, optimizer, state["optimizer"], options=FLAT)
+                    dcp.set_optimizer_state_dict(self.model.root, optimizer, state["optimizer"], options=_flat())
             for scaler in self.scalers:
                 scaler.load_state_dict(state["scaler"]["state"])
             for prefix, plan in plans.items():
@@ -104,6 +105,12 @@ class DistributedState:
             plans[prefix], found = plan_part(prefix, runtime, recipes.get(prefix), ours, self.model.modules(prefix))
             differences += found
         return plans, differences
+
+
+def _flat() -> Any:
+    from torch.distributed.checkpoint.state_dict import StateDictOptions
+
+    return StateDictOptions(flatten_optimizer_state_dict=True)
 
 
 def _of_rank(entries: Mapping[str, Tensor], rank: int, ranks: int) -> dict[str, Tensor]:

@@ -2,8 +2,8 @@
 
     8 bytes            length of the header (little-endian)
     header             JSON: __metadata__ {"format": "pt", "fp8fx": "1"}, then name -> dtype, shape, offsets
-    tensors            the model's entries under their own names, everything else under `_fp8fx.`; larger items first, so that all are aligned
-    _fp8fx./manifest   uint8: JSON with the parts of the checkpoint and, per tensor, dtype, shape and digest
+    tensors            the model's entries under their own names, everything else under `_fp8fx.`; larger items first: all are aligned
+    _fp8fx./manifest   uint8: JSON with the parts of the checkpoint and, for each tensor, dtype, shape and digest
     _fp8fx./seal       uint8 [32]: SHA-256 of the length, the header and the manifest
 
 So any program that reads safetensors can read the weights, and no bit of the file can change unnoticed. A digest is SHA-256 of the tensor's

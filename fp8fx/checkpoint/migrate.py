@@ -87,7 +87,8 @@ def _recipe(runtime: Runtime, saved: Mapping[str, Any]) -> list[Difference]:
     names = f"the recipe ({saved['name']!r} there, {runtime.recipe.name!r} here)"
     return [
         Difference(
-            f"{names}: {shown}{more}", "training goes on under the model's recipe; scales of formats that changed follow from the history"
+            f"{names}: {shown}{more}",
+            "the run goes on under the model's recipe; a scale whose format changed is made anew from its history",
         )
     ]
 

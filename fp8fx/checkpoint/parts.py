@@ -61,8 +61,8 @@ def find(model: Any, usage: str) -> Model:
         found = runtimes_of(module) if not isinstance(module, torch._dynamo.OptimizedModule) else []
         if len(found) > 1:
             raise ModelError(
-                f"the model{f' {name!r}' if name else ''} was compiled by torch.compile(backend='fp8fx') with {len(found)} recipes or options, "
-                "and has a state for each: which one to keep cannot be told. Use one, or fp8fx.compile, whose clones keep a state each"
+                f"the model{f' {name!r}' if name else ''} was compiled by torch.compile(backend='fp8fx') with {len(found)} recipes or "
+                "options, and has a state for each: which one is meant cannot be told. Use one, or fp8fx.compile, whose clones each keep one"
             )
         if found:
             runtimes[f"{name}." if name else ""] = found[0]
@@ -74,8 +74,8 @@ def find(model: Any, usage: str) -> Model:
 def _not_compiled(model: nn.Module, root: nn.Module, usage: str) -> str:
     if isinstance(model, torch._dynamo.OptimizedModule) or root._compiled_call_impl is not None:
         return (
-            f"{usage}: this model under torch.compile has no state of fp8fx yet. With backend='fp8fx' it has one after a first call: call it "
-            "once (model(x)) before. fp8fx.compile(model) needs no call"
+            f"{usage}: this model under torch.compile has no state of fp8fx yet. With backend='fp8fx' it has one after a first call: call "
+            "it once (model(x)) before. fp8fx.compile(model) needs no call"
         )
     weights = (
         "torch.save(model.state_dict(), path)"
@@ -83,8 +83,8 @@ def _not_compiled(model: nn.Module, root: nn.Module, usage: str) -> str:
         else "model.load_state_dict(fp8fx.strip(safetensors.torch.load_file(path)))"
     )
     return (
-        f"{usage}: this {type(root).__name__} is not compiled by fp8fx, nor is a part of it. Pass what fp8fx.compile returned (the original "
-        f"and the clone share their parameters); for a plain model: {weights}"
+        f"{usage}: this {type(root).__name__} is not compiled by fp8fx, nor is a part of it. Pass what fp8fx.compile returned (the "
+        f"original and the clone share their parameters); for a plain model: {weights}"
     )
 
 

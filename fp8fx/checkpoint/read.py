@@ -16,12 +16,10 @@ from fp8fx.checkpoint.tree import decode
 from fp8fx.errors import CheckpointError
 
 ATTEMPTS = 5  # a file that is replaced while it is read is read again
+OF_TORCH = "If it is a state_dict: model.load_state_dict(torch.load(path, weights_only=True))"
 FOREIGN = (
-    (
-        b"PK\x03\x04",
-        "a zip file, as torch.save and numpy.savez write. Of a state_dict: model.load_state_dict(torch.load(path, weights_only=True))",
-    ),
-    (b"\x80", "a pickle, as older torch.save wrote. Of a state_dict: model.load_state_dict(torch.load(path, weights_only=True))"),
+    (b"PK\x03\x04", f"a zip file, as torch.save and numpy.savez write. {OF_TORCH}"),
+    (b"\x80", f"a pickle, as older torch.save wrote. {OF_TORCH}"),
     (b"\x93NUMPY", "a file of numpy.save"),
     (b"\x89HDF", "an HDF5 file"),
     (b"GGUF", "a GGUF file"),

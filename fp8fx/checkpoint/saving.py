@@ -55,7 +55,7 @@ def _parts(encoder: Encoder, model: Model, optimizer: Any, scaler: Any, schedule
     """The JSON of all parts. The model comes first: tensors that occur again are kept under its names."""
     entries = {name: _entry(encoder, value, name) for name, value in model.entries().items()}
     state = {
-        prefix: {"dict": [[key, encoder.tensor(value, f"{prefix}{PREFIX}{key}")] for key, value in found.items()]}
+        prefix: _dict({key: encoder.tensor(value, f"{prefix}{PREFIX}{key}") for key, value in found.items()})
         for prefix, found in model.state().items()
     }
     optimizers = [optimizer_part(entry, model, SAVES) for entry in listed(optimizer, "optimizer", SAVES)]
@@ -66,11 +66,13 @@ def _parts(encoder: Encoder, model: Model, optimizer: Any, scaler: Any, schedule
         "gradients": gradients(model) if with_gradients else None,
         "extra": extra,
     }
-    pairs = [
-        ["model", {"dict": [[name, code] for name, code in entries.items()]}],
-        ["fp8", {"dict": [[p, code] for p, code in state.items()]}],
-    ]
-    return {"dict": pairs + [[name, encoder.encode(value, name)] for name, value in around.items()]}
+    own = [["model", _dict(entries)], ["fp8", _dict(state)]]
+    return {"dict": own + [[name, encoder.encode(value, name)] for name, value in around.items()]}
+
+
+def _dict(codes: dict[str, Any]) -> dict[str, Any]:
+    """A dict whose values are encoded already."""
+    return {"dict": [[key, code] for key, code in codes.items()]}
 
 
 def _entry(encoder: Encoder, value: Any, name: str) -> Any:

@@ -23,9 +23,7 @@ from fp8fx.errors import CheckpointError
 MAPPINGS: dict[str, type[dict]] = {"dict": dict, "OrderedDict": OrderedDict, "Counter": Counter}
 PLAIN = (Tensor, nn.Parameter, nn.Buffer)
 DEPTH = 100  # nobody nests deeper; a structure that holds itself does
-ALLOWED = (
-    "None, bool, int, float, complex, str, bytes, torch.dtype, torch.device, numpy arrays, tensors, and lists, tuples and dicts of these"
-)
+ALLOWED = "None, bool, int, float, complex, str, bytes, torch.dtype, torch.device, numpy arrays, tensors; lists, tuples and dicts of these"
 
 
 class Encoder:
@@ -134,11 +132,8 @@ def _decoded(kind: str, value: Any, tensors: dict[str, Tensor]) -> Any:
     if kind == "tuple":
         return tuple(decode(item, tensors) for item in value)
     if kind in MAPPINGS:
-        return (
-            MAPPINGS[kind]((decode(key, tensors), decode(item, tensors)) for key, item in value)
-            if kind != "Counter"
-            else _counter(value, tensors)
-        )
+        pairs = {decode(key, tensors): decode(item, tensors) for key, item in value}
+        return MAPPINGS[kind](pairs)
     if kind == "float":
         return float(value)
     if kind == "complex":
@@ -150,8 +145,3 @@ def _decoded(kind: str, value: Any, tensors: dict[str, Tensor]) -> Any:
     if kind == "device":
         return torch.device(value)
     raise ValueError(f"unknown kind {kind!r} with {str(value)[:40]!r}")
-
-
-def _counter(pairs: Any, tensors: dict[str, Tensor]) -> Counter[Any]:
-    """Counter(pairs) would count the pairs."""
-    return Counter({decode(key, tensors): decode(item, tensors) for key, item in pairs})

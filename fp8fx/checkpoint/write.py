@@ -135,7 +135,7 @@ def _sync_directory(directory: str) -> None:
 
 def _explain(target: str, error: OSError) -> str:
     advice = {
-        errno.ENOSPC: "The disk is full: free space or save elsewhere; gradients=False and optimizer.zero_grad() before saving make it smaller.",
+        errno.ENOSPC: "The disk is full: free space or save elsewhere; optimizer.zero_grad() before saving leaves gradients out.",
         errno.EDQUOT: "Your quota is used up: free space or save elsewhere.",
         errno.EFBIG: "A limit on the size of files (ulimit -f, or the file system's) is below what the checkpoint needs.",
         errno.EACCES: "You may not write to that directory.",
