@@ -264,8 +264,9 @@ class Runtime:
         if kept:
             self.scaling.load(kept, convert)
         if "stream" in state:
-            self.stream = Stream(*state["stream"].tolist())
-            self._stepped = False
+            seed, step, call = state["stream"].tolist()
+            self._stepped = step > 0 and call == 0  # no forward yet in that step: another optimizer's step still belongs to the last
+            self.stream = Stream(seed, step - self._stepped, call)
         self.weights.clear()
 
     def check_state(self, state: dict[str, Tensor], convert: bool = False) -> dict[str, Tensor]:
