@@ -36,7 +36,8 @@ def run(actions: Sequence[Action], path: str) -> None:
             action.apply()
     except BaseException as error:
         for action in reversed(started):
-            action.undo()
+            with contextlib.suppress(BaseException):  # whatever failed may fail again; the others are put back all the same
+                action.undo()
         if not isinstance(error, Exception):
             raise
         raise CheckpointError(f"{path!r} could not be put in place, and everything is as it was before: {error}") from error
@@ -66,7 +67,7 @@ class ModelAction:
 
     def undo(self) -> None:
         if self.rest:
-            with contextlib.suppress(Exception):  # a module's own code, which may be what failed
+            with contextlib.suppress(BaseException):  # a module's own code, which may be what failed
                 self.model.root.load_state_dict(self.rest, strict=False)
         for value, old in self.before:
             value.copy_(old)
@@ -89,8 +90,7 @@ class StatefulAction:
         self.target.load_state_dict(self.state)
 
     def undo(self) -> None:
-        with contextlib.suppress(Exception):  # its own load_state_dict may be what failed
-            self.target.load_state_dict(self.before)
+        self.target.load_state_dict(self.before)
 
 
 class OptimizerAction(StatefulAction):
