@@ -158,7 +158,7 @@ class ScalingState:
             self._allocate(self.scale.device, len(self.slots))
             self.loaded, self.loaded_formats = rest, dict(meaning_of(entries).get("formats", {}))
             self.due, self.convert = bool(entries.get(DUE, False)), convert
-            self.calibrated, self.measured = False, set()
+            self.calibrated, self.measured, self.settled = False, set(), set()
             for slot in self.slots:
                 self._fill(slot)
 
