@@ -18,7 +18,7 @@ from fp8fx.numerics.delayed import delayed_scale
 from fp8fx.runtime import Runtime
 from fp8fx.scaling import DUE, is_scaling, meaning_of, with_meaning
 
-SHOWN = 6  # keys of a recipe that a message lists
+SHOWN = 4  # keys of a recipe that a message lists
 
 
 @dataclass(frozen=True)
@@ -82,9 +82,9 @@ def _recipe(runtime: Runtime, saved: Mapping[str, Any]) -> list[Difference]:
     keys = [key for key in {**there, **here} if there.get(key) != here.get(key)]
     if not keys:
         return []
-    shown = ", ".join(f"{key} {_word(there, key)} there, {_word(here, key)} here" for key in keys[:SHOWN])
+    shown = ", ".join(f"{key} {_word(there, key)} -> {_word(here, key)}" for key in keys[:SHOWN])
     more = f" and {len(keys) - SHOWN} more keys" if len(keys) > SHOWN else ""
-    names = f"the recipe ({saved['name']!r} there, {runtime.recipe.name!r} here)"
+    names = f"the recipe is {saved['name']!r} there and {runtime.recipe.name!r} here"
     return [
         Difference(
             f"{names}: {shown}{more}",
@@ -137,7 +137,7 @@ _RULE = "histories keep their newest entries; scales are made anew where algorit
 
 
 def _rules(there: Mapping[str, Any], here: Mapping[str, Any]) -> str:
-    return ", ".join(f"{key} {there.get(key)} there, {here[key]} here" for key in here if there.get(key) != here[key])
+    return ", ".join(f"{key} {there.get(key)} -> {here[key]}" for key in here if there.get(key) != here[key])
 
 
 def _remade(kept: dict[str, Tensor], rule: Mapping[str, Any]) -> dict[str, Tensor]:

@@ -62,7 +62,7 @@ def find(model: Any, usage: str) -> Model:
         if len(found) > 1:
             raise ModelError(
                 f"the model{f' {name!r}' if name else ''} was compiled by torch.compile(backend='fp8fx') with {len(found)} recipes or "
-                "options, and has a state for each: which one is meant cannot be told. Use one, or fp8fx.compile, whose clones each keep one"
+                "options, and has a state for each: which is meant cannot be told. Use one, or fp8fx.compile, whose clones each keep one"
             )
         if found:
             runtimes[f"{name}." if name else ""] = found[0]

@@ -94,6 +94,8 @@ def _read(name: str) -> Contents:
         about = json.loads(manifest)
         tensors = _verified(name, stored, about.pop("tensors"))
         return Contents(name, decode(about.pop("parts"), tensors), about)
+    except CheckpointError:
+        raise
     except (KeyError, TypeError, ValueError, AttributeError) as error:  # whoever sealed this was not fp8fx.save
         raise _damaged(name, f"its manifest is not of this form: {error!r}") from error
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import gc
+import json
 from pathlib import Path
 from typing import Any
 
@@ -260,7 +261,7 @@ def test_the_result_says_what_was_left_out(tmp_path: Path) -> None:
     made = fp8fx.load(tmp_path / "a.safetensors", compiled(1))
     assert (made.extra, made.unused, made.migrated, made.recipes) == ({"epoch": 3}, ["optimizer"], [], {"": "delayed"})
     assert "not loaded: optimizer" in str(made)
-    with pytest.raises(fp8fx.CheckpointError, match="holds no scheduler: it was saved without one. Leave out scheduler="):
+    with pytest.raises(fp8fx.CheckpointError, match=r"holds no scheduler: it was saved without one\. Leave out scheduler="):
         fp8fx.load(tmp_path / "a.safetensors", fast, scheduler=torch.optim.lr_scheduler.StepLR(optimizer, 1))
 
 
@@ -403,6 +404,22 @@ def test_files_of_others(tmp_path: Path) -> None:
         write()
         with pytest.raises(fp8fx.CheckpointError, match=message):
             fp8fx.load(path, fast)
+
+
+def test_damage_is_said_once_and_where(tmp_path: Path) -> None:
+    path = tmp_path / "a.safetensors"
+    fp8fx.save(compiled(), path)
+    data = bytearray(path.read_bytes())
+    start = (
+        8 + int.from_bytes(data[:8], "little") + json.loads(data[8 : 8 + int.from_bytes(data[:8], "little")])["2.weight"]["data_offsets"][0]
+    )
+    data[start] ^= 1
+    path.write_bytes(data)
+    with pytest.raises(fp8fx.CheckpointError) as caught:
+        fp8fx.load(path, compiled())
+    assert (
+        str(caught.value) == f"{str(path)!r} is damaged (the digest of '2.weight' is wrong). Nothing was loaded; take an earlier checkpoint"
+    )
 
 
 def test_no_permission(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import runpy
 import subprocess
 import sys
 from collections.abc import Iterator
@@ -63,3 +64,14 @@ def test_the_cases_test_something(directory: Path) -> None:
     assert all(parameter.grad is not None for parameter in run.fast.parameters())
     run.fast.load_state_dict({**run.fast.state_dict(), "_fp8fx.stream": torch.tensor([5, 0, 0])})
     assert "model.up.weight" in same(run.until(WHOLE * MICROBATCHES).everything(), whole)
+
+
+@pytest.mark.parametrize("recipe", ["delayed", "direct"])
+def test_the_example(recipe: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    monkeypatch.setattr("sys.argv", ["checkpoint.py", recipe])
+    runpy.run_path(str(Path(__file__).parents[2] / "examples" / "checkpoint.py"), run_name="__main__")
+    out = capsys.readouterr().out
+    assert "resumed run ends with the same bits: True" in out
+    assert f"another recipe is refused: - the recipe is '{recipe}' there and 'hybrid' here" in out
+    assert "not loaded: optimizer" in out
+    assert "a flipped bit is refused" in out
