@@ -24,6 +24,7 @@ from fp8fx.capture.graph import Captured
 from fp8fx.capture.layers import boundary_layers, module_types
 from fp8fx.capture.naming import Numbering
 from fp8fx.clone import base_class, check_materialized, check_state
+from fp8fx.entries import unmatched
 from fp8fx.errors import CaptureError, FP8Warning, RecipeError
 from fp8fx.fastpath import WITHOUT_FASTPATH
 from fp8fx.graph_call import GraphCall, SharedGraph, Version, alive
@@ -282,19 +283,7 @@ class Runtime:
         return kept
 
     def unmatched(self, state: dict[str, Tensor], modules: Container[str]) -> tuple[list[str], list[str]]:
-        """(missing, unknown) keys of entries of a checkpoint; see ScalingState.unmatched. An original checkpoint lacks nothing."""
-        kept = {key: value for key, value in state.items() if is_scaling(key)}
-        missing, unknown = self.scaling.unmatched(kept, modules)
-        return ["stream"] * (bool(state) and "stream" not in state) + missing, unknown
-
-    def snapshot(self) -> dict[str, Any]:
-        """What `load_state` changes, for `restore`."""
-        return {"stream": dataclasses.replace(self.stream), "_stepped": self._stepped, "scaling": self.scaling.snapshot()}
-
-    def restore(self, snapshot: dict[str, Any]) -> None:
-        self.stream, self._stepped = snapshot["stream"], snapshot["_stepped"]
-        self.scaling.restore(snapshot["scaling"])
-        self.weights.clear()
+        return unmatched(state, modules)
 
     def begin_call(self, calibrating: bool) -> bool:
         """Advance the step if an optimizer stepped since the last training forward. True if this call's amax counts.

@@ -16,7 +16,7 @@ import contextlib
 import json
 import logging
 import threading
-from collections.abc import Container, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -144,7 +144,8 @@ class ScalingState:
             for slot, index in self.slots.items():
                 entries |= {_key(slot, field): tensor[index].clone() for field, tensor in self.tensors.items()}
                 formats[_name(slot)] = _format(slot)
-            meaning = {"rule": self.rule.model_dump(), "formats": formats}
+            meaning: dict[str, Any] = {"rule": self.rule.model_dump(), "formats": formats}
+            meaning |= {"convert": True} if self.convert and self.loaded else {}  # the promise of a migration is kept for those too
             return entries | {MEANING: _from_json(meaning), DUE: torch.tensor(self.due, device="cpu")}
 
     def load(self, entries: Mapping[str, Tensor], convert: bool = False) -> None:
@@ -157,7 +158,7 @@ class ScalingState:
         with self._locked():
             self._allocate(self.scale.device, len(self.slots))
             self.loaded, self.loaded_formats = rest, dict(meaning_of(entries).get("formats", {}))
-            self.due, self.convert = bool(entries.get(DUE, False)), convert
+            self.due, self.convert = bool(entries.get(DUE, False)), convert or _converts(entries)
             self.calibrated, self.measured, self.settled = False, set(), set()
             for slot in self.slots:
                 self._fill(slot)
@@ -167,7 +168,7 @@ class ScalingState:
         if DUE in entries and entries[DUE].numel() != 1:
             raise ModelError(f"{DUE!r} of the state is damaged: its shape is {list(entries[DUE].shape)}, expected []")
         rest = {key: value for key, value in entries.items() if key not in (MEANING, DUE)}
-        if problem := self._problem(rest, meaning_of(entries), convert):
+        if problem := self._problem(rest, meaning_of(entries), convert or _converts(entries)):
             raise other_recipe(problem)
 
     def snapshot(self) -> dict[str, Any]:
@@ -202,20 +203,6 @@ class ScalingState:
         self.scale[row] = delayed_scale(self.history[row], one, slot.format, rule.algorithm, rule.margin, slot.power_of_two)
         LOG.info("fp8fx: %s of %r was %s in the checkpoint: its scale is made anew for %s", slot.role, slot.site, found, _format(slot))
 
-    def unmatched(self, entries: Mapping[str, Tensor], modules: Container[str]) -> tuple[list[str], list[str]]:
-        """(missing, unknown) keys of a checkpoint's entries, by what it says itself: `delayed` names every record that was saved.
-
-        modules: the names of the model's modules; an entry of a site that cannot be in it is unknown. A slot of this model that was
-        not saved is not missing: nothing had been measured for it.
-        """
-        if not entries:
-            return [], []
-        formats = meaning_of(entries).get("formats", {})
-        wanted = {f"{name}.{field}" for name in formats for field in FIELDS} | {MEANING, DUE}
-        unknown = {key for key in entries if key not in wanted and MEANING in entries}
-        unknown |= {key for key in entries if key not in (MEANING, DUE) and not _possible(key.rsplit(".", 2)[0], modules)}
-        return sorted(wanted - entries.keys()), sorted(unknown)
-
     def _problem(self, entries: Mapping[str, Tensor], meaning: Mapping[str, Any], convert: bool = False) -> str | None:
         """Why these entries cannot be this model's, or None."""
         here, there = self.rule.model_dump(), meaning.get("rule", {})
@@ -236,11 +223,6 @@ class ScalingState:
             if field == "scale" and not bool(torch.isfinite(value) & (value > 0)):
                 return f"{key!r} is {value.item()}, which is no scale"
         return None
-
-
-def _possible(site: str, modules: Container[str]) -> bool:
-    """A site is a module, or a parameter or a functional operation of one."""
-    return site in modules or site.rpartition(".")[0] in modules
 
 
 def is_scaling(key: str) -> bool:
@@ -278,6 +260,11 @@ def _format(slot: Slot) -> list[Any]:
 def meaning_of(entries: Mapping[str, Tensor]) -> dict[str, Any]:
     """What the entries of a checkpoint mean: {"rule": ..., "formats": {`<site>.<role>`: [format, power_of_two]}}."""
     return _to_json(entries[MEANING]) if MEANING in entries else {}
+
+
+def _converts(entries: Mapping[str, Tensor]) -> bool:
+    """Saved after a migration, before every record was asked for: some are still of the earlier formats."""
+    return bool(meaning_of(entries).get("convert", False))
 
 
 def with_meaning(meaning: Mapping[str, Any]) -> dict[str, Tensor]:

@@ -6,6 +6,7 @@ An Action remembers what is there (`remember`), changes it (`apply`) and can put
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 from collections.abc import Mapping, Sequence
 from typing import Any, Protocol
 
@@ -15,6 +16,7 @@ from fp8fx.checkpoint.format import dtype_name
 from fp8fx.checkpoint.migrate import FP8Plan
 from fp8fx.checkpoint.parts import Model
 from fp8fx.errors import CheckpointError
+from fp8fx.runtime import Runtime
 
 
 class Action(Protocol):
@@ -56,7 +58,7 @@ class ModelAction:
         self.before = [(value, value.detach().to("cpu", copy=True)) for value in self._tensors()]
         self.rest = {key: value for key, value in self.model.entries().items() if not isinstance(value, Tensor)}
         self.grads = {name: parameter.grad for name, parameter in self.model.parameters().items()}
-        self.states = {prefix: runtime.snapshot() for prefix, runtime in self.model.runtimes.items()}
+        self.states = {prefix: _fp8_state(runtime) for prefix, runtime in self.model.runtimes.items()}
 
     def apply(self) -> None:
         self.model.root.load_state_dict(self.entries, strict=True)
@@ -72,9 +74,20 @@ class ModelAction:
         for value, old in self.before:
             value.copy_(old)
         for prefix, state in self.states.items():
-            self.model.runtimes[prefix].restore(state)
+            _put_back(self.model.runtimes[prefix], state)
         for name, parameter in self.model.parameters().items():
             parameter.grad = self.grads[name]
+
+
+def _fp8_state(runtime: Runtime) -> dict[str, Any]:
+    """What Runtime.load_state changes."""
+    return {"stream": dataclasses.replace(runtime.stream), "_stepped": runtime._stepped, "scaling": runtime.scaling.snapshot()}
+
+
+def _put_back(runtime: Runtime, state: dict[str, Any]) -> None:
+    runtime.stream, runtime._stepped = state["stream"], state["_stepped"]
+    runtime.scaling.restore(state["scaling"])
+    runtime.weights.clear()
 
 
 class StatefulAction:

@@ -13,6 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from fp8fx.entries import unmatched
 from fp8fx.errors import FP8Error, ModelError
 from fp8fx.numerics.delayed import delayed_scale
 from fp8fx.runtime import Runtime
@@ -49,7 +50,7 @@ def plan_part(
     state, scaling = _scaling(runtime, state)
     state = _seed(runtime, saved, state)
     convert = bool(found)
-    missing, unknown = runtime.unmatched(state, modules)
+    missing, unknown = unmatched(state, modules)
     if missing or unknown:
         found.append(Difference(_unmatched(missing, unknown), "unknown entries are dropped, missing ones start anew"))
         state = {key: value for key, value in state.items() if key not in unknown}

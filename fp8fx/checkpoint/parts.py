@@ -104,13 +104,17 @@ def listed(given: Any, kind: str, usage: str) -> list[Any]:
         wanted = ("state_dict", "load_state_dict") + (("param_groups",) if kind == "optimizer" else ())
         if lacking := [name for name in wanted if not hasattr(entry, name)]:
             raise CheckpointError(f"{usage}: {kind} is a {type(entry).__name__}, which has no {lacking[0]}")
-    return found
+    return [unwrapped(entry) for entry in found] if kind == "optimizer" else found
+
+
+def unwrapped(optimizer: Any) -> Any:
+    """The optimizer inside accelerate's wrapper, which is an Optimizer too."""
+    while isinstance(inner := getattr(optimizer, "optimizer", None), torch.optim.Optimizer):
+        optimizer = inner
+    return optimizer
 
 
 def class_name(value: Any) -> str:
-    """Of the object itself, inside accelerate's wrappers."""
-    while isinstance(inner := getattr(value, "optimizer", None), torch.optim.Optimizer) and isinstance(value, torch.optim.Optimizer):
-        value = inner
     return type(value).__qualname__
 
 

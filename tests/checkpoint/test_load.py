@@ -251,6 +251,29 @@ def test_several_optimizers_and_schedulers(tmp_path: Path) -> None:
     assert same(state(other, *made, *kinds), state(fast, *optimizers, *schedulers)) == []
 
 
+class Wrapped(torch.optim.Optimizer):
+    """An optimizer around another, as accelerate makes them."""
+
+    def __init__(self, optimizer: torch.optim.Optimizer) -> None:
+        self.optimizer = optimizer
+
+    param_groups = property(lambda self: self.optimizer.param_groups)  # type: ignore[assignment]
+    state = property(lambda self: self.optimizer.state)  # type: ignore[assignment]
+
+    def state_dict(self) -> Any:
+        return self.optimizer.state_dict()
+
+
+def test_an_optimizer_around_another(tmp_path: Path) -> None:
+    fast, other = compiled(), compiled(1)
+    optimizer, made = torch.optim.AdamW(fast.parameters()), torch.optim.AdamW(other.parameters())
+    train(fast, optimizer)
+    fp8fx.save(fast, tmp_path / "a.safetensors", optimizer=Wrapped(optimizer))
+    fp8fx.load(tmp_path / "a.safetensors", other, optimizer=Wrapped(made))
+    assert same(state(other, made), state(fast, optimizer)) == []
+    fp8fx.load(tmp_path / "a.safetensors", other, optimizer=made)
+
+
 # -- what fits and what does not ------------------------------------------------------------------------------------------
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import logging
 import math
 from pathlib import Path
@@ -92,6 +93,22 @@ def test_another_format(called: bool, saved: tuple[Path, nn.Module], caplog: pyt
         assert torch.equal(ours[f"{site}.weight.scale"], theirs[f"{site}.weight.scale"])
     fp8fx.save(other, path)  # and is the state of its own recipe from here on
     assert fp8fx.load(path, compiled(2, delayed(formats={"input": "e5m2"}))).migrated == []
+
+
+def test_a_migrated_state_that_is_saved_before_it_is_used(saved: tuple[Path, nn.Module], tmp_path: Path) -> None:
+    """Records that no graph has asked for yet are of the earlier format still; they are converted wherever they are asked for."""
+    path, fast = saved
+    recipe = delayed(formats={"input": "e5m2"})
+    other = compiled(1, recipe)
+    fp8fx.load(path, other, migrate=True)
+    fp8fx.save(other, tmp_path / "b.safetensors")
+    direct = compiled(1, recipe)
+    assert fp8fx.load(tmp_path / "b.safetensors", direct).migrated == []
+    for model in (direct, copy.deepcopy(other), compiled(2, recipe)):
+        if not any(key.endswith("scale") for key in kept(model)):
+            model.load_state_dict(other.state_dict())
+        model.eval()(torch.ones(2, 8))
+        assert kept(model)["0.input.scale"].item() == scale_for(kept(fast)["0.input.history"].max().item(), "e5m2")
 
 
 def test_scales_that_are_no_powers_of_two(saved: tuple[Path, nn.Module]) -> None:
