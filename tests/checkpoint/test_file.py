@@ -307,3 +307,19 @@ def test_a_file_that_is_replaced_while_it_is_read_is_read_again(tmp_path: Path, 
     read_times: list[int] = []
     monkeypatch.setattr(reading, "_head", late)
     assert read(path).parts["extra"] == 2
+
+
+def test_every_byte_counts(tmp_path: Path) -> None:
+    """One bit of one byte, at 400 places all over the file, and at each byte of a number in the manifest."""
+    path, target = tmp_path / "a.safetensors", tmp_path / "b.safetensors"
+    fp8fx.save(compiled(), path, extra=98765)
+    data = path.read_bytes()
+    number = data.rindex(b"98765")
+    for position in [*range(0, len(data), len(data) // 400), *range(number, number + 5), len(data) - 1]:
+        changed = bytearray(data)
+        changed[position] ^= 1 << position % 5
+        target.write_bytes(changed)
+        with pytest.raises(fp8fx.CheckpointError):
+            read(target)
+    path.write_bytes(data)
+    assert read(path).parts["extra"] == 98765
