@@ -10,8 +10,9 @@ Read `fp8fx/pipeline.py` for the order of the passes and `docs/pipeline.md` for 
 """
 
 from fp8fx.autocast import autocast
+from fp8fx.checkpoint import DistributedState, Restored, load, save
 from fp8fx.compile import compile, invalidate, load_state_dict, plan, state_dict, step, strip, unwrap
-from fp8fx.errors import CaptureError, FormatError, FP8Error, FP8Warning, KernelError, ModelError, PassError, RecipeError
+from fp8fx.errors import CaptureError, CheckpointError, FormatError, FP8Error, FP8Warning, KernelError, ModelError, PassError, RecipeError
 from fp8fx.functional import compute_scale, dequantize, fake_quantize, quantize
 from fp8fx.loss_scaling import GradScaler
 from fp8fx.plan import Plan
@@ -22,6 +23,8 @@ __version__ = "0.1.0"
 
 __all__ = [
     "CaptureError",
+    "CheckpointError",
+    "DistributedState",
     "FP8Error",
     "FP8Warning",
     "FormatError",
@@ -32,6 +35,7 @@ __all__ = [
     "Plan",
     "Recipe",
     "RecipeError",
+    "Restored",
     "autocast",
     "compile",
     "compute_scale",
@@ -39,9 +43,11 @@ __all__ = [
     "fake_quantize",
     "invalidate",
     "listing",
+    "load",
     "load_state_dict",
     "plan",
     "quantize",
+    "save",
     "state_dict",
     "step",
     "strip",

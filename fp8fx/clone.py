@@ -56,6 +56,16 @@ def runtimes_of(model: object) -> list[Any]:
     return [own] if own is not None else list(IN_PLACE.get(model, {}).values()) if isinstance(model, nn.Module) else []
 
 
+class _AnyName:
+    """Has every attribute. torch.distributed.checkpoint follows each key of a state_dict from attribute to attribute, also fp8fx's own."""
+
+    def __getattr__(self, name: str) -> _AnyName:
+        if name.startswith("__") or name == "_fqn_modifiers":  # torch asks for this one to see whether a module renames its entries
+            raise AttributeError(name)
+        return self
+
+
+_ANY_NAME = _AnyName()
 _CLASSES: dict[type[nn.Module], type[nn.Module]] = {}
 
 
@@ -84,8 +94,13 @@ def _make_class(base: type[nn.Module]) -> type[nn.Module]:
         return destination
 
     def load(self: nn.Module, state_dict: dict[str, Any], prefix: str, *rest: Any) -> None:
-        ours = [key for key in state_dict if key.startswith(prefix + PREFIX)]
-        vars(self)[RUNTIME].load_state({key.removeprefix(prefix + PREFIX): state_dict.pop(key) for key in ours})
+        runtime, start = vars(self)[RUNTIME], prefix + PREFIX
+        ours = {key.removeprefix(start): state_dict.pop(key) for key in list(state_dict) if key.startswith(start)}
+        missing, unknown = runtime.unmatched(ours, dict(self.named_modules(remove_duplicate=False)))
+        runtime.load_state({key: value for key, value in ours.items() if key not in unknown})
+        _, _, missing_keys, unexpected_keys, _ = rest
+        missing_keys += [start + key for key in missing]
+        unexpected_keys += [start + key for key in unknown]
         base._load_from_state_dict(self, state_dict, prefix, *rest)
 
     members: dict[str, Any] = {
@@ -94,6 +109,7 @@ def _make_class(base: type[nn.Module]) -> type[nn.Module]:
         "__reduce_ex__": reduce,
         "state_dict": save,
         "_load_from_state_dict": load,
+        PREFIX.rstrip("."): _ANY_NAME,
         "__module__": base.__module__,
         "__qualname__": base.__qualname__,
         "__doc__": base.__doc__,

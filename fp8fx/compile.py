@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from fp8fx.capture import symbolic
 from fp8fx.capture.layers import module_types
 from fp8fx.clone import PREFIX, RUNTIME, check_materialized, check_model, clone, compiled_class, plain, runtime_of, runtimes_of
+from fp8fx.entries import unmatched
 from fp8fx.errors import CaptureError, ModelError
 from fp8fx.options import Options
 from fp8fx.plan import Plan
@@ -176,7 +177,16 @@ def load_state_dict(fast: nn.Module, state: Mapping[str, Tensor]) -> None:
             f"fp8fx.load_state_dict takes a model with one fp8fx state, this one has {len(runtimes)}: call a model under "
             "torch.compile(backend='fp8fx') once before, and load compiled models inside of another one by one"
         )
-    runtimes[0].load_state({key.removeprefix(PREFIX): value for key, value in state.items() if key.startswith(PREFIX)})
+    ours = {key.removeprefix(PREFIX): value for key, value in state.items() if key.startswith(PREFIX)}
+    missing, unknown = unmatched(ours, dict(runtimes[0].root.named_modules(remove_duplicate=False)))
+    if missing or unknown:
+        lists = (
+            f"{what} {', '.join(repr(PREFIX + key) for key in keys[:4])}" for what, keys in (("lacks", missing), ("has", unknown)) if keys
+        )
+        raise ModelError(
+            f"this state is not of this model: it {' and '.join(lists)}. Take all that fp8fx.state_dict gave, of the same model"
+        )
+    runtimes[0].load_state(ours)
 
 
 def _ours(key: str) -> bool:

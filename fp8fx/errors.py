@@ -6,7 +6,8 @@
     ├── CaptureError     (RuntimeError)  the model could not be turned into a graph; the model is untouched
     ├── PassError        (RuntimeError)  a pass broke its own contract: a bug in fp8fx or in a user's pass
     ├── KernelError      (RuntimeError)  a kernel could not be built or launched
-    └── ModelError       (TypeError)     a model, or arguments, that fp8fx.compile cannot take
+    ├── ModelError       (TypeError)     a model, or arguments, that fp8fx.compile cannot take
+    └── CheckpointError  (ValueError)    a checkpoint that cannot be written or read, or that does not fit; nothing is changed
 
 A message says what was wrong, where (file, line, layer), what is allowed, and what to do.
 """
@@ -43,6 +44,10 @@ class KernelError(FP8Error, RuntimeError):
 
 class ModelError(FP8Error, TypeError):
     """A model, or arguments, that fp8fx cannot take."""
+
+
+class CheckpointError(FP8Error, ValueError):
+    """A checkpoint that cannot be written or read, or that does not fit. The model, its state and the file that was there are as before."""
 
 
 class FP8Warning(UserWarning):

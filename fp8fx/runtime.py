@@ -10,7 +10,7 @@ import dataclasses
 import logging
 import warnings
 import weakref
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Container, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -24,6 +24,7 @@ from fp8fx.capture.graph import Captured
 from fp8fx.capture.layers import boundary_layers, module_types
 from fp8fx.capture.naming import Numbering
 from fp8fx.clone import base_class, check_materialized, check_state
+from fp8fx.entries import unmatched
 from fp8fx.errors import CaptureError, FP8Warning, RecipeError
 from fp8fx.fastpath import WITHOUT_FASTPATH
 from fp8fx.graph_call import GraphCall, SharedGraph, Version, alive
@@ -271,13 +272,27 @@ class Runtime:
         stream = self.stream
         return Stream(stream.seed, stream.step + 1) if self._stepped else Stream(stream.seed, stream.step, stream.call)
 
-    def load_state(self, state: dict[str, Tensor]) -> None:
-        """Take what `state` gave, all of it or, with ModelError, nothing. An original checkpoint has no entries: all stays as it is."""
+    def load_state(self, state: dict[str, Tensor], convert: bool = False) -> None:
+        """Take what `state` gave, all of it or, with ModelError, nothing. An original checkpoint has no entries: all stays as it is.
+
+        convert: see ScalingState.load.
+        """
         self._fold()
         if not state:
             self.weights.clear()
             self.scaling.forget()
             return
+        kept = self.check_state(state, convert)
+        if kept:
+            self.scaling.load(kept, convert)
+        if "stream" in state:
+            seed, step, call = state["stream"].tolist()
+            self._stepped = step > 0 and call == 0  # no forward yet in that step: another optimizer's step still belongs to the last
+            self.stream = Stream(seed, step - self._stepped, call)
+        self.weights.clear()
+
+    def check_state(self, state: dict[str, Tensor], convert: bool = False) -> dict[str, Tensor]:
+        """ModelError if `load_state` would raise it; nothing is changed. The entries of delayed scaling."""
         kept = {key: value for key, value in state.items() if is_scaling(key)}
         stream = {"stream": self._position().tensor(torch.device("cpu"))}
         check_state({key: value for key, value in state.items() if key not in kept}, stream, self.recipe.name)
@@ -285,11 +300,11 @@ class Runtime:
             there, here = ("holds", "keeps none") if kept else ("holds no", "keeps them")
             raise other_recipe(f"it {there} delayed scales, and recipe {self.recipe.name!r} {here}")
         if kept:
-            self.scaling.load(kept)
-        if "stream" in state:
-            self.stream = Stream(*state["stream"].tolist())
-            self._stepped = False
-        self.weights.clear()
+            self.scaling.check(kept, convert)
+        return kept
+
+    def unmatched(self, state: dict[str, Tensor], modules: Container[str]) -> tuple[list[str], list[str]]:
+        return unmatched(state, modules)
 
     def begin_call(self, calibrating: bool) -> bool:
         """Advance the step if an optimizer stepped since the last training forward. True if this call's amax counts.

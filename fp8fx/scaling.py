@@ -15,6 +15,7 @@ from __future__ import annotations
 import contextlib
 import importlib.util
 import json
+import logging
 import threading
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Any
@@ -24,11 +25,12 @@ from torch import Tensor
 
 from fp8fx import formats
 from fp8fx.errors import ModelError
-from fp8fx.numerics.delayed import delayed_update
+from fp8fx.numerics.delayed import delayed_scale, delayed_update
 from fp8fx.ops.quantize import UNMEASURED
 from fp8fx.passes.contract import Slot
 from fp8fx.recipe.grammar import Delayed
 
+LOG = logging.getLogger("fp8fx")
 ORDER = {"before": "history_first", "after": "scale_first"}  # is the scale renewed before this step's tensors are quantized, or after?
 APART = 4  # elements from one scale to the next, where each must start at 16 bytes
 FIELDS = ("scale", "history", "amax")
@@ -45,6 +47,7 @@ class ScalingState:
         self.calibrated = False  # amax was measured while calibrating, and no scale has followed yet
         self.loaded: dict[str, Tensor] = {}  # entries of a checkpoint whose slots no graph has asked for yet
         self.loaded_formats: dict[str, Any] = {}
+        self.convert = False  # loaded scales of another format are made anew from their history, and not refused
         self.measured: set[int] = set()  # rows that this step has measured, as far as the host knows
         self.settled: set[int] = set()  # rows whose scale came from a step, a calibration or a checkpoint
         self._fmax = torch.empty(0)  # of each slot's format, for the kernel
@@ -70,7 +73,7 @@ class ScalingState:
     def _index(self, slot: Slot) -> int:
         with self._locked():
             if slot not in self.slots:
-                known = {_name(other): _format(other) for other in self.slots} | self.loaded_formats
+                known = {_name(other): _format(other) for other in self.slots} | ({} if self.convert else self.loaded_formats)
                 if problem := _mismatch(slot, known):
                     raise other_recipe(problem)
                 self.slots[slot] = len(self.slots)
@@ -169,51 +172,82 @@ class ScalingState:
             for slot, index in self.slots.items():
                 entries |= {_key(slot, field): tensor[index].clone() for field, tensor in self.tensors.items()}
                 formats[_name(slot)] = _format(slot)
-            meaning = {"rule": self.rule.model_dump(), "formats": formats}
+            meaning: dict[str, Any] = {"rule": self.rule.model_dump(), "formats": formats}
+            meaning |= {"convert": True} if self.convert and self.loaded else {}  # the promise of a migration is kept for those too
             return entries | {MEANING: _from_json(meaning), DUE: torch.tensor(self.due, device="cpu")}
 
-    def load(self, entries: Mapping[str, Tensor]) -> None:
-        """Take what `state` gave; slots without an entry start anew. Raises ModelError, and changes nothing, for another recipe's."""
-        meaning = _to_json(entries[MEANING]) if MEANING in entries else {}
-        due = bool(entries.get(DUE, False))
+    def load(self, entries: Mapping[str, Tensor], convert: bool = False) -> None:
+        """Take what `state` gave; slots without an entry start anew. Raises ModelError, and changes nothing, for another recipe's.
+
+        convert: scales of another format are made anew from their history instead.
+        """
+        self.check(entries, convert)
         rest = {key: value.detach().clone() for key, value in entries.items() if key not in (MEANING, DUE)}
-        if problem := self._problem(rest, meaning):
-            raise other_recipe(problem)
         with self._locked():
             self._allocate(self.scale.device, len(self.slots))
-            self.loaded, self.loaded_formats, self.due = rest, dict(meaning.get("formats", {})), due
+            self.loaded, self.loaded_formats = rest, dict(meaning_of(entries).get("formats", {}))
+            self.due, self.convert = bool(entries.get(DUE, False)), convert or _converts(entries)
+            self.calibrated, self.measured, self.settled = False, set(), set()
             for slot in self.slots:
                 self._fill(slot)
+
+    def check(self, entries: Mapping[str, Tensor], convert: bool = False) -> None:
+        """ModelError if `load` would raise it."""
+        if DUE in entries and entries[DUE].numel() != 1:
+            raise ModelError(f"{DUE!r} of the state is damaged: its shape is {list(entries[DUE].shape)}, expected []")
+        rest = {key: value for key, value in entries.items() if key not in (MEANING, DUE)}
+        if problem := self._problem(rest, meaning_of(entries), convert or _converts(entries)):
+            raise other_recipe(problem)
+
+    def snapshot(self) -> dict[str, Any]:
+        """For `restore`. Tensors are not copied: `load` makes new ones."""
+        found = {key: value for key, value in vars(self).items() if key != "_lock"}
+        return {key: value.copy() if isinstance(value, (dict, set)) else value for key, value in found.items()}
+
+    def restore(self, snapshot: Mapping[str, Any]) -> None:
+        vars(self).update(snapshot)
 
     def forget(self) -> None:
         """Drop entries of a checkpoint that no graph has asked for: another one takes its place."""
         self.loaded, self.loaded_formats = {}, {}
 
     def _fill(self, slot: Slot) -> None:
-        self.loaded_formats.pop(_name(slot), None)
+        row, found = self.slots[slot], self.loaded_formats.pop(_name(slot), None)
         for field, tensor in self.tensors.items():
             value = self.loaded.pop(_key(slot, field), None)
             if value is not None:
-                tensor[self.slots[slot]] = value.to(tensor)
+                tensor[row] = value.to(tensor)
                 if field == "history" and bool((value > 0).any()):
-                    self.settled.add(self.slots[slot])
+                    self.settled.add(row)
+                if field == "amax" and bool(value >= 0):
+                    self.measured.add(row)
+        if self.convert and found is not None and _mismatch(slot, {_name(slot): found}):
+            self._convert(slot, found)
 
-    def _problem(self, entries: Mapping[str, Tensor], meaning: Mapping[str, Any]) -> str | None:
+    def _convert(self, slot: Slot, found: Sequence[Any]) -> None:
+        """Give `slot`, whose scale is that of the format `found`, the scale its history asks for in its own."""
+        row, rule = self.slots[slot], self.rule
+        one = self.scale.new_ones(())
+        self.scale[row] = delayed_scale(self.history[row], one, slot.format, rule.algorithm, rule.margin, slot.power_of_two)
+        LOG.info("fp8fx: %s of %r was %s in the checkpoint: its scale is made anew for %s", slot.role, slot.site, found, _format(slot))
+
+    def _problem(self, entries: Mapping[str, Tensor], meaning: Mapping[str, Any], convert: bool = False) -> str | None:
         """Why these entries cannot be this model's, or None."""
         here, there = self.rule.model_dump(), meaning.get("rule", {})
         for key in here:
             if key in there and there[key] != here[key]:
                 return f"delayed.{key} is {there[key]!r} there and {here[key]!r} here"
         for slot in self.slots:
-            if problem := _mismatch(slot, meaning.get("formats", {})):
+            if not convert and (problem := _mismatch(slot, meaning.get("formats", {}))):
                 return problem
         shapes = {"scale": (), "history": (self.rule.history,), "amax": ()}
         for key, value in entries.items():
             field = key.rpartition(".")[2]
             if field not in shapes:
                 return f"{key!r} is no entry of delayed scaling (those end in {', '.join(FIELDS)})"
-            if tuple(value.shape) != shapes[field]:
-                return f"{key!r} has shape {list(value.shape)}, where delayed.history: {self.rule.history} gives {list(shapes[field])}"
+            if tuple(value.shape) != shapes[field] or not value.is_floating_point():
+                form = f"{str(value.dtype).removeprefix('torch.')} {list(value.shape)}"
+                return f"{key!r} is {form}, where delayed.history: {self.rule.history} gives float32 {list(shapes[field])}"
             if field == "scale" and not bool(torch.isfinite(value) & (value > 0)):
                 return f"{key!r} is {value.item()}, which is no scale"
         return None
@@ -249,6 +283,21 @@ def _key(slot: Slot, field: str) -> str:
 
 def _format(slot: Slot) -> list[Any]:
     return [slot.format, slot.power_of_two]
+
+
+def meaning_of(entries: Mapping[str, Tensor]) -> dict[str, Any]:
+    """What the entries of a checkpoint mean: {"rule": ..., "formats": {`<site>.<role>`: [format, power_of_two]}}."""
+    return _to_json(entries[MEANING]) if MEANING in entries else {}
+
+
+def _converts(entries: Mapping[str, Tensor]) -> bool:
+    """Saved after a migration, before every record was asked for: some are still of the earlier formats."""
+    return bool(meaning_of(entries).get("convert", False))
+
+
+def with_meaning(meaning: Mapping[str, Any]) -> dict[str, Tensor]:
+    """The entry that says so."""
+    return {MEANING: _from_json(meaning)}
 
 
 def _from_json(value: Any) -> Tensor:

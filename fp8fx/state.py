@@ -6,7 +6,9 @@ A step begins at the first training forward after an optimizer step, whichever o
 
 from __future__ import annotations
 
+import contextlib
 import weakref
+from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
 
@@ -74,6 +76,7 @@ class OptimizerSteps:
     def __init__(self) -> None:
         self._listeners: weakref.WeakSet[Any] = weakref.WeakSet()
         self._handle: Any = None
+        self._paused = False
 
     def listen(self, listener: Any) -> None:
         """`listener.parameters()` gives its parameters, `listener.optimizer_stepped()` is called after a step that has one of them."""
@@ -81,7 +84,18 @@ class OptimizerSteps:
             self._handle = register_optimizer_step_post_hook(self._after_step)
         self._listeners.add(listener)
 
+    @contextlib.contextmanager
+    def paused(self) -> Iterator[None]:
+        """For steps that update nothing: torch.distributed.checkpoint makes one to see what state an optimizer keeps."""
+        before, self._paused = self._paused, True
+        try:
+            yield
+        finally:
+            self._paused = before
+
     def _after_step(self, optimizer: torch.optim.Optimizer, args: Any, kwargs: Any) -> None:
+        if self._paused:
+            return
         stepped = {id(p) for group in optimizer.param_groups for p in group["params"]}
         for listener in list(self._listeners):
             if any(id(p) in stepped for p in listener.parameters()):

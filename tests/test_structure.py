@@ -20,10 +20,11 @@ capture
 passes
 pipeline show
 plan state scaling monitor autocast watch
+entries
 runtime graph_call
 coverage
 compile backend
-loss_scaling
+loss_scaling checkpoint
 demo cli targets
 """
 RANK = {name: rank for rank, line in enumerate(LAYERS.split("\n")) for name in line.split()}
