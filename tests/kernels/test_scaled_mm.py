@@ -14,6 +14,7 @@ import math
 
 import pytest
 import torch
+from kernel_checks import needs_memory
 from torch import Tensor
 
 from fp8fx.errors import KernelError
@@ -148,6 +149,21 @@ def test_refusals() -> None:
 
 
 @pytest.mark.gpu
+def test_small_and_odd_sizes() -> None:
+    one = torch.ones((), device="cuda")
+    for i, (m, n, k) in enumerate(itertools.product((1, 7, 17, 1000), repeat=3)):
+        a, b = operands(m, n, k, PAIRS[i % 4], "cuda")
+        accumulate = ("fast", "precise")[i // 4 % 2]
+        check(scaled_mm(a, b, one, one, None, torch.float32, accumulate), a, b, one, one, None, accumulate)
+        strided_a, strided_b = torch.cat([a.view(torch.uint8)] * 2, 1)[:, k:].view(a.dtype), b.contiguous()
+        check(scaled_mm(strided_a, strided_b, one, one, None, torch.bfloat16, accumulate), a, b, one, one, None, accumulate)
+        many = a.view(torch.uint8).expand(3, m, k).contiguous().view(a.dtype)
+        c = scaled_mm(many, b, one, one, None, torch.float32, accumulate)
+        assert c.shape == (3, m, n)
+        check(c[2].contiguous(), a, b, one, one, None, accumulate)
+
+
+@pytest.mark.gpu
 @pytest.mark.parametrize("accumulate", ["fast", "precise"])
 @pytest.mark.parametrize("pair", PAIRS, ids=str)
 def test_real_sizes(pair: tuple[torch.dtype, torch.dtype], accumulate: str) -> None:
@@ -198,6 +214,7 @@ def test_precise_is_more_precise() -> None:
 
 @pytest.mark.gpu
 def test_more_than_2_to_31_outputs() -> None:
+    needs_memory(24)
     m, n, k = 66_000, 33_024, 64
     a, b = operands(m, n, k, (E4, E4), "cuda")
     one = torch.ones((), device="cuda")
