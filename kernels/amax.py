@@ -19,7 +19,7 @@ from torch import Tensor
 from fp8fx.errors import KernelError
 from fp8fx.kernels.codes import finite_magnitude
 from fp8fx.kernels.launch import launch
-from fp8fx.kernels.layout import AXES, Matrices, axis_shape, axis_size, check_input, long_rows, matrices
+from fp8fx.kernels.layout import AXES, Matrices, axis_shape, axis_size, ceil_power_of_two, check_input, long_rows, matrices
 from fp8fx.kernels.records import amax_bits, merge_amax
 
 # BLOCK_M, BLOCK_K, num_warps
@@ -120,7 +120,7 @@ def amax_each(x: Tensor, granularities: tuple[str, ...]) -> list[Tensor]:
 
 def part_count(tiles: int) -> int:
     """How many partial amaxes the programs that share `tiles` tiles leave: a power of two."""
-    return int(min(MOST_PARTS, triton.next_power_of_2(max(tiles, 1))))
+    return min(MOST_PARTS, ceil_power_of_two(tiles))
 
 
 def amax_parts(x: Tensor) -> Tensor:

@@ -118,6 +118,11 @@ def test_batches(device: str) -> None:
     shared = random_codes((200, 64), E4, device).t()
     check(scaled_mm(a, shared, rows, one, None, torch.float32), a, shared, rows, one)
     check(scaled_mm(a[0, 0], b, one, one, None, torch.float32), a[0, 0], b, one, one)
+    # Scales per row of what all batches share, and scales with strides.
+    few = torch.rand(80, 1, device=device)[::2] + 0.5
+    check(scaled_mm(a[0, 0], b, few, one, None, torch.float32), a[0, 0], b, few, one)
+    check(scaled_mm(a[0, 0], b[0, 0], few, one, None, torch.float32), a[0, 0], b[0, 0], few, one)
+    check(scaled_mm(a, b, few, one, None, torch.float32), a, b, few, one)
     turned = random_codes((3, 40, 2, 64), E4, device).permute(2, 0, 1, 3)
     check(scaled_mm(turned, b, one, one, None, torch.float32), turned, b, one, one)
 
