@@ -132,7 +132,7 @@ def add_norm_cast(
 
     The arguments are those of `norm_cast`, without `amax`, which is record[:1].
     """
-    given = check_norm("add_norm_cast", x, weight, bias, kind)
+    given = check_norm("add_norm_cast", x, weight, bias, kind, scale is not None and current)
     if residual.shape != x.shape or residual.dtype != x.dtype:
         raise KernelError(f"add_norm_cast: x {x.dtype} {tuple(x.shape)} and residual {residual.dtype} {tuple(residual.shape)} must agree")
     record, recording = check_record("add_norm_cast", record, None, counts)

@@ -19,7 +19,7 @@ from torch import Tensor
 from fp8fx.errors import KernelError
 from fp8fx.kernels.codes import finite_magnitude
 from fp8fx.kernels.launch import launch
-from fp8fx.kernels.layout import AXES, Matrices, axis_shape, axis_size, check_input, long_rows, matrices
+from fp8fx.kernels.layout import AXES, Matrices, axis_shape, axis_size, cdiv, ceil_power_of_two, check_input, long_rows, matrices
 from fp8fx.kernels.records import amax_bits, merge_amax
 
 # BLOCK_M, BLOCK_K, num_warps
@@ -51,10 +51,10 @@ def _amax_kernel(
     magnitude, b, rows, columns = _tile(tl.program_id(0), x_ptr, M, K, stride_xb, stride_xm, stride_xk, BLOCK_M, BLOCK_K)
     if ROW:
         largest = tl.max(magnitude, 1).to(tl.int32, bitcast=True)
-        tl.atomic_max(row_ptr + b * M + rows, largest, mask=rows < M, sem="relaxed")
+        tl.atomic_max(row_ptr.to(tl.pointer_type(tl.int32), bitcast=True) + b * M + rows, largest, mask=rows < M, sem="relaxed")
     if COLUMN:
         largest = tl.max(magnitude, 0).to(tl.int32, bitcast=True)
-        tl.atomic_max(column_ptr + b * K + columns, largest, mask=columns < K, sem="relaxed")
+        tl.atomic_max(column_ptr.to(tl.pointer_type(tl.int32), bitcast=True) + b * K + columns, largest, mask=columns < K, sem="relaxed")
     if TENSOR:
         merge_amax(amax_ptr, amax_bits(amax_ptr), tl.max(tl.max(magnitude, 1), 0))
 
@@ -104,7 +104,10 @@ def amax_each(x: Tensor, granularities: tuple[str, ...]) -> list[Tensor]:
         raise KernelError(f"amax: unknown granularity {sorted(unknown)[0]!r}; allowed: tensor, row or column")
     seen = long_rows(x) if granularities == ("tensor",) and x.is_contiguous() else matrices(x)
     sizes = [axis_size(seen, g) for g in granularities]
-    found = torch.zeros(sum(sizes), dtype=torch.int32, device=x.device).split(sizes)
+    # Compilers ask that a tensor starts on a multiple of 16 bytes.
+    room = [4 * cdiv(size, 4) for size in sizes]
+    zeros = torch.zeros(sum(room), dtype=torch.float32, device=x.device).split(room)
+    found = [part[:size] for part, size in zip(zeros, sizes, strict=True)]
     if x.numel() > 0:
         by = dict(zip(granularities, found, strict=True))
         block_m, block_k, warps = _FLAT if seen.k == 4096 and len(by) == 1 and "tensor" in by else _TILE
@@ -115,12 +118,12 @@ def amax_each(x: Tensor, granularities: tuple[str, ...]) -> list[Tensor]:
             {"TENSOR": "tensor" in by, "ROW": "row" in by, "COLUMN": "column" in by, "BLOCK_M": block_m, "BLOCK_K": block_k},
             num_warps=warps,
         )
-    return [part.view(torch.float32).view(axis_shape(x.shape, g)) for part, g in zip(found, granularities, strict=True)]
+    return [part.view(axis_shape(x.shape, g)) for part, g in zip(found, granularities, strict=True)]
 
 
 def part_count(tiles: int) -> int:
     """How many partial amaxes the programs that share `tiles` tiles leave: a power of two."""
-    return int(min(MOST_PARTS, triton.next_power_of_2(max(tiles, 1))))
+    return min(MOST_PARTS, ceil_power_of_two(tiles))
 
 
 def amax_parts(x: Tensor) -> Tensor:

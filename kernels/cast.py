@@ -118,7 +118,8 @@ def cast_current(
     sides = {"rows": (granularity, None), "transposed": (None, own_t), "both": (granularity, own_t)}[layout]
     wanted = tuple(dict.fromkeys(side for side in sides if side is not None))
     if wanted == ("tensor",):
-        made = torch.empty(2, dtype=torch.float32, device=x.device)
+        # Compilers ask that a tensor starts on a multiple of 16 bytes.
+        made = torch.empty_strided((2,), (4,), dtype=torch.float32, device=x.device)
         parts = amax_parts(x)
         q, t = cast(x, format, parts, "tensor", layout, how, None, record, counts, bias_grad, True, made, power_of_two, eps)
         scale, amax = made.unbind()

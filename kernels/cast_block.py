@@ -22,7 +22,7 @@ from fp8fx.formats import Format
 from fp8fx.kernels.cast import NEAREST, Quantized, Rounding
 from fp8fx.kernels.codes import encode, finite_magnitude, hardware_format, random_tile
 from fp8fx.kernels.launch import launch
-from fp8fx.kernels.layout import check_input, matrices, transposed_shape
+from fp8fx.kernels.layout import cdiv, check_input, matrices, transposed_shape
 from fp8fx.kernels.quarters import load_quarter, locate, packing, store_quarter, store_transposed
 from fp8fx.kernels.scale import current_scale, inverse
 
@@ -201,5 +201,5 @@ def cast_block(
 
 def _blocks(x: Tensor, block: tuple[int, int]) -> tuple[Tensor, Tensor]:
     """Empty amax and scale."""
-    shape = (*x.shape[:-2], triton.cdiv(x.shape[-2], block[0]), triton.cdiv(x.shape[-1], block[1]))
+    shape = (*x.shape[:-2], cdiv(x.shape[-2], block[0]), cdiv(x.shape[-1], block[1]))
     return x.new_empty(shape, dtype=torch.float32), x.new_empty(shape, dtype=torch.float32)

@@ -24,7 +24,7 @@ def _finish(amax, made_ptr, index, mask, MAKE: tl.constexpr):
         scale = current_scale(amax, MAKE[3], MAKE[4], MAKE[2])
         tl.store(made_ptr + index, scale, mask=mask)
         if MAKE[5]:
-            tl.store(made_ptr + 1, amax, mask=mask)
+            tl.store(made_ptr + MAKE[5], amax, mask=mask)
         return inverse(scale)
     else:
         return inverse(amax)

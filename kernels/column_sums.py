@@ -19,6 +19,7 @@ from torch import Tensor
 
 from fp8fx.errors import KernelError
 from fp8fx.kernels.launch import launch
+from fp8fx.kernels.layout import cdiv
 
 _BLOCK_P, _BLOCK_K, _WARPS = 64, 32, 4
 
@@ -55,7 +56,7 @@ def partials(like: Tensor, tile_rows: int, k: int, sets: int = 1) -> Tensor:
 def sum_partials(parts: Tensor, out: Tensor, other: Tensor | None = None) -> None:
     """Write the sums of the first set of `parts` [P, sets, K] to `out` [K], and of the second to `other`."""
     p, sets, k = parts.shape
-    grid = (triton.cdiv(k, _BLOCK_K), sets)
+    grid = (cdiv(k, _BLOCK_K), sets)
     launch(
         _column_sums_kernel,
         grid,

@@ -20,6 +20,7 @@ from torch import Tensor
 
 from fp8fx.errors import KernelError
 from fp8fx.kernels.launch import launch
+from fp8fx.kernels.layout import ceil_power_of_two
 from fp8fx.kernels.scale import divide, inverse
 
 _INF_BITS = tl.constexpr(0x7F800000)
@@ -102,7 +103,7 @@ def delayed_update(
         raise KernelError(f"delayed_update: expected contiguous float32 [n, H] and three [n], got {[(t.dtype, *t.shape) for t in tensors]}")
     if n == 0:
         return
-    block = triton.next_power_of_2(length)
+    block = ceil_power_of_two(length)
     options = {
         "MOST_RECENT": algorithm == "most_recent",
         "POWER_OF_TWO": power_of_two,

@@ -64,7 +64,7 @@ def norm_backward_cast(
     output x is. Scale, record and current scaling as for `norm_cast`.
     """
     where = "norm_backward_cast"
-    check_norm(where, x, weight, None, "layer")
+    check_norm(where, x, weight, None, "layer", scale is not None and current)
     same = all(part is None or (part.shape == x.shape and part.dtype == x.dtype) for part in (dy, add))
     rows = x.numel() // x.shape[-1] if x.numel() else rstd.numel()
     if not same or any(part is not None and (part.numel() != rows or part.dtype != torch.float32) for part in (mean, rstd)):

@@ -117,7 +117,7 @@ def norm_cast(
     with one element; of two, the second gets the amax. record: float32 [3], see `records`; counts: also of zeros; amax: a record of
     one element, amax alone.
     """
-    parts = check_norm("norm_cast", x, weight, bias, kind)
+    parts = check_norm("norm_cast", x, weight, bias, kind, scale is not None and current)
     record, recording = check_record("norm_cast", record, amax, counts)
     rstd, mean = statistics_of(x, kind)
     fp8, seen, norm = hardware_format(format), plain_matrices(x), (kind == "rms", round_first, *parts)
@@ -130,9 +130,11 @@ def norm_cast(
     return result.pair, mean, rstd
 
 
-def check_norm(where: str, x: Tensor, weight: Tensor | None, bias: Tensor | None, kind: str) -> tuple[bool, bool]:
+def check_norm(where: str, x: Tensor, weight: Tensor | None, bias: Tensor | None, kind: str, two_scales: bool) -> tuple[bool, bool]:
     """Whether there is a weight, and a bias."""
     check_input(x, where)
+    if two_scales:
+        raise KernelError(f"{where}: current scaling makes the scale: pass scale or current, not both")
     k = x.shape[-1]
     if kind not in ("layer", "rms") or any(
         part is not None and (part.shape != (k,) or not part.is_contiguous()) for part in (weight, bias)
@@ -158,13 +160,11 @@ def scaling_of(
     eps: float,
 ) -> Scaling:
     """The scaling of a result whose amax, under current scaling, was measured as `parts`, None of an empty x."""
-    if not current:
-        scaling = Scaling(scale)
-    elif scale is None:
+    if current:
         measured = torch.zeros(1, dtype=torch.float32, device=x.device) if parts is None else parts
         scaling = Scaling(measured, True, made, power_of_two, eps)
     else:
-        raise KernelError(f"{where}: current scaling makes the scale: pass scale or current, not both")
+        scaling = Scaling(scale)
     scaling.check(where)
     return scaling
 

@@ -20,7 +20,7 @@ from torch import Tensor
 from fp8fx.kernels.amax import part_count
 from fp8fx.kernels.codes import finite_magnitude
 from fp8fx.kernels.launch import launch
-from fp8fx.kernels.layout import Matrices
+from fp8fx.kernels.layout import Matrices, ceil_power_of_two
 
 _MOST = 8192  # columns that a program holds at once
 
@@ -136,7 +136,7 @@ def _statistics_kernel(
 
 def block_of(k: int) -> tuple[int, int]:
     """BLOCK and num_warps for rows of k."""
-    block = min(triton.next_power_of_2(k), _MOST)
+    block = min(ceil_power_of_two(k), _MOST)
     return block, 8 if block > 4096 else 4
 
 

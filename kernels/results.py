@@ -45,7 +45,7 @@ POWER_OF_TWO = tl.constexpr(9)
 EPS = tl.constexpr(10)
 RECORD = tl.constexpr(11)  # 0 none, 1 amax, 2 amax and counts
 SUMS = tl.constexpr(12)  # 0 none, else how many sets of partial sums the launch leaves
-AND_AMAX = tl.constexpr(13)  # the amax is stored behind the scale that was made from it
+AND_AMAX = tl.constexpr(13)  # the amax is stored too, so many elements behind the scale that was made from it; 0: it is not
 
 
 @triton.jit
@@ -62,7 +62,7 @@ def tensor_inverse(into, HOW: tl.constexpr):
         if tl.program_id(0) == 0:
             tl.store(made_ptr, scale)
             if HOW[AND_AMAX]:
-                tl.store(made_ptr + 1, amax)
+                tl.store(made_ptr + HOW[AND_AMAX], amax)
             if HOW[RECORD]:
                 merge_amax(record_ptr, amax_bits(record_ptr), amax)
         return inverse(scale)
@@ -136,8 +136,9 @@ class Scaling:
         return self.scale.numel() if self.from_amax and self.scale is not None else 0
 
     @property
-    def and_amax(self) -> bool:
-        return self.made is not None and self.made.numel() == 2
+    def and_amax(self) -> int:
+        """How far behind the scale the amax goes; 0 if nowhere."""
+        return self.made.stride(0) if self.made is not None and self.made.numel() == 2 else 0
 
     def of_nothing(self, format: Format) -> None:
         """What a kernel would store of the scale of an empty tensor."""

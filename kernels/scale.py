@@ -19,6 +19,7 @@ from torch import Tensor
 from fp8fx.formats import Format
 from fp8fx.kernels.codes import hardware_format
 from fp8fx.kernels.launch import launch
+from fp8fx.kernels.layout import cdiv
 
 _SMALLEST = tl.constexpr(2.0**-126)
 _LARGEST = tl.constexpr(2.0**126)
@@ -71,5 +72,5 @@ def compute_scale(amax: Tensor, format: str | Format, power_of_two: bool = False
     if (n := amax.numel()) > 0:
         fmax = hardware_format(format).max
         constexprs = {"FMAX": fmax, "POWER_OF_TWO": power_of_two, "BLOCK": _BLOCK}
-        launch(_scale_kernel, (triton.cdiv(n, _BLOCK),), (amax, scale, n, eps), constexprs)
+        launch(_scale_kernel, (cdiv(n, _BLOCK),), (amax, scale, n, eps), constexprs)
     return scale

@@ -23,7 +23,6 @@ import math
 from dataclasses import dataclass
 
 import torch
-import triton
 import triton.language as tl
 from torch import Tensor
 from triton.tools.tensor_descriptor import TensorDescriptor
@@ -33,6 +32,7 @@ from fp8fx.formats import Format
 from fp8fx.kernels.activations import ACTIVATIONS
 from fp8fx.kernels.codes import INTERPRET, hardware_format
 from fp8fx.kernels.launch import launch
+from fp8fx.kernels.layout import cdiv
 from fp8fx.kernels.rounding import NEAREST, Rounding
 from fp8fx.kernels.scaled_mm_kernels import blocked_mm_kernel, scaled_mm_kernel
 
@@ -76,11 +76,11 @@ def choose(m: int, n: int, batches: int, precise: bool, programs: int) -> str:
     """The name of the configuration for an [m, n] output, after the exchange of operands that few rows ask for."""
     if n <= 64 and m > n:
         return "decode" if n <= 16 else "decode_64"
-    if batches * triton.cdiv(m, 128) * triton.cdiv(n, 128) < programs:
+    if batches * cdiv(m, 128) * cdiv(n, 128) < programs:
         return "small"
     if precise:
         return "precise"
-    return "medium" if batches * triton.cdiv(m, 128) * triton.cdiv(n, 256) < 4 * programs else "large"
+    return "medium" if batches * cdiv(m, 128) * cdiv(n, 256) < 4 * programs else "large"
 
 
 @functools.cache
@@ -150,7 +150,7 @@ def scaled_mm(
     """
     end = _End(bias, activation, *_rounds(out_format, round_to, out_scale, record), out_scale, how, record)
     _check(a, b, end, dtype, accumulate)
-    batch = torch.broadcast_shapes(a.shape[:-2], b.shape[:-2])
+    batch = torch.broadcast_shapes(a.shape[:-2], b.shape[:-2]) if a.dim() + b.dim() > 4 else a.shape[:0]
     (m, k), n, count = a.shape[-2:], b.shape[-1], math.prod(batch)
     c = torch.empty((*batch, m, n), dtype=end.format.torch_dtype if end.codes and end.format else dtype, device=a.device)
     if c.numel() == 0:
@@ -217,6 +217,8 @@ class _Operand:
     @classmethod
     def of(cls, x: Tensor, batch: torch.Size, scale: Tensor, block: tuple[int, int] | None) -> _Operand:
         """`x` [..., R, K] with `scale` in the same orientation."""
+        if x.dim() == 2 and scale.numel() == 1 and scale.dtype == torch.float32 and _readable(x):
+            return cls(x, x.shape[0], 0, scale, block)
         shared = math.prod(x.shape[:-2]) == 1
         if not shared:
             x = x.expand(*batch, *x.shape[-2:])
@@ -225,12 +227,14 @@ class _Operand:
         if scale.dtype != torch.float32:
             raise KernelError(f"scaled_mm: scales must be float32, got {scale.dtype}")
         if scale.numel() != 1:
-            wanted = (rows, 1) if block is None else (triton.cdiv(rows, block[0]), triton.cdiv(k, block[1]))
+            wanted = (rows, 1) if block is None else (cdiv(rows, block[0]), cdiv(k, block[1]))
             if tuple(scale.shape[-2:]) != wanted:
                 raise KernelError(
                     f"scaled_mm: scale of shape {tuple(scale.shape)} for {rows} rows of {k}, block {block}: expected {wanted}"
                 )
             scale = scale.expand(*batch, *wanted).reshape(-1, *wanted)
+            if block is None:  # found by its number, not by strides
+                scale = scale.contiguous()
         return cls(_stacked(flat), rows, 0 if shared else rows, scale, block)
 
     @property
@@ -248,16 +252,22 @@ class _Operand:
         return TensorDescriptor(self.codes, list(self.codes.shape), list(self.codes.stride()), [block_rows, block_k])
 
 
+def _readable(x: Tensor) -> bool:
+    """Whether the copy engine can read [R, K] as it lies."""
+    by_row, by_k = x.stride()
+    return by_k == 1 and by_row % 16 == 0 and by_row >= x.shape[1] and x.data_ptr() % 16 == 0
+
+
 def _stacked(x: Tensor) -> Tensor:
     """[B, R, K] as [B * R, K] that the copy engine can read: stride 1 along K, rows and start on multiples of 16 bytes."""
     count, rows, k = x.shape
     by_batch, by_row, by_k = x.stride()
     aligned = (by_k == 1 or k == 1) and (by_row % 16 == 0 or rows == 1) and by_row >= k and x.data_ptr() % 16 == 0
     if aligned and (count == 1 or by_batch == rows * by_row):
-        pitch = by_row if rows > 1 or count > 1 else triton.cdiv(k, 16) * 16
+        pitch = by_row if rows > 1 or count > 1 else cdiv(k, 16) * 16
         if pitch % 16 == 0:
             return x.as_strided((count * rows, k), (pitch, 1))
-    padded = torch.empty((count * rows, triton.cdiv(k, 16) * 16), dtype=x.dtype, device=x.device)
+    padded = torch.empty((count * rows, cdiv(k, 16) * 16), dtype=x.dtype, device=x.device)
     padded.view(torch.uint8)[:, :k].view(count, rows, k).copy_(x.view(torch.uint8))
     return padded[:, :k]
 
@@ -277,7 +287,7 @@ def _launch(a: _Operand, b: _Operand, c: Tensor, end: _End, turned: bool, precis
     parts = chosen.parts(end.format is not None and end.how.stochastic)
     by_tma = c.stride(2) == 1 and c.stride(1) * c.element_size() % 16 == 0 and (count == 1 or m % chosen.block_m == 0)
     target = TensorDescriptor(c, [count * m, n], [c.stride(1), 1], [chosen.block_m, chosen.block_n // parts]) if by_tma else c
-    tiles = count * triton.cdiv(m, chosen.block_m) * triton.cdiv(n, chosen.block_n)
+    tiles = count * cdiv(m, chosen.block_m) * cdiv(n, chosen.block_n)
     operands = (a.descriptor(chosen.block_m, block_k), b.descriptor(chosen.block_n, block_k), target, a.scale, b.scale)
     sizes = (*end.arguments(a.scale), count, m, n, k, a.batch_rows, b.batch_rows, *c.stride())
     programs *= chosen.per_multiprocessor

@@ -1,10 +1,11 @@
-"""What the tests of kernels compare: codes byte for byte, or to a step of the grid; and the inputs that are hard to round."""
+"""What the tests of kernels compare: codes byte for byte, or to a step of the grid; the inputs that are hard to round; memory."""
 
 from __future__ import annotations
 
 import itertools
 import math
 
+import pytest
 import torch
 from torch import Tensor
 
@@ -63,3 +64,17 @@ def sampled_counts(x: Tensor, q: Tensor, block_m: int) -> list[float]:
     x, q = x.cpu()[kept], q.cpu()[kept]
     nonzero = x != 0
     return [float(nonzero.sum()), float((nonzero & (q.view(torch.uint8) & 0x7F == 0)).sum())]
+
+
+def needs_memory(gib: float) -> None:
+    """Skip the test where the GPU has less than `gib` free."""
+    torch.cuda.empty_cache()
+    free = torch.cuda.mem_get_info()[0] / 2**30
+    if free < gib:
+        pytest.skip(f"needs {gib} GiB of free GPU memory, there are {free:.1f}")
+
+
+def every_16_bits(dtype: torch.dtype) -> Tensor:
+    """All values of a 16-bit dtype, [256, 256]. A float16 NaN has one sign: its conversion to float32 may or may not keep it."""
+    x = torch.arange(65536, dtype=torch.int32).to(torch.int16).view(dtype).view(256, 256)
+    return torch.where(x.isnan(), math.nan, x) if dtype == torch.float16 else x

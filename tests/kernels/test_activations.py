@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
-from kernel_checks import nearly_the_codes
+from kernel_checks import every_16_bits, nearly_the_codes, same_bytes
 from torch.nn import functional as F
 
 from fp8fx import formats, numerics
@@ -110,3 +110,20 @@ def test_refusals() -> None:
     one = torch.ones(())
     with pytest.raises(KernelError, match="together"):
         activation_backward_cast(torch.ones(2, 2), torch.ones(2, 2), torch.ones(2, 2), "silu", "e5m2", one, None)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("activation", sorted(FORWARD))
+def test_all_bfloat16_inputs(activation: str) -> None:
+    """relu byte for byte; the others, of finite values, to the step that the last bit of an exponential moves."""
+    x = every_16_bits(torch.bfloat16)
+    scale = torch.tensor(0.05)
+    if activation == "relu":
+        expected = quantize_scaled(torch.where(x < 0, 0.0, x), formats.get("e4m3fn"), scale)
+        for part, wanted in zip(activation_cast(x.cuda(), None, activation, "e4m3fn", scale.cuda()), (expected, expected.mT), strict=True):
+            same_bytes(part, wanted)
+        return
+    x = x.nan_to_num(0.0, 1.0, -1.0)
+    y = FORWARD[activation](x)
+    for part, wanted in zip(activation_cast(x.cuda(), None, activation, "e4m3fn", scale.cuda()), (y, y.mT), strict=True):
+        nearly_the_codes(part, wanted, "e4m3fn", scale)

@@ -7,7 +7,7 @@ import math
 
 import pytest
 import torch
-from kernel_checks import random_bits, same_bytes, same_floats, specials
+from kernel_checks import every_16_bits, needs_memory, random_bits, same_bytes, same_floats, specials
 
 from fp8fx import formats, numerics
 from fp8fx.errors import KernelError
@@ -202,19 +202,67 @@ def test_refusals() -> None:
 @pytest.mark.parametrize("overflow", OVERFLOWS)
 @pytest.mark.parametrize("format", FORMATS)
 def test_all_16_bit_inputs(format: str, overflow: str) -> None:
-    codes = torch.arange(65536, dtype=torch.int32).to(torch.int16)
     rng = torch.tensor([11, 12, 13])
     bits = random_bits(torch.Size((256, 256)), rng, 5)
     for dtype, scale in itertools.product((torch.bfloat16, torch.float16), (None, 1.0, 0.0123, 2.0**-100, 3e20)):
-        x = codes.view(dtype).view(256, 256)
-        if dtype == torch.float16:  # conversions of a float16 NaN to float32 may or may not keep its sign, torch's on the CPU too
-            x = torch.where(x.isnan(), math.nan, x)
+        x = every_16_bits(dtype)
         given = None if scale is None else torch.tensor(scale)
         on_device = None if given is None else given.cuda()
         for rounding in ("nearest_even", "stochastic"):
             expected = quantize_scaled(x, formats.get(format), given, "tensor", rounding, overflow, bits)
             q, t = cast(x.cuda(), format, on_device, layout="both", how=Rounding(rounding, overflow, rng.cuda(), 5))
             same_bytes(q, expected)
+            same_bytes(t, expected.mT)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("format", FORMATS)
+def test_all_bfloat16_inputs_in_every_form(format: str) -> None:
+    """What cast's one scale in both layouts leaves out: long rows, scales per row, column and block, scales made on the way."""
+    x = every_16_bits(torch.bfloat16)
+    x = x[:, torch.randperm(256)]  # so that each row and block has some large values
+    on_device = x.cuda()
+    for overflow in OVERFLOWS:
+        how = Rounding(overflow=overflow)
+        same_bytes(
+            cast(on_device.view(-1), format, None, how=how)[0], quantize_scaled(x.view(-1), formats.get(format), None, overflow=overflow)
+        )
+        for granularity, scale in (("row", torch.rand(256, 1) + 0.1), ("column", torch.rand(1, 256) + 0.1)):
+            expected = quantize_scaled(x, formats.get(format), scale, "row", overflow=overflow)
+            q, t = cast(on_device, format, scale.cuda(), granularity, "both", how)
+            same_bytes(q, expected)
+            same_bytes(t, expected.mT)
+        for power_of_two in (False, True):
+            for granularity in ("tensor", "row", (1, 128), (128, 128), (128, 1)):
+                spec = TensorSpec(format=format, granularity=granularity, overflow=overflow, power_of_two=power_of_two)
+                expected, scale, largest = numerics.quantize_tensor(x, spec)
+                if isinstance(granularity, tuple):
+                    made = cast_block(on_device, format, granularity, how=how, power_of_two=power_of_two)
+                else:
+                    made = cast_current(on_device, format, granularity, layout="both", how=how, power_of_two=power_of_two)
+                    same_bytes(made.q_t, expected.mT)
+                same_bytes(made.q, expected)
+                same_floats(made.scale, scale)
+                same_floats(made.amax, largest)
+
+
+@pytest.mark.gpu
+def test_small_and_odd_sizes() -> None:
+    rng, key = torch.tensor([31, 32, 33]), 3
+    for i, (m, n) in enumerate(itertools.product((1, 7, 17, 1000), repeat=2)):
+        for shape in ((m, n), (3, m, n)):
+            x, format, rounding = (
+                specials(torch.randn(shape)).to(torch.bfloat16),
+                FORMATS[i % 2],
+                ("nearest_even", "stochastic")[i // 2 % 2],
+            )
+            bits = random_bits(x.shape, rng, key) if rounding == "stochastic" else None
+            expected = quantize_scaled(x, formats.get(format), torch.tensor(0.1), "tensor", rounding, "saturate", bits)
+            how = Rounding(rounding, "saturate", rng.cuda(), key)
+            for layout in ("both", "rows"):
+                q, t = cast(x.cuda(), format, torch.tensor(0.1).cuda(), layout=layout, how=how)
+                same_bytes(q, expected)
+            q, t = cast(x.cuda(), format, torch.tensor(0.1).cuda(), layout="both", how=how)
             same_bytes(t, expected.mT)
 
 
@@ -232,6 +280,7 @@ def test_random_float32_and_every_tie(format: str) -> None:
 
 @pytest.mark.gpu
 def test_more_than_2_to_31_elements() -> None:
+    needs_memory(20)
     rows, columns = 70_000, 32_768  # 2.3e9 elements
     x = torch.empty(rows, columns, dtype=torch.bfloat16, device="cuda")
     x[:] = torch.randn(1, columns, device="cuda", dtype=torch.bfloat16)

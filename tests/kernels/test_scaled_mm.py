@@ -14,6 +14,7 @@ import math
 
 import pytest
 import torch
+from kernel_checks import needs_memory
 from torch import Tensor
 
 from fp8fx.errors import KernelError
@@ -117,6 +118,11 @@ def test_batches(device: str) -> None:
     shared = random_codes((200, 64), E4, device).t()
     check(scaled_mm(a, shared, rows, one, None, torch.float32), a, shared, rows, one)
     check(scaled_mm(a[0, 0], b, one, one, None, torch.float32), a[0, 0], b, one, one)
+    # Scales per row of what all batches share, and scales with strides.
+    few = torch.rand(80, 1, device=device)[::2] + 0.5
+    check(scaled_mm(a[0, 0], b, few, one, None, torch.float32), a[0, 0], b, few, one)
+    check(scaled_mm(a[0, 0], b[0, 0], few, one, None, torch.float32), a[0, 0], b[0, 0], few, one)
+    check(scaled_mm(a, b, few, one, None, torch.float32), a, b, few, one)
     turned = random_codes((3, 40, 2, 64), E4, device).permute(2, 0, 1, 3)
     check(scaled_mm(turned, b, one, one, None, torch.float32), turned, b, one, one)
 
@@ -145,6 +151,21 @@ def test_refusals() -> None:
         scaled_mm(a, b, torch.ones(3, 1), one)
     with pytest.raises(KernelError, match="multiples of 32"):
         scaled_mm(a, b, torch.ones(4, 1), one, block_a=(1, 8))
+
+
+@pytest.mark.gpu
+def test_small_and_odd_sizes() -> None:
+    one = torch.ones((), device="cuda")
+    for i, (m, n, k) in enumerate(itertools.product((1, 7, 17, 1000), repeat=3)):
+        a, b = operands(m, n, k, PAIRS[i % 4], "cuda")
+        accumulate = ("fast", "precise")[i // 4 % 2]
+        check(scaled_mm(a, b, one, one, None, torch.float32, accumulate), a, b, one, one, None, accumulate)
+        strided_a, strided_b = torch.cat([a.view(torch.uint8)] * 2, 1)[:, k:].view(a.dtype), b.contiguous()
+        check(scaled_mm(strided_a, strided_b, one, one, None, torch.bfloat16, accumulate), a, b, one, one, None, accumulate)
+        many = a.view(torch.uint8).expand(3, m, k).contiguous().view(a.dtype)
+        c = scaled_mm(many, b, one, one, None, torch.float32, accumulate)
+        assert c.shape == (3, m, n)
+        check(c[2].contiguous(), a, b, one, one, None, accumulate)
 
 
 @pytest.mark.gpu
@@ -198,6 +219,7 @@ def test_precise_is_more_precise() -> None:
 
 @pytest.mark.gpu
 def test_more_than_2_to_31_outputs() -> None:
+    needs_memory(24)
     m, n, k = 66_000, 33_024, 64
     a, b = operands(m, n, k, (E4, E4), "cuda")
     one = torch.ones((), device="cuda")
