@@ -43,7 +43,7 @@ class Records:
         self.rows = scaling.indices(slot for _, slot in places)  # ... and those of the scaling state they belong to
         self.size = self.count + len(GRADIENTS) * len(self.sites)
         self.used = False  # a call has counted since the last fold
-        # (of the casts, of the sites), for calls that count and for those that do not. No views: the compiler takes their sizes for symbolic.
+        # (of the casts, of the sites), for calls that count and for those that do not. No views: a compiler takes their sizes for symbolic.
         self._pairs: list[tuple[Tensor, Tensor]] = []
 
     def inputs(self, device: torch.device, recording: bool) -> tuple[Tensor, Tensor]:

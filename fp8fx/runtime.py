@@ -28,8 +28,8 @@ from fp8fx.entries import unmatched
 from fp8fx.errors import CaptureError, FP8Warning, RecipeError
 from fp8fx.fastpath import WITHOUT_FASTPATH
 from fp8fx.graph_call import GraphCall, SharedGraph, Version, alive
+from fp8fx.inner import compiled_inner
 from fp8fx.monitor import UnderflowMonitor
-from fp8fx.ops.inductor import decompositions
 from fp8fx.options import Options
 from fp8fx.passes.contract import Context
 from fp8fx.passes.lower import WeightInput
@@ -174,27 +174,8 @@ class Runtime:
 
     def _graph_call(self, module: fx.GraphModule, inputs: Sequence[Any], examples: Sequence[Any], calibrating: bool = False) -> GraphCall:
         call = GraphCall(self, module, inputs, calibrating)
-        call.inner = self._inner(module, [*examples, *dynamo.static(call.extras(inputs))])
+        call.inner = compiled_inner(module, [*examples, *dynamo.static(call.extras(inputs))], self.options)
         return call
-
-    def _inner(self, module: fx.GraphModule, example_inputs: list[Any]) -> Callable[..., Any]:
-        name = self.options.inner
-        if name == "auto":
-            name = "inductor" if any(isinstance(x, Tensor) and x.is_cuda for x in example_inputs) else "eager"
-        if name == "eager":
-            return module.forward  # not the module, whose call runs torch's global module hooks once more
-        with dynamo.own_cache_key():
-            return self._compile_inner(name, module, example_inputs)
-
-    def _compile_inner(self, name: str, module: fx.GraphModule, example_inputs: list[Any]) -> Callable[..., Any]:
-        if name == "inductor":
-            from torch._inductor.compile_fx import compile_fx
-
-            patches = torch._inductor.list_mode_options(self.options.inner_mode) if self.options.inner_mode else None
-            cuda = any(isinstance(x, Tensor) and x.is_cuda for x in example_inputs)
-            table = {"decompositions": decompositions()} if cuda else {}
-            return compile_fx(module, example_inputs, config_patches=patches, **table)  # type: ignore[return-value,arg-type]
-        return torch._dynamo.lookup_backend(name)(module, example_inputs)
 
     # -- calls ----------------------------------------------------------------------------------------------------------
 

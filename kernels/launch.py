@@ -97,9 +97,7 @@ def recorded() -> Iterator[list[Launch]]:
         _RECORDING.launches = before
 
 
-def _key(
-    kernel: Any, args: tuple[Any, ...], constexprs: Mapping[str, Any], num_warps: int, num_stages: int
-) -> tuple[tuple[Any, ...], int]:
+def _key(kernel: Any, args: tuple[Any, ...], constexprs: Mapping[str, Any], num_warps: int, num_stages: int) -> tuple[tuple[Any, ...], int]:
     """What chooses the compiled form, and the index of the device."""
     specialized = _SPECIALIZED.get(id(kernel)) or _describe(kernel, len(args))
     device = -1

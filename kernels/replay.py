@@ -97,7 +97,7 @@ class Tape:
 
 
 def taped(function: Callable[..., tuple[Tensor, ...]]) -> Callable[..., tuple[Tensor, ...]]:
-    """`function`, with tapes. It takes positional arguments, tensors of one device among them, and returns tensors none of which is an input."""
+    """`function`, with tapes. It takes positional arguments, tensors of one device among them, and returns tensors that are no inputs."""
     tapes: dict[tuple[Any, ...], Tape | int] = {}  # an int counts the calls that could not be taped
     lock = threading.Lock()
 
@@ -121,10 +121,11 @@ def taped(function: Callable[..., tuple[Tensor, ...]]) -> Callable[..., tuple[Te
 
 
 def _key(args: tuple[Any, ...]) -> tuple[Any, ...]:
-    return tuple(
-        (a.shape, a.stride(), a.dtype, a.get_device(), a.data_ptr() & 15) if isinstance(a, Tensor) else tuple(a) if isinstance(a, list) else a
-        for a in args
-    )
+    return tuple([_class(a) if isinstance(a, Tensor) else a for a in args])
+
+
+def _class(x: Tensor) -> tuple[Any, ...]:
+    return x.shape, x.stride(), x.dtype, x.get_device(), x.data_ptr() & 15
 
 
 class _Watch(TorchDispatchMode):

@@ -307,13 +307,13 @@ def test_example_inputs_that_do_not_fit(x: torch.Tensor) -> None:
 def test_what_torch_caches_belongs_to_these_formulas(monkeypatch: pytest.MonkeyPatch) -> None:
     """torch keys a compiled backward by the forward's graph, which names operators only: a later version must not find it."""
     tags: list[str] = []
-    real = Runtime._compile_inner
+    real = torch._dynamo.lookup_backend
 
-    def watched(self: Runtime, *args: Any) -> Any:
+    def watched(name: str) -> Any:
         tags.append(torch.compiler.config.cache_key_tag)
-        return real(self, *args)
+        return real(name)
 
-    monkeypatch.setattr(Runtime, "_compile_inner", watched)
+    monkeypatch.setattr(torch._dynamo, "lookup_backend", watched)
     for formulas in (dynamo._formulas(), "changed"):
         monkeypatch.setattr(dynamo, "_formulas", lambda formulas=formulas: formulas)
         fp8fx.compile(nn.Linear(4, 4), inner="aot_eager")(torch.ones(2, 4))

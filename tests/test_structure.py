@@ -20,7 +20,9 @@ capture
 passes
 pipeline show
 plan state scaling monitor autocast watch
+records
 entries
+inner
 runtime graph_call
 coverage
 compile backend

@@ -26,6 +26,7 @@ from fp8fx import formats, numerics
 from fp8fx.ops.library import define
 from fp8fx.spec import TensorSpec
 
+
 def as_matrix(x: Tensor) -> Tensor:
     """[..., K] as [prod(...), K]. The number of rows is written out: where a size is 0, -1 could be any number."""
     return x.reshape(math.prod(x.shape[:-1]), x.shape[-1])

@@ -229,4 +229,3 @@ def _quantize_of(codes: list[Any]) -> fx.Node | None:
     """The quantize node that a pair [q, scale] comes from."""
     source = codes[0].args[0] if codes and codes[0].target is operator.getitem else None
     return source if isinstance(source, fx.Node) and source.target is QUANTIZE else None
-

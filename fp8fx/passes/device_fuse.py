@@ -1,7 +1,7 @@
 """What *lower* fuses for CUDA devices, after the linear layers are written for kernels: an activation between two of them.
 
-    cast(act(linear(x, w1)))                    ->  act_linear(x, w1)          its output is only ever FP8, and so is its gradient
-    cast(act(linear(x, w1)) * linear(x, w2))    ->  act_linear(x, w1, w2)      SwiGLU, GeGLU
+cast(act(linear(x, w1)))                    ->  act_linear(x, w1)          its output is only ever FP8, and so is its gradient
+cast(act(linear(x, w1)) * linear(x, w2))    ->  act_linear(x, w1, w2)      SwiGLU, GeGLU
 """
 
 from __future__ import annotations
@@ -80,7 +80,10 @@ def _obstacle(cast: fx.Node, a: fx.Node, act: fx.Node, gate: fx.Node, up: fx.Nod
     gradients = {None if spec.grad_output is None else spec.grad_output.text for spec in specs}
     if len(gradients) > 1 or any(TensorSpec.parse(str(text)).granularity != "tensor" for text in gradients):
         return "the gradients of its linear layers are quantized in different ways"
-    if len({linear.args[12] for linear in linears}) > 1 or any(value is None or value.dtype != gate.args[12] for value in map(tensor, linears)):
+    outputs = [tensor(linear) for linear in linears]
+    if any(value is None or value.dtype != gate.args[12] for value in outputs) or any(
+        linear.args[12] != gate.args[12] for linear in linears
+    ):
         return "its linear layers differ in their output's dtype"
     if up is not None and (gate.args[0] is not up.args[0] or list(gate.args[3]) != list(up.args[3])):  # type: ignore[arg-type]
         return "its linear layers read different inputs"

@@ -205,6 +205,7 @@ SINGLE: dict[str, Case] = {
     "embedding, scale_grad_by_freq": (_inside(nn.Embedding, 8, 6, scale_grad_by_freq=True), index),
 }
 
+
 # name -> (model, inputs): several sites, and what the passes do between them.
 class Gated(nn.Module):
     """SwiGLU and the like: norm -> gate, up -> down, with a residual."""

@@ -1,0 +1,35 @@
+"""The inner compiler: what runs a rewritten graph. Eager runs it as it is; AOTAutograd and Inductor compile it first."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor, fx
+
+from fp8fx.capture import dynamo
+from fp8fx.ops.inductor import decompositions
+from fp8fx.options import Options
+
+
+def compiled_inner(module: fx.GraphModule, example_inputs: list[Any], options: Options) -> Callable[..., Any]:
+    """`module` by the compiler that `options` name; `auto` is Inductor where an input is on a GPU, else eager."""
+    cuda = any(isinstance(x, Tensor) and x.is_cuda for x in example_inputs)
+    name = options.inner
+    if name == "auto":
+        name = "inductor" if cuda else "eager"
+    if name == "eager":
+        return module.forward  # not the module, whose call runs torch's global module hooks once more
+    with dynamo.own_cache_key():
+        if name == "inductor":
+            return _by_inductor(module, example_inputs, options.inner_mode, cuda)
+        return torch._dynamo.lookup_backend(name)(module, example_inputs)
+
+
+def _by_inductor(module: fx.GraphModule, example_inputs: list[Any], mode: str | None, cuda: bool) -> Callable[..., Any]:
+    from torch._inductor.compile_fx import compile_fx
+
+    patches = torch._inductor.list_mode_options(mode) if mode else None
+    table: dict[str, Any] = {"decompositions": decompositions()} if cuda else {}
+    return compile_fx(module, example_inputs, config_patches=patches, **table)  # type: ignore[return-value]
