@@ -148,9 +148,9 @@ class Runtime:
         if layers and self._first_layer is None:
             self._first_layer = layers[0]
         recipe = self.recipe.with_boundary(first=first, last=captured.ends)
-        device = next((x.device.type for x in example_inputs if isinstance(x, Tensor) and x.is_cuda), "cpu")
-        inside = device == "cuda" and self.trains()
-        context = Context(recipe, module_types(self.root), complete, add_input, device=device, weights_inside=inside)
+        where = next((x.device for x in example_inputs if isinstance(x, Tensor) and x.is_cuda), torch.device("cpu"))
+        inside, name = (self.trains(), torch.cuda.get_device_name(where)) if where.type == "cuda" else (False, "")
+        context = Context(recipe, module_types(self.root), complete, add_input, False, where.type, name, inside)
         compiled = pipeline.run(captured, context, "annotate" if self.options.plan_only else "lower")
         record = GraphRecord(captured, context, compiled, site_rows(compiled.annotated), bool(layers))
         if self.options.plan_only:

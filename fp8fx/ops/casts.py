@@ -8,8 +8,8 @@ it, with scales along M; with one scale per tensor it holds the codes of q, and 
 both; what it leaves out has no elements. The codes, scales and random bits are those of `quantize`.
 
 A *record* is float32 [4] in memory that outlives the call: amax, non-zero elements, how many of those became zero, nothing. The operator
-raises the first and adds to the others, if they are counted. No graph ever reads a record, so to a graph the operator is functional; the runtime
-reads it when a step is over (docs/decisions/0012). Counts are a sample: of some rows, the same for every call of a shape.
+raises the first and adds to the others, if they are counted. No graph ever reads a record, so to a graph the operator is functional; the
+runtime reads it when a step is over (docs/decisions/0012). Counts are a sample: of some rows, the same for every call of a shape.
 """
 
 from __future__ import annotations

@@ -24,6 +24,7 @@ from fp8fx.capture.graph import ALIASES, MODULE, SITE, VAL, tensor
 from fp8fx.capture.naming import weight_source
 from fp8fx.capture.sites import CONVOLUTIONS, SiteCall, read_site, unsupported
 from fp8fx.passes.contract import DECISION, Context, PassResult, SiteDecision, Skip
+from fp8fx.passes.profit import without_gain
 from fp8fx.recipe import Decision, Site
 from fp8fx.spec import ROLES, SiteSpec
 
@@ -46,8 +47,11 @@ def annotate(module: fx.GraphModule, context: Context) -> PassResult:
     sites = [_site(node, call, context) for node, call in zip(nodes, calls, strict=True)]
     resolution = context.recipe.resolve(sites, context.modules, partial=not context.complete)
     modified = False
-    for node, call, site, wanted in zip(nodes, calls, sites, resolution.decisions, strict=True):
-        made = _decide(node, call, site, wanted, context)
+    decisions = [_decide(*each, context) for each in zip(nodes, calls, sites, resolution.decisions, strict=True)]
+    keep = [wanted.when_not_faster == "emulate" for wanted in resolution.decisions]
+    for i, reason in without_gain(decisions, calls, keep, context).items():
+        decisions[i] = SiteDecision(sites[i].name, sites[i].op, "high_precision", reason)
+    for node, made in zip(nodes, decisions, strict=True):
         modified |= node.meta.get(DECISION) != made
         node.meta[DECISION] = made
     return PassResult(module, modified, [Skip("recipe", "", note) for note in resolution.notes])

@@ -72,8 +72,8 @@ def act_linear_args(activation: str, gated: bool, scaling: str = "current") -> t
     weight2 = codes(w2) if w2 is not None else []
     return (
         x, w1, w2, bias, None, [q, scale, qt, scale], codes(w1), weight2, torch.zeros(3, RECORD), torch.zeros(3, RECORD), scales(),
-        scales(), SCALE if scaling == "delayed" else None, None, RNG, activation, "gate", "up", SPEC, SPEC, SPEC, backward, backward, spec, "down",
-        "both", torch.float32,
+        scales(), SCALE if scaling == "delayed" else None, None, RNG, activation, "gate", "up", SPEC, SPEC, SPEC, backward, backward,
+        spec, "down", "both", torch.float32,
     )  # fmt: skip
 
 
