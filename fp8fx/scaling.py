@@ -103,7 +103,7 @@ class ScalingState:
             return self.scale[indices]
         strides = [APART * stride for stride in indices.stride()]
         padded = torch.empty_strided(indices.shape, strides, dtype=torch.float32, device=indices.device)
-        return torch.take(self.scale, indices, out=padded)
+        return padded.copy_(self.scale[indices])
 
     def merge(self, indices: Tensor, amax: Tensor, rows: Iterable[int] = ()) -> None:
         """Merge `amax` into this step's, by max. `indices`: int64 [m], a slot may occur twice; `amax`: float32 [m].
