@@ -11,6 +11,7 @@ Read `fp8fx/pipeline.py` for the order of the passes and `docs/pipeline.md` for 
 
 from fp8fx.autocast import autocast
 from fp8fx.compile import compile, invalidate, load_state_dict, plan, state_dict, step, strip, unwrap
+from fp8fx.distributed import reduce_amax
 from fp8fx.errors import CaptureError, FormatError, FP8Error, FP8Warning, KernelError, ModelError, PassError, RecipeError
 from fp8fx.functional import compute_scale, dequantize, fake_quantize, quantize
 from fp8fx.loss_scaling import GradScaler
@@ -42,6 +43,7 @@ __all__ = [
     "load_state_dict",
     "plan",
     "quantize",
+    "reduce_amax",
     "state_dict",
     "step",
     "strip",

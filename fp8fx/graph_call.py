@@ -204,6 +204,7 @@ class GraphCall:
                 # 0: the backward did not come by (autograd fills in zeros), or nothing but zeros did. Neither says anything.
                 runtime.scaling.merge(kept, torch.where(amax > 0, amax, UNMEASURED), grad_scales.kept_rows)
                 runtime.scaling.calibrated |= calibrating
+                runtime.processes.measured()
             runtime.watch.backward()
             leaf.grad = None
 

@@ -24,6 +24,7 @@ from fp8fx.capture.graph import Captured
 from fp8fx.capture.layers import boundary_layers, module_types
 from fp8fx.capture.naming import Numbering
 from fp8fx.clone import base_class, check_materialized, check_state
+from fp8fx.distributed import Processes, state_alone, whole_graphs
 from fp8fx.errors import CaptureError, FP8Warning, RecipeError
 from fp8fx.fastpath import WITHOUT_FASTPATH
 from fp8fx.graph_call import GraphCall, SharedGraph, Version, alive
@@ -73,6 +74,7 @@ class Runtime:
         self.numbering = Numbering()
         self.weights = WeightCache()
         self.watch = ScalingWatch(self.scaling)
+        self.processes = Processes()
         self._recomputed = False  # a training forward ran in a backward: a reentrant checkpoint is around the model
         self.monitor = UnderflowMonitor({}, _advice(self.recipe))
         self._first_layer: str | None = None
@@ -112,6 +114,7 @@ class Runtime:
         return [] if root is None else list(root.parameters())
 
     def optimizer_stepped(self) -> None:
+        self.processes.merge(self.scaling)
         self._stepped = self.scaling.due = True
         self.weights.clear()
         self.watch.optimizer_stepped()
@@ -194,7 +197,7 @@ class Runtime:
             self.attach(root)
         forward = self._forward or self._compile(root)
         try:
-            with WITHOUT_FASTPATH:
+            with WITHOUT_FASTPATH, whole_graphs():
                 result = forward(*args, **kwargs)
         except Exception as error:
             return self._failed(root, error, args, kwargs)
@@ -238,6 +241,8 @@ class Runtime:
         return {"stream": self._position().tensor(torch.device("cpu"))} | self.scaling_state()
 
     def scaling_state(self) -> dict[str, Tensor]:
+        if self.scaling.calibrated and self.processes.pending:  # one process may save alone: no exchange here
+            return state_alone(self.scaling)
         if self.scaling.calibrated:
             self._end_calibration()
         return self.scaling.state() if self.recipe.keeps_scales else {}
@@ -276,6 +281,7 @@ class Runtime:
         Steps of the random stream ask for gradients only, those of the scales for train() too: evaluation leaves scales as they are.
         """
         training = torch.is_grad_enabled()
+        self.stream.process = self.processes.enter(self.root)
         if self._stepped and training:
             self._stepped = False
             self.stream.step += 1
@@ -284,6 +290,7 @@ class Runtime:
         if not len(self.scaling):
             return False
         if self.scaling.calibrated and not calibrating:
+            self.processes.merge(self.scaling)
             self._end_calibration()
         if training and not calibrating:
             self.watch.forward(self.root.training)
@@ -293,7 +300,7 @@ class Runtime:
         if self.scaling.due and not again and (training or (self._recomputed and self.root.training)):
             self.scaling.step()
             self.weights.clear()
-        return training or calibrating
+        return self.processes.recording(training or calibrating)
 
     def keeps_weights(self, wanted: WeightInput) -> bool:
         """Quantized weights are kept under no_grad and in eval, and until the next optimizer step if the recipe says so."""

@@ -20,6 +20,7 @@ capture
 passes
 pipeline show
 plan state scaling monitor autocast watch
+distributed
 runtime graph_call
 coverage
 compile backend
