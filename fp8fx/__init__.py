@@ -18,6 +18,7 @@ from fp8fx.loss_scaling import GradScaler
 from fp8fx.plan import Plan
 from fp8fx.recipe import Recipe
 from fp8fx.show import listing
+from fp8fx.statistics import Statistics
 
 __version__ = "0.1.0"
 
@@ -33,6 +34,7 @@ __all__ = [
     "Plan",
     "Recipe",
     "RecipeError",
+    "Statistics",
     "autocast",
     "compile",
     "compute_scale",

@@ -22,9 +22,12 @@ pipeline show
 plan state scaling monitor autocast watch
 distributed
 runtime graph_call
-coverage
+coverage tally
+records
+statistics
 compile backend
 loss_scaling
+trainers
 demo cli targets
 """
 RANK = {name: rank for rank, line in enumerate(LAYERS.split("\n")) for name in line.split()}
