@@ -35,6 +35,7 @@ from fp8fx.passes.lower import WeightInput
 from fp8fx.plan import Plan, SiteRow, backward_hooked, build_plan, site_rows
 from fp8fx.recipe import Recipe
 from fp8fx.scaling import ScalingState, is_scaling, other_recipe
+from fp8fx.shards import Shards
 from fp8fx.state import OPTIMIZER_STEPS, Stream, WeightCache
 from fp8fx.watch import ScalingWatch
 
@@ -75,6 +76,7 @@ class Runtime:
         self.weights = WeightCache()
         self.watch = ScalingWatch(self.scaling)
         self.processes = Processes()
+        self.shards = Shards()
         self._recomputed = False  # a training forward ran in a backward: a reentrant checkpoint is around the model
         self.monitor = UnderflowMonitor({}, _advice(self.recipe))
         self._first_layer: str | None = None
@@ -195,6 +197,8 @@ class Runtime:
         if self._root is None or self._root() is not root:
             self._reset()
             self.attach(root)
+        if self.shards:
+            self.shards.give_up()
         forward = self._forward or self._compile(root)
         try:
             with WITHOUT_FASTPATH, whole_graphs():
@@ -262,6 +266,7 @@ class Runtime:
             self.weights.clear()
             self.scaling.forget()
             return
+        self.shards.drop()
         kept = {key: value for key, value in state.items() if is_scaling(key)}
         stream = {"stream": self.position().tensor(torch.device("cpu"))}
         check_state({key: value for key, value in state.items() if key not in kept}, stream, self.recipe.name)
@@ -274,6 +279,13 @@ class Runtime:
             self.stream = Stream(*state["stream"].tolist())
             self._stepped = False
         self.weights.clear()
+
+    def load_part(self, state: dict[str, Tensor]) -> None:
+        """Take a part of what `state` gave: one file of a checkpoint that has several."""
+        self.weights.clear()
+        whole = self.shards.add(state, self.recipe.keeps_scales)
+        if whole is not None:
+            self.load_state(whole)
 
     def begin_call(self, calibrating: bool) -> bool:
         """Advance the step if an optimizer stepped since the last training forward. True if this call's amax counts.

@@ -20,7 +20,7 @@ capture
 passes
 pipeline show
 plan state scaling monitor autocast watch
-distributed
+distributed shards
 runtime graph_call
 coverage tally
 records

@@ -1,0 +1,43 @@
+"""The FP8 state of a checkpoint that comes in several files, loaded one by one: it counts once all of it is there."""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Mapping
+
+from torch import Tensor
+
+from fp8fx.errors import FP8Warning
+from fp8fx.scaling import is_whole
+
+
+class Shards:
+    """Collects the entries of a Runtime's state, without their prefix."""
+
+    def __init__(self) -> None:
+        self._entries: dict[str, Tensor] = {}
+
+    def __bool__(self) -> bool:
+        return bool(self._entries)
+
+    def add(self, entries: Mapping[str, Tensor], scales: bool) -> dict[str, Tensor] | None:
+        """The whole state, if `entries` complete it. scales: the state has delayed scales."""
+        self._entries |= entries
+        if "stream" not in self._entries or (scales and not is_whole(self._entries)):
+            return None
+        return self.drop()
+
+    def drop(self) -> dict[str, Tensor]:
+        """What is there; nothing is left."""
+        entries, self._entries = self._entries, {}
+        return entries
+
+    def give_up(self) -> None:
+        """The model runs, and the rest has not come."""
+        self.drop()
+        warnings.warn(
+            "fp8fx: a checkpoint was loaded that holds only a part of the FP8 state, which is left out as a whole: scales and the random "
+            "stream go on as they were. Load all of its files, or leave that part away with fp8fx.strip(state_dict).",
+            FP8Warning,
+            stacklevel=5,
+        )
