@@ -8,6 +8,7 @@ on several processes: accelerate launch examples/train_with_accelerate.py.
 
 from __future__ import annotations
 
+import asyncio
 import shutil
 import sys
 from pathlib import Path
@@ -29,10 +30,11 @@ from accelerate.utils import DataLoaderConfiguration, set_seed  # noqa: E402
 from fp8fx.trainers.accelerate import separate_state, use_scaler  # noqa: E402
 
 CONTEXT = 32
+SOURCES = Path(asyncio.__file__).parent  # one package of the standard library is text enough here
 
 
 def batches() -> DataLoader[tuple[Tensor, ...]]:
-    tokens = python_source(train_bytes=128 * (CONTEXT + 1), held_out_bytes=4096).train.view(-1, CONTEXT + 1)
+    tokens = python_source(SOURCES, 128 * (CONTEXT + 1), 4096).train.view(-1, CONTEXT + 1)
     return DataLoader(TensorDataset(tokens[:, :-1].contiguous(), tokens[:, 1:].contiguous()), batch_size=4, shuffle=True)
 
 
@@ -85,7 +87,7 @@ def main(recipe: str = "delayed", folder: str = "trainer-out/accelerate") -> Non
         resumed = train(recipe, Path(folder, "parts"), steps=10, resume=True, separate=separate)
         if whole.keys() != resumed.keys() or not all(torch.equal(whole[name], resumed[name]) for name in whole):
             sys.exit(f"the resumed run, FP8 state {form}, ended with other weights than the whole one")
-        print(f"stopped after 5 steps and resumed, FP8 state {form}: {len(whole)} tensors equal those of the uninterrupted run, bit for bit")
+        print(f"stopped and resumed, FP8 state {form}: {len(whole)} tensors equal those of the uninterrupted run, bit for bit")
 
 
 if __name__ == "__main__":

@@ -7,6 +7,7 @@ Needs `pip install '.[trainers]'`. Takes half a minute on a CPU; everything it w
 
 from __future__ import annotations
 
+import asyncio
 import shutil
 import sys
 from collections.abc import Iterator
@@ -27,6 +28,7 @@ import lightning.pytorch as pl  # noqa: E402
 from fp8fx.trainers.lightning import LossScaling, StatisticsCallback  # noqa: E402
 
 CONTEXT = 32
+SOURCES = Path(asyncio.__file__).parent  # one package of the standard library is text enough here
 
 
 class Language(pl.LightningModule):
@@ -45,10 +47,10 @@ class Language(pl.LightningModule):
 
 
 class Batches:
-    """Batches of text that go on where they stopped: Lightning saves and restores what has these two methods, in the middle of an epoch too."""
+    """Batches of text that go on where they stopped: Lightning saves and restores what has these methods, within an epoch too."""
 
     def __init__(self, count: int = 1000) -> None:
-        self.tokens = python_source(train_bytes=100_000, held_out_bytes=4096).train
+        self.tokens = python_source(SOURCES, 100_000, 4096).train
         self.count, self.done = count, 0
 
     def __len__(self) -> int:

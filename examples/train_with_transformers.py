@@ -7,6 +7,7 @@ Needs `pip install '.[trainers]'`. Takes half a minute on a CPU; everything it w
 
 from __future__ import annotations
 
+import asyncio
 import shutil
 import sys
 from pathlib import Path
@@ -25,13 +26,14 @@ from transformers import LlamaConfig, LlamaForCausalLM, Trainer, TrainingArgumen
 from fp8fx.trainers.transformers import StatisticsCallback, use_scaler  # noqa: E402
 
 CONTEXT = 32
+SOURCES = Path(asyncio.__file__).parent  # one package of the standard library is text enough here
 
 
 class Windows(Dataset[dict[str, Tensor]]):
     """The bytes of the standard library's sources, in pieces of CONTEXT."""
 
     def __init__(self) -> None:
-        self.tokens = python_source(train_bytes=256 * CONTEXT, held_out_bytes=4096).train
+        self.tokens = python_source(SOURCES, 256 * CONTEXT, 4096).train
 
     def __len__(self) -> int:
         return len(self.tokens) // CONTEXT

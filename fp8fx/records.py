@@ -32,7 +32,15 @@ class Record:
         """JSON. Shares are null where nothing was counted; scale_min is there where a tensor has several scales."""
         f = self.figures
         several = {} if f.scale_min == f.scale else {"scale_min": f.scale_min}
-        values = {"step": self.step, "layer": self.layer, "role": self.role, "format": f.format, "amax": f.amax, "scale": f.scale, **several}
+        values = {
+            "step": self.step,
+            "layer": self.layer,
+            "role": self.role,
+            "format": f.format,
+            "amax": f.amax,
+            "scale": f.scale,
+            **several,
+        }
         return json.dumps({**values, "underflow": f.underflow, "overflow": f.overflow}) + "\n"
 
     def scalars(self) -> dict[str, float]:

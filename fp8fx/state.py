@@ -65,7 +65,9 @@ class WeightCache:
 
 def quantize_weight(weight: Tensor, wanted: WeightInput, scale: Tensor | None = None) -> Parts:
     with torch.no_grad():
-        parts: Parts = torch.ops.fp8fx.quantize.default(wanted.view(weight), wanted.spec, list(wanted.dims), None, wanted.site, "weight", scale)
+        parts: Parts = torch.ops.fp8fx.quantize.default(
+            wanted.view(weight), wanted.spec, list(wanted.dims), None, wanted.site, "weight", scale
+        )
     return parts
 
 

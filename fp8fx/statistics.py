@@ -91,7 +91,9 @@ class Statistics:
         for path, runtime in self._runtimes.items():
             found |= {key: figures for key, figures in _kept(path, runtime).items() if key not in found}
         several = len(self._runtimes) > 1
-        return [Record(self.number, f"{path}.{site}" if several and path else site, role, each) for (path, site, role), each in found.items()]
+        return [
+            Record(self.number, f"{path}.{site}" if several and path else site, role, each) for (path, site, role), each in found.items()
+        ]
 
 
 def _compiled_inside(model: nn.Module) -> dict[str, Any]:
@@ -111,6 +113,4 @@ def _kept(path: str, runtime: Any) -> dict[Key, Figures]:
     """The delayed records of the step that is over: all there is of a replayed CUDA graph, in which nothing is counted."""
     state = runtime.scaling
     values = zip(state.slots, state.amax.tolist(), state.scale.tolist(), strict=True)
-    return {
-        (path, slot.site, slot.role): Figures(slot.format, amax, scale, scale) for slot, amax, scale in values if amax >= 0
-    }
+    return {(path, slot.site, slot.role): Figures(slot.format, amax, scale, scale) for slot, amax, scale in values if amax >= 0}

@@ -1,8 +1,8 @@
 """For accelerate, and for transformers.Trainer, which trains through it.
 
-    accelerator = Accelerator()
-    use_scaler(accelerator, fp8fx.GradScaler(recipe))     # before prepare; a pass-through where the recipe needs none
-    fast, optimizer = accelerator.prepare(fp8fx.compile(model, recipe), optimizer)
+accelerator = Accelerator()
+use_scaler(accelerator, fp8fx.GradScaler(recipe))     # before prepare; a pass-through where the recipe needs none
+fast, optimizer = accelerator.prepare(fp8fx.compile(model, recipe), optimizer)
 """
 
 from __future__ import annotations

@@ -1,6 +1,6 @@
 """For Lightning: a LightningModule that holds `fp8fx.compile(model, recipe)` as a submodule.
 
-    Trainer(plugins=[LossScaling(recipe)], callbacks=[StatisticsCallback(jsonl="fp8.jsonl")])
+Trainer(plugins=[LossScaling(recipe)], callbacks=[StatisticsCallback(jsonl="fp8.jsonl")])
 """
 
 from __future__ import annotations
