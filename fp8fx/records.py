@@ -32,16 +32,8 @@ class Record:
         """JSON. Shares are null where nothing was counted; scale_min is there where a tensor has several scales."""
         f = self.figures
         several = {} if f.scale_min == f.scale else {"scale_min": f.scale_min}
-        values = {
-            "step": self.step,
-            "layer": self.layer,
-            "role": self.role,
-            "format": f.format,
-            "amax": f.amax,
-            "scale": f.scale,
-            **several,
-        }
-        return json.dumps({**values, "underflow": f.underflow, "overflow": f.overflow}) + "\n"
+        head = {"step": self.step, "layer": self.layer, "role": self.role, "format": f.format}
+        return json.dumps({**head, "amax": f.amax, "scale": f.scale, **several, "underflow": f.underflow, "overflow": f.overflow}) + "\n"
 
     def scalars(self) -> dict[str, float]:
         """TensorBoard's tag -> value."""
@@ -60,8 +52,8 @@ class JsonLines:
             self._file = os.open(self.path, os.O_RDWR | os.O_APPEND | os.O_CREAT, 0o644)
         except OSError as error:
             raise FP8Error(
-                f"statistics cannot be written to {str(self.path)!r}: {error.strerror or error}. Give jsonl= a file that can be written, in a "
-                "folder that can be made"
+                f"statistics cannot be written to {str(self.path)!r}: {error.strerror or error}. Give jsonl= a file that can be written, "
+                "in a folder that can be made"
             ) from error
         self._heal()
 
@@ -74,7 +66,7 @@ class JsonLines:
             tail = os.pread(self._file, content_end - start, start) + tail
             content_end = start
         last = tail.rpartition(b"\n")[2]
-        if last and (START.startswith(last[: len(START)])):
+        if last and START.startswith(last[: len(START)]):
             os.ftruncate(self._file, os.fstat(self._file).st_size - len(last))
         elif last:
             os.write(self._file, b"\n")

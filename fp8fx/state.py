@@ -65,9 +65,8 @@ class WeightCache:
 
 def quantize_weight(weight: Tensor, wanted: WeightInput, scale: Tensor | None = None) -> Parts:
     with torch.no_grad():
-        parts: Parts = torch.ops.fp8fx.quantize.default(
-            wanted.view(weight), wanted.spec, list(wanted.dims), None, wanted.site, "weight", scale
-        )
+        viewed, dims = wanted.view(weight), list(wanted.dims)
+        parts: Parts = torch.ops.fp8fx.quantize.default(viewed, wanted.spec, dims, None, wanted.site, "weight", scale)
     return parts
 
 

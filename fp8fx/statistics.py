@@ -90,10 +90,11 @@ class Statistics:
         found = self._tally.figures()
         for path, runtime in self._runtimes.items():
             found |= {key: figures for key, figures in _kept(path, runtime).items() if key not in found}
-        several = len(self._runtimes) > 1
-        return [
-            Record(self.number, f"{path}.{site}" if several and path else site, role, each) for (path, site, role), each in found.items()
-        ]
+        return [Record(self.number, self._layer(path, site), role, figures) for (path, site, role), figures in found.items()]
+
+    def _layer(self, path: str, site: str) -> str:
+        """A site's name, behind that of its model where there are several."""
+        return f"{path}.{site}" if path and len(self._runtimes) > 1 else site
 
 
 def _compiled_inside(model: nn.Module) -> dict[str, Any]:

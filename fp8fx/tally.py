@@ -86,12 +86,12 @@ class Tally:
         before = getattr(self._running, "path", None)
         counts = torch.is_grad_enabled() and root.training and not call.calibrating
         self._running.path = self._paths.get(id(root)) if counts else None
-        first = torch.autograd._get_sequence_nr()
+        first = _next_node()
         try:
             yield
         finally:
             if self._running.path is not None:
-                self._made.append((first, torch.autograd._get_sequence_nr(), self._running.path))
+                self._made.append((first, _next_node(), self._running.path))
             self._running.path = before
 
     def _owner(self) -> str | None:
@@ -127,11 +127,16 @@ class Tally:
         devices: dict[Any, list[Key]] = {}
         for key, (_, largest, _) in self._found.items():
             devices.setdefault(largest.device, []).append(key)
-        read = {}
+        read: dict[Key, list[float]] = {}
         for keys in devices.values():
             rows = torch.stack([torch.cat([self._found[key][1].double(), self._found[key][2]]) for key in keys])
             read.update(zip(keys, rows.tolist(), strict=True))
         return {key: read[key] for key in self._found}
+
+
+def _next_node() -> int:
+    """The sequence number that autograd gives its next node in this thread."""
+    return int(torch.autograd._get_sequence_nr())  # type: ignore[attr-defined]
 
 
 def _figures(format: str, row: list[float]) -> Figures:

@@ -39,7 +39,8 @@ class LossScaling(MixedPrecision):
 class StatisticsCallback(pl.Callback):
     """fp8fx.Statistics of the compiled models in the LightningModule, by the trainer's global_step; written by the first process.
 
-    The arguments are those of fp8fx.Statistics. Training does not start (ModelError) if the optimizers hold other parameters than the model's.
+    The arguments are those of fp8fx.Statistics.
+    Training does not start (ModelError) if the optimizers hold none of the model's parameters.
     """
 
     def __init__(self, jsonl: str | os.PathLike[str] | None = None, tensorboard: Any = None, every: int = 100) -> None:

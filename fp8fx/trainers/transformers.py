@@ -16,7 +16,8 @@ __all__ = ["StatisticsCallback", "use_scaler"]
 class StatisticsCallback(TrainerCallback):
     """fp8fx.Statistics of the trainer's model, by the trainer's global_step; written by the first process.
 
-    The arguments are those of fp8fx.Statistics. Training does not start (ModelError) if the optimizer holds other parameters than the model's.
+    The arguments are those of fp8fx.Statistics.
+    Training does not start (ModelError) if the optimizer holds none of the model's parameters.
     """
 
     def __init__(self, jsonl: str | os.PathLike[str] | None = None, tensorboard: Any = None, every: int = 100) -> None:
