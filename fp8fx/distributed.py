@@ -165,6 +165,6 @@ def _check_one_recipe(together: list[Slot], gathered: list[list[Slot]]) -> None:
             ranks = [next(rank for rank, slots in enumerate(gathered) if each in slots) for each in (other, slot)]
             raise ModelError(
                 f"the processes of one group train under different recipes: {slot.role} of {slot.site!r} is {forms[0]} in process "
-                f"{ranks[0]} and {forms[1]} in process {ranks[1]}. Compile the model with one recipe in all of them, or give each its own scales with "
-                "fp8fx.reduce_amax(model, 'none')"
+                f"{ranks[0]} and {forms[1]} in process {ranks[1]}. Compile the model with one recipe in all of them, or give each its own "
+                "scales with fp8fx.reduce_amax(model, 'none')"
             )

@@ -50,7 +50,7 @@ class Statistics:
         self._sinks: list[JsonLines | TensorBoard] = [] if jsonl is None else [JsonLines(jsonl)]
         if tensorboard is not None:
             self._sinks.append(TensorBoard(tensorboard))
-        self.number = max(runtime.position().step for runtime in self._runtimes.values()) if start is None else start
+        self.number = max(runtime.position().step for _, runtime in self._runtimes) if start is None else start
         self._observe_next()
 
     def step(self, number: int | None = None) -> None:
@@ -88,20 +88,21 @@ class Statistics:
 
     def _records(self) -> list[Record]:
         found = self._tally.figures()
-        for path, runtime in self._runtimes.items():
+        for path, runtime in self._runtimes:
             found |= {key: figures for key, figures in _kept(path, runtime).items() if key not in found}
         return [Record(self.number, self._layer(path, site), role, figures) for (path, site, role), figures in found.items()]
 
     def _layer(self, path: str, site: str) -> str:
         """A site's name, behind that of its model where there are several."""
-        return f"{path}.{site}" if path and len(self._runtimes) > 1 else site
+        return f"{path}.{site}" if path and len({path for path, _ in self._runtimes}) > 1 else site
 
 
-def _compiled_inside(model: nn.Module) -> dict[str, Any]:
-    """Path -> Runtime of every compiled model in `model`, itself included."""
+def _compiled_inside(model: nn.Module) -> list[tuple[str, Any]]:
+    """Path and Runtime of every compiled model in `model`, itself included."""
     if not isinstance(model, nn.Module):
         raise ModelError(f"fp8fx.Statistics takes a compiled model, or a module that holds some; got {type(model).__name__}")
-    found = {path: runtime for path, module in model.named_modules() for runtime in runtimes_of(module)}
+    modules = list(model.named_modules())
+    found = [(path, runtime) for path, module in modules for runtime in runtimes_of(module) if runtime.root is module]
     if not found:
         raise ModelError(
             f"this {type(model).__name__} is not compiled by fp8fx, and holds no module that is: give what fp8fx.compile returned. A model "

@@ -24,9 +24,9 @@ def check_optimizers(model: nn.Module, optimizers: Iterable[Any]) -> None:
         if trainable and not any(id(p) in held for p in trainable):
             where = f"the compiled model {path!r}" if path else "the compiled model"
             raise ModelError(
-                f"the optimizer holds none of the {len(trainable)} trainable parameters of {where}: it was made for other tensors, those of "
-                "a copy, or of a model before model.to(dtype) or a new assignment of its weights. Make the optimizer from the parameters of "
-                "the model that trains; if the weights are updated in another way, call fp8fx.step(model) after each update"
+                f"the optimizer holds none of the {len(trainable)} trainable parameters of {where}: it was made for other tensors, those "
+                "of a copy, or of a model before model.to(dtype) or a new assignment of its weights. Make the optimizer from the "
+                "parameters of the model that trains; if the weights are updated in another way, call fp8fx.step(model) after each update"
             )
 
 
