@@ -87,7 +87,7 @@ class Runtime:
         self._forward: Callable[..., Any] | None = None
 
     def __getstate__(self) -> dict[str, Any]:
-        return {"recipe": self.recipe, "options": self.options, "stream": self.position(), "scaling": self.scaling_state()}
+        return {"recipe": self.recipe, "options": self.options, "stream": self._position(), "scaling": self.scaling_state()}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         kept = dict(state)
@@ -242,7 +242,7 @@ class Runtime:
 
     def state(self) -> dict[str, Tensor]:
         """What a checkpoint must hold besides the model's own tensors: the position in the random stream, and scales that are kept."""
-        return {"stream": self.position().tensor(torch.device("cpu"))} | self.scaling_state()
+        return {"stream": self._position().tensor(torch.device("cpu"))} | self.scaling_state()
 
     def scaling_state(self) -> dict[str, Tensor]:
         if self.scaling.calibrated and self.processes.pending:  # one process may save alone: no exchange here
@@ -255,7 +255,7 @@ class Runtime:
         self.scaling.step(at_once=True)
         self.weights.clear()
 
-    def position(self) -> Stream:
+    def _position(self) -> Stream:
         """Where the next training forward stands: in a new step if an optimizer has stepped since the last."""
         stream = self.stream
         return Stream(stream.seed, stream.step + 1) if self._stepped else Stream(stream.seed, stream.step, stream.call)
@@ -268,7 +268,7 @@ class Runtime:
             return
         self.shards.drop()
         kept = {key: value for key, value in state.items() if is_scaling(key)}
-        stream = {"stream": self.position().tensor(torch.device("cpu"))}
+        stream = {"stream": self._position().tensor(torch.device("cpu"))}
         check_state({key: value for key, value in state.items() if key not in kept}, stream, self.recipe.name)
         if bool(kept) != self.recipe.keeps_scales:
             there, here = ("holds", "keeps none") if kept else ("holds no", "keeps them")

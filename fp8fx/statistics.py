@@ -18,7 +18,7 @@ from torch import nn
 
 from fp8fx.clone import runtimes_of
 from fp8fx.errors import ModelError
-from fp8fx.records import JsonLines, Record, TensorBoard
+from fp8fx.sinks import JsonLines, Record, TensorBoard
 from fp8fx.tally import Figures, Key, Tally
 
 
@@ -50,7 +50,7 @@ class Statistics:
         self._sinks: list[JsonLines | TensorBoard] = [] if jsonl is None else [JsonLines(jsonl)]
         if tensorboard is not None:
             self._sinks.append(TensorBoard(tensorboard))
-        self.number = max(runtime.position().step for _, runtime in self._runtimes) if start is None else start
+        self.number = max(runtime._position().step for _, runtime in self._runtimes) if start is None else start
         self._observe_next()
 
     def step(self, number: int | None = None) -> None:
@@ -112,7 +112,7 @@ def _compiled_inside(model: nn.Module) -> list[tuple[str, Any]]:
 
 
 def _kept(path: str, runtime: Any) -> dict[Key, Figures]:
-    """The delayed records of the step that is over: all there is of a replayed CUDA graph, in which nothing is counted."""
+    """The delayed records of the step that is over: all there is where kernels quantize, which nobody observes."""
     state = runtime.scaling
     values = zip(state.slots, state.amax.tolist(), state.scale.tolist(), strict=True)
     return {(path, slot.site, slot.role): Figures(slot.format, amax, scale, scale) for slot, amax, scale in values if amax >= 0}

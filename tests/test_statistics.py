@@ -15,7 +15,7 @@ import torch
 from torch import Tensor, nn
 
 import fp8fx
-from fp8fx import records, tally
+from fp8fx import sinks, tally
 from fp8fx.ops import observe
 
 FORMATS = {"e4m3fn": (ml_dtypes.float8_e4m3fn, 464.0), "e5m2": (ml_dtypes.float8_e5m2, 61440.0)}  # and half a step past the largest
@@ -216,26 +216,26 @@ def test_missing_tensorboard(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) ->
         fp8fx.Statistics(fp8fx.compile(model(), "hybrid"), tensorboard=tmp_path)
 
 
-def record(step: int) -> records.Record:
-    return records.Record(step, "layer", "input", tally.Figures("e4m3fn", 1.0, 0.5, 0.5, 0.0, 0.0))
+def record(step: int) -> sinks.Record:
+    return sinks.Record(step, "layer", "input", tally.Figures("e4m3fn", 1.0, 0.5, 0.5, 0.0, 0.0))
 
 
 def test_a_line_that_was_cut_off_is_removed(tmp_path: Path) -> None:
     path = tmp_path / "s.jsonl"
-    records.JsonLines(path).write([record(1), record(2)])
+    sinks.JsonLines(path).write([record(1), record(2)])
     whole = path.read_bytes()
     for cut in range(1, len(whole) // 2):
         path.write_bytes(whole[:-cut])
-        records.JsonLines(path).write([record(2)])
+        sinks.JsonLines(path).write([record(2)])
         assert path.read_bytes() == whole
     path.write_text("somebody else's last line")
-    records.JsonLines(path).write([record(1)])
+    sinks.JsonLines(path).write([record(1)])
     assert path.read_text().splitlines()[0] == "somebody else's last line"
     assert json.loads(path.read_text().splitlines()[1])["step"] == 1
 
 
 def test_a_full_disk_does_not_end_a_training(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    sink = records.JsonLines(tmp_path / "s.jsonl")
+    sink = sinks.JsonLines(tmp_path / "s.jsonl")
     sink.write([record(1)])
     write, calls = os.write, []
 

@@ -23,7 +23,7 @@ plan state scaling monitor autocast watch
 distributed shards
 runtime graph_call
 coverage tally
-records
+sinks
 statistics
 compile backend
 loss_scaling

@@ -16,7 +16,6 @@ from torch import Tensor
 from fp8fx import numerics
 from fp8fx.kernels import cast, scaled_mm
 from fp8fx.ops import linear as linear_op
-from fp8fx.ops import observe
 from fp8fx.ops import quantize as quantize_op
 from fp8fx.ops.library import LIBRARY, without_autocast
 from fp8fx.ops.operands import as_matrix, forward_operand
@@ -62,8 +61,6 @@ def quantize(
         return quantize_op.quantize_reference(x, spec, dims, rng, site, role, scale)
     q, _, used, amax = _cast(x, parsed, "rows", rng, site, role, scale)
     assert q is not None
-    if observe.OBSERVERS:
-        observe.quantized(site, role, x, q, used, parsed)
     return q, used, amax
 
 
@@ -76,8 +73,6 @@ def quantize_both(
     q, q_t, used, amax = _cast(as_matrix(x), parsed, "both", rng, site, role, scale)
     assert q is not None
     assert q_t is not None
-    if observe.OBSERVERS:
-        observe.quantized(site, role, x, q.view(x.shape), used, parsed)
     return q.view(x.shape), q_t.mT, used, amax
 
 

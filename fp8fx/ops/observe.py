@@ -1,7 +1,7 @@
 """Looking at quantizations as they run: an observer gets each tensor together with its codes.
 
-Nobody looks in an ordinary step, which pays for one look at an empty list. The operators' implementations call `quantized`, on every device
-and under every inner compiler, forward and backward. A replayed CUDA graph calls no Python, and shows nothing.
+Nobody looks in an ordinary step, which pays for one look at an empty list. The reference calls `quantized`, forward and backward, under
+every inner compiler, since operators are opaque to them. Kernels do not, and a replayed CUDA graph calls no Python.
 """
 
 from __future__ import annotations
