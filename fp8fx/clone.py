@@ -86,8 +86,12 @@ def _make_class(base: type[nn.Module]) -> type[nn.Module]:
     def load(self: nn.Module, state_dict: dict[str, Any], prefix: str, *rest: Any) -> None:
         ours = [key for key in state_dict if key.startswith(prefix + PREFIX)]
         whole = all(prefix + key in state_dict for key in base.state_dict(self))
-        entries = {key.removeprefix(prefix + PREFIX): state_dict.pop(key) for key in ours}
-        (vars(self)[RUNTIME].load_state if whole else vars(self)[RUNTIME].load_part)(entries)
+        entries: dict[str, torch.Tensor] | None = {key.removeprefix(prefix + PREFIX): state_dict.pop(key) for key in ours}
+        runtime = vars(self)[RUNTIME]
+        if not whole:
+            entries = runtime.shards.add(entries, runtime)
+        if entries is not None:
+            runtime.load_state(entries)
         base._load_from_state_dict(self, state_dict, prefix, *rest)
 
     members: dict[str, Any] = {

@@ -107,7 +107,7 @@ class Processes:
 
 def state_alone(scaling: ScalingState) -> dict[str, Tensor]:
     """The state after a calibration that the processes have not exchanged yet, as this one sees it. Nothing moves, nobody waits."""
-    kept = {**vars(scaling), "settled": set(scaling.settled)}
+    kept = {**vars(scaling), **{field: value.clone() for field, value in scaling.tensors.items()}, "settled": set(scaling.settled)}
     scaling.step(at_once=True)
     entries = scaling.state()
     vars(scaling).update(kept)

@@ -37,7 +37,7 @@ from fp8fx.recipe import Recipe
 from fp8fx.scaling import ScalingState, is_scaling, other_recipe
 from fp8fx.shards import Shards
 from fp8fx.state import OPTIMIZER_STEPS, Stream, WeightCache
-from fp8fx.watch import ScalingWatch
+from fp8fx.watch import ScalingWatch, underflow_advice
 
 LOG = logging.getLogger("fp8fx")
 
@@ -78,7 +78,7 @@ class Runtime:
         self.processes = Processes()
         self.shards = Shards()
         self._recomputed = False  # a training forward ran in a backward: a reentrant checkpoint is around the model
-        self.monitor = UnderflowMonitor({}, _advice(self.recipe))
+        self.monitor = UnderflowMonitor({}, underflow_advice(self.recipe))
         self._first_layer: str | None = None
         self._hooked: set[str] = set()  # layers outside the graphs because of a backward hook
         self._stepped = False
@@ -280,13 +280,6 @@ class Runtime:
             self._stepped = False
         self.weights.clear()
 
-    def load_part(self, state: dict[str, Tensor]) -> None:
-        """Take a part of what `state` gave: one file of a checkpoint that has several."""
-        self.weights.clear()
-        whole = self.shards.add(state, self.recipe.keeps_scales)
-        if whole is not None:
-            self.load_state(whole)
-
     def begin_call(self, calibrating: bool) -> bool:
         """Advance the step if an optimizer stepped since the last training forward. True if this call's amax counts.
 
@@ -333,9 +326,3 @@ class Runtime:
             raise CaptureError(f"there is no graph {index}: the model was captured as {len(self.graphs)} graph(s), numbered from 0")
         record = self.graphs[index]
         return pipeline.run(record.captured, record.context, stage).module
-
-
-def _advice(recipe: Recipe) -> str:
-    if recipe.loss_scaling.mode == "none":
-        return "Use a recipe that scales gradients, such as hybrid (grad_output: {scaling: current})."
-    return f"Scale the loss with fp8fx.GradScaler(recipe={recipe.name!r}), or use a recipe that scales gradients, such as hybrid."

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Mapping
+from typing import Any
 
 from torch import Tensor
 
@@ -20,10 +21,11 @@ class Shards:
     def __bool__(self) -> bool:
         return bool(self._entries)
 
-    def add(self, entries: Mapping[str, Tensor], scales: bool) -> dict[str, Tensor] | None:
-        """The whole state, if `entries` complete it. scales: the state has delayed scales."""
+    def add(self, entries: Mapping[str, Tensor], runtime: Any) -> dict[str, Tensor] | None:
+        """The whole state, if `entries` complete it. `runtime` is whose state it is."""
         self._entries |= entries
-        if "stream" not in self._entries or (scales and not is_whole(self._entries)):
+        runtime.weights.clear()  # weights were in that file
+        if "stream" not in self._entries or (runtime.recipe.keeps_scales and not is_whole(self._entries)):
             return None
         return self.drop()
 
