@@ -197,8 +197,7 @@ class Runtime:
         if self._root is None or self._root() is not root:
             self._reset()
             self.attach(root)
-        if self.shards:
-            self.shards.give_up()
+        self.shards.give_up()
         forward = self._forward or self._compile(root)
         try:
             with WITHOUT_FASTPATH, whole_graphs():

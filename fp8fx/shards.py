@@ -18,9 +18,6 @@ class Shards:
     def __init__(self) -> None:
         self._entries: dict[str, Tensor] = {}
 
-    def __bool__(self) -> bool:
-        return bool(self._entries)
-
     def add(self, entries: Mapping[str, Tensor], runtime: Any) -> dict[str, Tensor] | None:
         """The whole state, if `entries` complete it. `runtime` is whose state it is."""
         self._entries |= entries
@@ -35,7 +32,9 @@ class Shards:
         return entries
 
     def give_up(self) -> None:
-        """The model runs, and the rest has not come."""
+        """The model runs: if there is a part, the rest has not come."""
+        if not self._entries:
+            return
         self.drop()
         warnings.warn(
             "fp8fx: a checkpoint was loaded that holds only a part of the FP8 state, which is left out as a whole: scales and the random "
