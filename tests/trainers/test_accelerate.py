@@ -32,14 +32,15 @@ def fresh() -> Iterator[None]:
 def test_stopped_and_resumed(recipe: str, tmp_path: Path) -> None:
     """The state in the model's file, and in one of its own."""
     whole = run.train(recipe, tmp_path / "whole", steps=5)
-    for separate in (False, True):
+    for separate in (False, True) if recipe == "delayed" else (False,):
         run.train(recipe, tmp_path / "parts", steps=3, separate=separate)
         saved = load_file(tmp_path / "parts" / "model.safetensors")
         assert any(key.startswith("_fp8fx.") for key in saved) != separate
         assert (tmp_path / "parts" / "scaler.pt").exists() == (recipe == "direct")
         resumed = run.train(recipe, tmp_path / "parts", steps=5, resume=True, separate=separate)
         assert differences(whole, resumed) == []
-    GPT(width=32, layers=2, heads=2, context=32).load_state_dict(saved, strict=True)  # an ordinary checkpoint
+    plain = GPT(width=32, layers=2, heads=2, context=32)
+    plain.load_state_dict(saved if recipe == "delayed" else fp8fx.strip(saved), strict=True)  # an ordinary checkpoint
 
 
 def test_another_recipe_is_refused(tmp_path: Path) -> None:
