@@ -12,12 +12,14 @@ Read `fp8fx/pipeline.py` for the order of the passes and `docs/pipeline.md` for 
 from fp8fx.autocast import autocast
 from fp8fx.checkpoint import DistributedState, Restored, load, save
 from fp8fx.compile import compile, invalidate, load_state_dict, plan, state_dict, step, strip, unwrap
+from fp8fx.distributed import reduce_amax
 from fp8fx.errors import CaptureError, CheckpointError, FormatError, FP8Error, FP8Warning, KernelError, ModelError, PassError, RecipeError
 from fp8fx.functional import compute_scale, dequantize, fake_quantize, quantize
 from fp8fx.loss_scaling import GradScaler
 from fp8fx.plan import Plan
 from fp8fx.recipe import Recipe
 from fp8fx.show import listing
+from fp8fx.statistics import Statistics
 
 __version__ = "0.1.0"
 
@@ -36,6 +38,7 @@ __all__ = [
     "Recipe",
     "RecipeError",
     "Restored",
+    "Statistics",
     "autocast",
     "compile",
     "compute_scale",
@@ -47,6 +50,7 @@ __all__ = [
     "load_state_dict",
     "plan",
     "quantize",
+    "reduce_amax",
     "save",
     "state_dict",
     "step",

@@ -95,11 +95,15 @@ def _make_class(base: type[nn.Module]) -> type[nn.Module]:
 
     def load(self: nn.Module, state_dict: dict[str, Any], prefix: str, *rest: Any) -> None:
         runtime, start = vars(self)[RUNTIME], prefix + PREFIX
+        whole = all(prefix + key in state_dict for key in base.state_dict(self))
         ours = {key.removeprefix(start): state_dict.pop(key) for key in list(state_dict) if key.startswith(start)}
         missing, unknown = runtime.unmatched(ours, dict(self.named_modules(remove_duplicate=False)))
-        runtime.load_state({key: value for key, value in ours.items() if key not in unknown})
+        known = {key: value for key, value in ours.items() if key not in unknown}
+        entries: dict[str, torch.Tensor] | None = known if whole else runtime.shards.add(known, runtime)
+        if entries is not None:
+            runtime.load_state(entries)
         _, _, missing_keys, unexpected_keys, _ = rest
-        missing_keys += [start + key for key in missing]
+        missing_keys += [start + key for key in missing] if whole else []
         unexpected_keys += [start + key for key in unknown]
         base._load_from_state_dict(self, state_dict, prefix, *rest)
 

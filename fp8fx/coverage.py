@@ -27,7 +27,7 @@ from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from fp8fx import formats, numerics
-from fp8fx.graph_call import OBSERVERS
+from fp8fx.graph_call import OBSERVERS, GraphCall
 from fp8fx.ops.library import REFERENCES
 from fp8fx.plan import Plan
 
@@ -79,7 +79,7 @@ class CoverageMeter:
         self._grid: Grid = grids if callable(grids) else grid_of(grids)
         self.forward, self.backward = Coverage(), Coverage()
 
-    def _observe_forward(self) -> _Counting:
+    def _observe_forward(self, call: GraphCall) -> _Counting:
         return _Counting(self.forward, self._grid)
 
     def __enter__(self) -> CoverageMeter:

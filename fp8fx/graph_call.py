@@ -32,8 +32,8 @@ if TYPE_CHECKING:
     from fp8fx.runtime import GraphRecord, Runtime
 
 
-# Entered around every call of a rewritten graph: dispatch modes that look at what it executes (fp8fx.coverage).
-OBSERVERS: list[Callable[[], contextlib.AbstractContextManager[Any]]] = []
+# Entered around every call of a rewritten graph, by those who look at what it executes (fp8fx.coverage, fp8fx.statistics).
+OBSERVERS: list[Callable[[GraphCall], contextlib.AbstractContextManager[Any]]] = []
 
 
 def alive(reference: weakref.ref[Runtime]) -> Runtime:
@@ -166,11 +166,11 @@ class GraphCall:
         recording = runtime.begin_call(self.calibrating)
         if self.scales.slots and not recording and not runtime.root.training:
             runtime.watch.evaluation(self.scales)
-        extras = self.extras(args, recording)
-        runtime.stream.call += 1
         with contextlib.ExitStack() as stack:
             for observe in OBSERVERS:
-                stack.enter_context(observe())
+                stack.enter_context(observe(self))
+            extras = self.extras(args, recording)
+            runtime.stream.call += 1
             result = self.inner(*args, *extras)
         if not self.amax.slots:
             return result
@@ -223,6 +223,7 @@ class GraphCall:
                 # 0: the backward did not come by (autograd fills in zeros), or nothing but zeros did. Neither says anything.
                 runtime.scaling.merge(kept, torch.where(amax > 0, amax, UNMEASURED), grad_scales.kept_rows)
                 runtime.scaling.calibrated |= calibrating
+                runtime.processes.measured()
             runtime.watch.backward()
             leaf.grad = None
 

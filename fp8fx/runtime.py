@@ -24,6 +24,7 @@ from fp8fx.capture.graph import Captured
 from fp8fx.capture.layers import boundary_layers, module_types
 from fp8fx.capture.naming import Numbering
 from fp8fx.clone import base_class, check_materialized, check_state
+from fp8fx.distributed import Processes, state_alone, whole_graphs
 from fp8fx.entries import unmatched
 from fp8fx.errors import CaptureError, FP8Warning, RecipeError
 from fp8fx.fastpath import WITHOUT_FASTPATH
@@ -37,8 +38,9 @@ from fp8fx.plan import Plan, SiteRow, backward_hooked, build_plan, site_rows
 from fp8fx.recipe import Recipe
 from fp8fx.records import Records
 from fp8fx.scaling import ScalingState, is_scaling, other_recipe
+from fp8fx.shards import Shards
 from fp8fx.state import OPTIMIZER_STEPS, Stream, WeightCache
-from fp8fx.watch import ScalingWatch
+from fp8fx.watch import ScalingWatch, underflow_advice
 
 LOG = logging.getLogger("fp8fx")
 
@@ -77,8 +79,10 @@ class Runtime:
         self.weights = WeightCache()
         self.records: list[Records] = []  # of the graphs that run on kernels
         self.watch = ScalingWatch(self.scaling)
+        self.processes = Processes()
+        self.shards = Shards()
         self._recomputed = False  # a training forward ran in a backward: a reentrant checkpoint is around the model
-        self.monitor = UnderflowMonitor({}, _advice(self.recipe))
+        self.monitor = UnderflowMonitor({}, underflow_advice(self.recipe))
         self._first_layer: str | None = None
         self._hooked: set[str] = set()  # layers outside the graphs because of a backward hook
         self._stepped = False
@@ -116,6 +120,8 @@ class Runtime:
         return [] if root is None else list(root.parameters())
 
     def optimizer_stepped(self) -> None:
+        self._fold()
+        self.processes.merge(self.scaling)
         self._stepped = self.scaling.due = True
         self.weights.clear()
         self.watch.optimizer_stepped()
@@ -184,9 +190,10 @@ class Runtime:
         if self._root is None or self._root() is not root:
             self._reset()
             self.attach(root)
+        self.shards.give_up()
         forward = self._forward or self._compile(root)
         try:
-            with WITHOUT_FASTPATH:
+            with WITHOUT_FASTPATH, whole_graphs():
                 result = forward(*args, **kwargs)
         except Exception as error:
             return self._failed(root, error, args, kwargs)
@@ -231,6 +238,8 @@ class Runtime:
 
     def scaling_state(self) -> dict[str, Tensor]:
         self._fold()
+        if self.scaling.calibrated and self.processes.pending:  # one process may save alone: no exchange here
+            return state_alone(self.scaling)
         if self.scaling.calibrated:
             self._end_calibration()
         return self.scaling.state() if self.recipe.keeps_scales else {}
@@ -263,6 +272,7 @@ class Runtime:
             self.weights.clear()
             self.scaling.forget()
             return
+        self.shards.drop()
         kept = self.check_state(state, convert)
         if kept:
             self.scaling.load(kept, convert)
@@ -293,6 +303,7 @@ class Runtime:
         Steps of the random stream ask for gradients only, those of the scales for train() too: evaluation leaves scales as they are.
         """
         training = torch.is_grad_enabled()
+        self.stream.process = self.processes.enter(self.root)
         if self._stepped and training:
             self._stepped = False
             self._fold()
@@ -302,6 +313,7 @@ class Runtime:
         if not len(self.scaling):
             return False
         if self.scaling.calibrated and not calibrating:
+            self.processes.merge(self.scaling)
             self._end_calibration()
         if training and not calibrating:
             self.watch.forward(self.root.training)
@@ -311,7 +323,7 @@ class Runtime:
         if self.scaling.due and not again and (training or (self._recomputed and self.root.training)):
             self.scaling.step()
             self.weights.clear()
-        return training or calibrating
+        return self.processes.recording(training or calibrating)
 
     def keeps_weights(self, wanted: WeightInput) -> bool:
         """Quantized weights are kept under no_grad and in eval, and until the next optimizer step if the recipe says so."""
@@ -332,9 +344,3 @@ class Runtime:
             raise CaptureError(f"there is no graph {index}: the model was captured as {len(self.graphs)} graph(s), numbered from 0")
         record = self.graphs[index]
         return pipeline.run(record.captured, record.context, stage).module
-
-
-def _advice(recipe: Recipe) -> str:
-    if recipe.loss_scaling.mode == "none":
-        return "Use a recipe that scales gradients, such as hybrid (grad_output: {scaling: current})."
-    return f"Scale the loss with fp8fx.GradScaler(recipe={recipe.name!r}), or use a recipe that scales gradients, such as hybrid."

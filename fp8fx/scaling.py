@@ -258,6 +258,13 @@ def is_scaling(key: str) -> bool:
     return key in (MEANING, DUE) or key.rpartition(".")[2] in FIELDS
 
 
+def is_whole(state: Mapping[str, Tensor]) -> bool:
+    """All entries of delayed scaling that a checkpoint has are in `state`, as far as they say themselves."""
+    if MEANING not in state or DUE not in state:
+        return False
+    return all(f"{name}.{field}" in state for name in _to_json(state[MEANING]).get("formats", {}) for field in FIELDS)
+
+
 def other_recipe(problem: str) -> ModelError:
     return ModelError(
         f"this state is of another recipe: {problem}. Load the weights alone (fp8fx.strip(state)), or compile the model with the recipe "

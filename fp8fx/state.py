@@ -28,10 +28,11 @@ class Stream:
     seed: int = 0
     step: int = 0
     call: int = 0
+    process: int = 0  # rank among the processes that train the model together: each draws bits of its own
 
     def tensor(self, device: torch.device) -> Tensor:
-        """int64 [seed, step, call] of the current call."""
-        return torch.tensor([self.seed, self.step, self.call], dtype=torch.int64, device=device)
+        """int64 [seed, step, call] of the current call. The upper 12 bits of the call's 32 are the process."""
+        return torch.tensor([self.seed, self.step, self.call + (self.process << 20)], dtype=torch.int64, device=device)
 
 
 class WeightCache:
@@ -66,7 +67,8 @@ class WeightCache:
 
 def quantize_weight(weight: Tensor, wanted: WeightInput, scale: Tensor | None = None) -> Parts:
     with torch.no_grad():
-        parts: Parts = torch.ops.fp8fx.quantize.default(wanted.view(weight), wanted.spec, list(wanted.dims), None, "", "", scale)
+        viewed, dims = wanted.view(weight), list(wanted.dims)
+        parts: Parts = torch.ops.fp8fx.quantize.default(viewed, wanted.spec, dims, None, wanted.site, "weight", scale)
     return parts
 
 

@@ -12,6 +12,7 @@ import warnings
 from typing import Any
 
 from fp8fx.errors import FP8Warning
+from fp8fx.recipe import Recipe
 from fp8fx.scaling import ScalingState
 
 BACKWARDS = 256  # without an optimizer step: more than anyone accumulates
@@ -34,6 +35,13 @@ _UNSET = (
     "fp8fx: evaluation reads delayed scales that were never set: {names}. They are 1, and results may be far off. Train a step more, call "
     "the model under fp8fx.autocast(calibrating=True) first, or load a state that has them."
 )
+
+
+def underflow_advice(recipe: Recipe) -> str:
+    """What to do about gradients that underflow under `recipe`."""
+    if recipe.loss_scaling.mode == "none":
+        return "Use a recipe that scales gradients, such as hybrid (grad_output: {scaling: current})."
+    return f"Scale the loss with fp8fx.GradScaler(recipe={recipe.name!r}), or use a recipe that scales gradients, such as hybrid."
 
 
 class ScalingWatch:

@@ -20,13 +20,16 @@ capture
 passes
 pipeline show
 plan state scaling monitor autocast watch
+entries distributed shards
 records
-entries
 inner
 runtime graph_call
-coverage
+coverage tally
+sinks
+statistics
 compile backend
 loss_scaling checkpoint
+trainers
 demo cli targets
 """
 RANK = {name: rank for rank, line in enumerate(LAYERS.split("\n")) for name in line.split()}

@@ -23,6 +23,7 @@ from torch import Tensor
 from torch._prims_common import suggest_memory_format
 
 from fp8fx import formats, numerics
+from fp8fx.ops import observe
 from fp8fx.ops.library import define
 from fp8fx.spec import TensorSpec
 
@@ -54,6 +55,8 @@ def quantize_reference(
     parsed = TensorSpec.parse(spec)
     bits = _random_bits(x, parsed, rng, site, role)
     q, used, amax = numerics.quantize_tensor(x, parsed, tuple(dims), random_bits=bits, scale=scale)
+    if observe.OBSERVERS:
+        observe.quantized(site, role, x, q, used, parsed)
     return q.contiguous(), used if scale is None else scale.clone(), amax
 
 

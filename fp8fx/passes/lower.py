@@ -49,6 +49,7 @@ class WeightInput:
     dims: tuple[int, ...]
     cache: str = "none"  # the recipe's weight_cache
     slot: Slot | None = None  # whose scale it takes; None: from the weight itself
+    site: str = ""  # that reads it first
 
     def view(self, weight: Tensor) -> Tensor:
         for function, args in self.views:
@@ -69,7 +70,7 @@ def lower(module: fx.GraphModule, context: Context) -> PassResult:
         index = len(weights)
         made = WeightInput(
             placeholder.name, placeholder.meta[TENSOR_NAME], views, str(node.args[1]), tuple(node.args[2]),  # type: ignore[arg-type]
-            node.meta.get("weight_cache", "none"), node.meta.get(SLOT),
+            node.meta.get("weight_cache", "none"), node.meta.get(SLOT), str(node.args[4]),
         )  # fmt: skip
         weights.append(made)
         for output, suffix in enumerate(PARTS):
