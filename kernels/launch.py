@@ -25,6 +25,7 @@ from fp8fx.kernels.codes import INTERPRET
 
 # key -> the compiled kernel with the values of its compile-time parameters, which its launcher skips.
 _COMPILED: dict[tuple[Any, ...], tuple[Any, tuple[Any, ...]]] = {}
+_FAILED: dict[tuple[Any, ...], str] = {}  # key -> what went wrong: compiling takes long, and would fail again
 # kernel -> for each run-time argument, whether Triton compiles for its value (of a pointer: its alignment).
 _SPECIALIZED: dict[int, tuple[bool, ...]] = {}
 
@@ -32,6 +33,10 @@ _RECORDING = threading.local()
 
 _ONE, _WHOLE, _ANY = 1, 16, 0  # what an integer is: 1, a multiple of 16, neither
 _INT32 = 2**31
+
+
+class KernelCompileError(KernelError):
+    """A kernel does not compile, or does not fit on this device: its operator runs the reference instead."""
 
 
 class Launch(NamedTuple):
@@ -144,25 +149,26 @@ def _first(
     num_stages: int,
 ) -> tuple[Any, tuple[Any, ...]] | None:
     """Compile by Triton's own launch, and remember what it gives."""
+    if key in _FAILED:
+        raise KernelCompileError(_FAILED[key])
     try:
         compiled = kernel[grid](*args, **constexprs, num_warps=num_warps, num_stages=num_stages)
-    except torch.OutOfMemoryError:
+    except (torch.OutOfMemoryError, KernelError):
         raise
-    except (KernelError, RuntimeError) as error:  # the device is lost, or a launch before this one failed: not ours to hide
-        if isinstance(error, KernelError) or "CUDA error" in str(error):
-            raise
-        raise _failed(kernel, error) from error
     except Exception as error:
-        raise _failed(kernel, error) from error
+        if "CUDA error" in str(error):  # the device is lost, or a launch before this one failed: not ours to hide
+            raise
+        _FAILED[key] = _failed(kernel, error)
+        raise KernelCompileError(_FAILED[key]) from error
     if compiled is None:
         return None
     _COMPILED[key] = (compiled, tuple(constexprs[name] for name in kernel.arg_names[len(args) :]))
     return _COMPILED[key]
 
 
-def _failed(kernel: Any, error: Exception) -> KernelError:
-    first = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
-    return KernelError(
+def _failed(kernel: Any, error: Exception) -> str:
+    first = str(error).strip().splitlines()[0].rstrip(".") if str(error).strip() else type(error).__name__
+    return (
         f"{kernel.__name__} does not compile here (Triton {triton.__version__}, {torch.cuda.get_device_name()}): {first}. "
         "The reference runs instead, slower; versions that are known to work are in constraints.txt"
     )

@@ -40,6 +40,9 @@ _DTYPES = {torch.bfloat16: tl.bfloat16, torch.float16: tl.float16, torch.float32
 _FP8 = {torch.float8_e4m3fn: tl.float8e4nv, torch.float8_e5m2: tl.float8e5}
 
 
+SHARED_MEMORY = 226 * 1024  # bytes of a multiprocessor that programs can have, less what barriers take
+
+
 @dataclass(frozen=True)
 class Config:
     """Tile sizes and launch options, chosen by shape from the table below."""
@@ -53,6 +56,11 @@ class Config:
     num_warps: int
     num_stages: int
     per_multiprocessor: int = 1  # programs; two hide each other's epilogues where registers and shared memory hold both
+
+    def stages(self, block_k: int, output_bytes: int, parts: int) -> int:
+        """As many as fit into shared memory beside the tile of the output: one in float32 is twice as large."""
+        tile, step = self.block_m * self.block_n // parts * output_bytes, (self.block_m + self.block_n) * block_k
+        return max(2, min(self.num_stages, (SHARED_MEMORY // self.per_multiprocessor - tile) // step))
 
     def parts(self, stochastic: bool) -> int:
         """In how many parts a tile is finished. Random bits want registers: then a thread finishes 32 elements at a time."""
@@ -311,7 +319,8 @@ def _launch(a: _Operand, b: _Operand, c: Tensor, end: _End, turned: bool, precis
     else:
         constexprs |= {"ROW_A": a.per_row, "ROW_B": b.per_row, "PRECISE": precise, "FLATTEN": chosen.flatten}
     kernel = blocked_mm_kernel if blocked else scaled_mm_kernel
-    launch(kernel, grid, (*operands, *sizes), constexprs, num_warps=chosen.num_warps, num_stages=chosen.num_stages)
+    stages = chosen.stages(block_k, c.element_size(), parts)
+    launch(kernel, grid, (*operands, *sizes), constexprs, num_warps=chosen.num_warps, num_stages=stages)
 
 
 def _block_k(a: _Operand, b: _Operand, most: int) -> int:

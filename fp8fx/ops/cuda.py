@@ -7,6 +7,7 @@ are equal bit for bit, products within the bound of another order of sums.
 from __future__ import annotations
 
 import functools
+import warnings
 from collections.abc import Callable
 from typing import Any
 
@@ -14,17 +15,19 @@ import torch
 from torch import Tensor
 
 from fp8fx import numerics
+from fp8fx.errors import FP8Warning
 from fp8fx.kernels import cast as kernel
 from fp8fx.kernels import scaled_mm
 from fp8fx.kernels.activation_amax import activation_amax, activation_backward_amax
 from fp8fx.kernels.activation_cast import activation_backward_cast, activation_cast
 from fp8fx.kernels.cast_block import cast_block
+from fp8fx.kernels.launch import KernelCompileError
 from fp8fx.kernels.replay import taped
 from fp8fx.ops import casts
 from fp8fx.ops import linear as linear_op
 from fp8fx.ops import quantize as quantize_op
 from fp8fx.ops.inductor import FORMATS, torch_has
-from fp8fx.ops.library import LIBRARY, without_autocast
+from fp8fx.ops.library import LIBRARY, REFERENCES, without_autocast
 from fp8fx.ops.operands import forward_operand
 from fp8fx.ops.producers import make_anchor
 from fp8fx.ops.quantize import as_matrix
@@ -280,8 +283,30 @@ IMPLEMENTATIONS: dict[str, Callable[..., Any]] = {
 KERNELS_ONLY = ("cast", "cast_current", "act_backward_cast")  # nothing in them that an autocast region would change
 
 
+def guarded(name: str, function: Callable[..., Any]) -> Callable[..., Any]:
+    """`function`, and the operator's reference where a kernel of it does not compile: with a warning, and training goes on."""
+    reference = without_autocast(REFERENCES[name])
+
+    @functools.wraps(function)
+    def run(*args: Any, **kwargs: Any) -> Any:
+        try:
+            return function(*args, **kwargs)
+        except KernelCompileError as error:
+            _warn(f"fp8fx::{name}: {error}")
+        return reference(*args, **kwargs)
+
+    return run
+
+
+@functools.cache
+def _warn(message: str) -> None:
+    """Once for each message."""
+    warnings.warn(message, FP8Warning, stacklevel=3)
+
+
 @functools.cache
 def register() -> None:
     """For CUDA tensors these run in place of the references, from the first call of this on."""
     for name, function in IMPLEMENTATIONS.items():
-        LIBRARY.impl(name, function if name in KERNELS_ONLY else without_autocast(function), "CUDA")
+        function = function if name in KERNELS_ONLY else without_autocast(function)
+        LIBRARY.impl(name, guarded(name, function), "CUDA")

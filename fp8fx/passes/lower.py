@@ -33,6 +33,7 @@ from fp8fx.spec import TensorSpec
 
 ops = torch.ops.fp8fx
 
+FP8_CAPABILITY = (8, 9)
 WEIGHTS = "fp8_weights"  # module.meta: list[WeightInput], in the order of their inputs
 PARTS = ("q", "scale", "amax")  # of a quantized weight: its further inputs are called fp8_weight_<index>_<part>
 _VIEWS: dict[Any, Callable[..., Tensor]] = {torch.t: torch.t, "t": Tensor.t, "transpose": Tensor.transpose}
@@ -87,8 +88,8 @@ def _device(module: fx.GraphModule, context: Context) -> tuple[bool, list[Skip]]
     """On a CUDA device: register the kernels, and write the graph for them."""
     if context.device != "cuda":
         return False, []
-    if not _kernels():
-        return False, [Skip("kernels", "", "Triton is not installed: the reference runs")]
+    if problem := _no_kernels():
+        return False, [Skip("kernels", "", f"{problem}: the reference runs")]
     changed, skips = to_kernels(module, context)
     if changed:
         finish(module, True)  # what only the other layout of a weight read is gone
@@ -96,14 +97,16 @@ def _device(module: fx.GraphModule, context: Context) -> tuple[bool, list[Skip]]
     return changed or fused, skips + more
 
 
-def _kernels() -> bool:
-    """Register the kernels; False where there are none."""
+def _no_kernels() -> str:
+    """Register the kernels; or why this machine has none."""
     if importlib.util.find_spec("triton") is None:
-        return False
+        return "Triton is not installed"
+    if torch.cuda.is_available() and torch.cuda.get_device_capability() < FP8_CAPABILITY:
+        return f"{torch.cuda.get_device_name()} has no FP8 matrix instructions (compute capability 8.9 or later)"
     from fp8fx.ops import cuda
 
     cuda.register()
-    return True
+    return ""
 
 
 def _weight(node: fx.Node, effects: Effects) -> tuple[fx.Node, tuple[tuple[Any, tuple[Any, ...]], ...]] | None:

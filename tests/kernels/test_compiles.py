@@ -135,6 +135,19 @@ def test_scaled_mm(config: str, pair: tuple[str, str], compiled: Compiled, monke
         assert kernel.metadata.shared <= 227 * 1024
 
 
+@pytest.mark.parametrize("config", mm.CONFIGS)
+def test_float32_output_fits(config: str, compiled: Compiled, monkeypatch: pytest.MonkeyPatch) -> None:
+    """What gradients that are rounded once more are accumulated into: a tile twice as large beside the operands."""
+    monkeypatch.setattr(mm, "multiprocessors", lambda device: 132)
+    blocks: dict[str, Any] = {"block_a": (1, 128), "block_b": (128, 128)} if config == "blocked" else {}
+    scales = (torch.ones(512, 8), torch.ones(8, 6)) if blocks else (ONE, ONE)
+    accumulate = "precise" if config == "precise" else "fast"
+    a, b = codes(512, 1024, "e5m2"), codes(768, 1024, "e5m2").t()
+    mm.scaled_mm(a, b, *scales, None, torch.float32, accumulate, config=mm.CONFIGS[config], **blocks)
+    (kernel,) = compiled()
+    assert kernel.metadata.shared * mm.CONFIGS[config].per_multiprocessor <= 227 * 1024
+
+
 @pytest.mark.parametrize("blocks", [((1, 128), (128, 128)), ((1, 128), (128, 1))], ids=str)
 def test_blocked_mm(
     blocks: tuple[tuple[int, int], tuple[int, int]], compiled: Compiled, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
