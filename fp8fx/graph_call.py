@@ -182,7 +182,8 @@ class GraphCall:
 
     def extras(self, args: Sequence[Any], recording: bool = False) -> list[Tensor]:
         """The values of the further inputs for one call."""
-        device = next((a.device for a in args if isinstance(a, Tensor)), torch.device("cpu"))
+        tensors = [a for a in args if isinstance(a, Tensor)]
+        device = next((a.device for a in (*(a for a in tensors if a.is_cuda), *tensors)), torch.device("cpu"))
         runtime, found = self.runtime, dict[str, Tensor]()
         if METER in self.names:
             found[METER] = self._meter(device, recording)

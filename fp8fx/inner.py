@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import importlib.util
+import logging
 from collections.abc import Callable
 from typing import Any
 
@@ -11,6 +13,9 @@ from torch import Tensor, fx
 from fp8fx.capture import dynamo
 from fp8fx.ops.inductor import decompositions
 from fp8fx.options import Options
+from fp8fx.passes.device import GRAD_RECORDS, RECORDS
+
+LOG = logging.getLogger("fp8fx")
 
 
 def compiled_inner(module: fx.GraphModule, example_inputs: list[Any], options: Options) -> Callable[..., Any]:
@@ -18,7 +23,7 @@ def compiled_inner(module: fx.GraphModule, example_inputs: list[Any], options: O
     cuda = any(isinstance(x, Tensor) and x.is_cuda for x in example_inputs)
     name = options.inner
     if name == "auto":
-        name = "inductor" if cuda else "eager"
+        name = "inductor" if cuda and importlib.util.find_spec("triton") is not None else "eager"
     if name == "eager":
         return module.forward  # not the module, whose call runs torch's global module hooks once more
     with dynamo.own_cache_key():
@@ -31,5 +36,9 @@ def _by_inductor(module: fx.GraphModule, example_inputs: list[Any], mode: str | 
     from torch._inductor.compile_fx import compile_fx
 
     patches = torch._inductor.list_mode_options(mode) if mode else None
+    extra = {node.meta.get("extra") for node in module.graph.find_nodes(op="placeholder")}
+    if patches and patches.get("triton.cudagraphs") and extra & {RECORDS, GRAD_RECORDS}:
+        patches = {**patches, "triton.cudagraphs": False}
+        LOG.warning("fp8fx: inner_mode=%r runs without CUDA graphs, which would copy the memory that kernels measure into", mode)
     table: dict[str, Any] = {"decompositions": decompositions()} if cuda else {}
     return compile_fx(module, example_inputs, config_patches=patches, **table)  # type: ignore[return-value]

@@ -17,6 +17,7 @@ import importlib.util
 import json
 import logging
 import threading
+import warnings
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
@@ -24,7 +25,7 @@ import torch
 from torch import Tensor
 
 from fp8fx import formats
-from fp8fx.errors import ModelError
+from fp8fx.errors import FP8Warning, ModelError
 from fp8fx.numerics.delayed import delayed_scale, delayed_update
 from fp8fx.ops.quantize import UNMEASURED
 from fp8fx.passes.contract import Slot
@@ -131,10 +132,15 @@ class ScalingState:
         if not self.scale.is_cuda or len(powers) != 1 or importlib.util.find_spec("triton") is None:
             return False
         from fp8fx.kernels.delayed import delayed_update as update
+        from fp8fx.kernels.launch import KernelCompileError
 
         if self._fmax.numel() != len(self.slots) or self._fmax.device != self.scale.device:
             self._fmax = torch.tensor([formats.get(slot.format).max for slot in self.slots], device=self.scale.device)
-        update(self.history, self.scale, self.amax, self._fmax, self.rule.algorithm, self.rule.margin, powers.pop(), order, UNMEASURED)
+        try:
+            update(self.history, self.scale, self.amax, self._fmax, self.rule.algorithm, self.rule.margin, powers.pop(), order, UNMEASURED)
+        except KernelCompileError as error:
+            warnings.warn(f"fp8fx: {error}", FP8Warning, stacklevel=2)
+            return False
         return True
 
     def _step_by_reference(self, order: str) -> None:

@@ -156,7 +156,9 @@ def _first(
     except (torch.OutOfMemoryError, KernelError):
         raise
     except Exception as error:
-        if "CUDA error" in str(error):  # the device is lost, or a launch before this one failed: not ours to hide
+        if "CUDA error" in str(error) or "Error [CUDA]" in str(
+            error
+        ):  # the device is lost, or a launch before this one failed: not ours to hide
             raise
         _FAILED[key] = _failed(kernel, error)
         raise KernelCompileError(_FAILED[key]) from error

@@ -121,7 +121,7 @@ def taped(function: Callable[..., tuple[Tensor, ...]]) -> Callable[..., tuple[Te
 
 
 def _key(args: tuple[Any, ...]) -> tuple[Any, ...]:
-    return tuple([_class(a) if isinstance(a, Tensor) else a for a in args])
+    return tuple([_class(a) if isinstance(a, Tensor) else tuple(a) if isinstance(a, list) else a for a in args])
 
 
 def _class(x: Tensor) -> tuple[Any, ...]:
@@ -153,7 +153,7 @@ def _record(function: Callable[..., tuple[Tensor, ...]], args: tuple[Any, ...]) 
 
 def _tape(args: tuple[Any, ...], results: tuple[Tensor, ...], launches: list[Launch], zeroed: set[int]) -> Tape | None:
     """None for what a tape cannot say: descriptors, one tensor given twice, pointers to other parts of an input's memory."""
-    inputs = [i for i, a in enumerate(args) if isinstance(a, Tensor)]
+    inputs = [i for i, a in enumerate(args) if isinstance(a, Tensor) and a.numel()]
     numbers = {args[i].data_ptr(): number for number, i in enumerate(inputs)}
     if len(numbers) != len(inputs) or 0 in numbers:
         return None
@@ -211,4 +211,4 @@ def _output(tensor: Tensor, numbers: dict[int, int], allocations: list[_Allocati
     made = allocations[number]
     if (made.size, made.stride) == (tuple(tensor.shape), tensor.stride()) and tensor.storage_offset() == 0:
         return _Output(number + inputs, None)
-    return _Output(number + inputs, (tuple(tensor.shape), tensor.stride(), tensor.storage_offset()))
+    return _Output(number + inputs, (tuple(tensor.shape), tensor.stride(), int(tensor.storage_offset())))

@@ -93,7 +93,7 @@ def cast_current_fake(
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     q, qt = cast_fake(x, spec, rng, site, role, None, record, layout)
     scale, scale_t = scale_shapes(x, TensorSpec.parse(spec), layout)
-    return q, qt, *(x.new_empty(shape, dtype=torch.float32) for shape in (scale, scale_t))
+    return q, qt, x.new_empty(scale, dtype=torch.float32), x.new_empty(scale_t, dtype=torch.float32)
 
 
 def scale_shapes(x: Tensor, spec: TensorSpec, layout: str) -> tuple[list[int], list[int]]:
@@ -102,7 +102,7 @@ def scale_shapes(x: Tensor, spec: TensorSpec, layout: str) -> tuple[list[int], l
     if granularity == "tensor":
         return [], [0]
     m, k = math.prod(x.shape[:-1]), x.shape[-1]
-    if granularity == "row":
+    if isinstance(granularity, str):  # row
         shapes = [*x.shape[:-1], 1], [1, k]
     else:
         (r, c), blocks = granularity, lambda size, of: (size + of - 1) // of

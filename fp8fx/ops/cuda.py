@@ -7,6 +7,7 @@ are equal bit for bit, products within the bound of another order of sums.
 from __future__ import annotations
 
 import functools
+import math
 import warnings
 from collections.abc import Callable
 from typing import Any
@@ -82,9 +83,9 @@ def cast_current(
     matrix = x if x.dim() == 2 else as_matrix(x)
     how, block = _rounding(parsed, rng, site, role), parsed.granularity
     if isinstance(block, str):
-        sides = ("row", "column") if block == "row" else ("tensor", None)
+        side, other = ("row", "column") if block == "row" else ("tensor", None)
         counts = record is not None and role == casts.GRADIENT
-        made = kernel.cast_current(matrix, parsed.format, *sides, layout, how, parsed.power_of_two, parsed.eps, record, counts)
+        made = kernel.cast_current(matrix, parsed.format, side, other, layout, how, parsed.power_of_two, parsed.eps, record, counts)
     else:
         made = cast_block(matrix, parsed.format, block, None, layout, how, parsed.power_of_two, parsed.eps)
     nothing = x.new_empty(0, dtype=torch.float32)
@@ -142,6 +143,9 @@ def scaled(
     aligned = (a.data_ptr() | b.data_ptr()) % 16 == 0
     if aligned and torch_has(a, scale_a, b, scale_b, bias, dtype, bool(block_a or block_b)):
         return torch._scaled_mm(a, b, scale_a, scale_b, bias, None, dtype, accumulate == "fast")
+    along_k = [block[i] for block, i in ((block_a, 1), (block_b, 0)) if block]
+    if along_k and math.gcd(*along_k, 128) < 32:  # no kernel has such blocks
+        return scaled_mm_reference(a, scale_a, format_a, block_a, b, scale_b, format_b, block_b, bias, dtype)
     blocks = (tuple(block_a) or None, tuple(block_b) or None)
     return scaled_mm.scaled_mm(a, b, scale_a, scale_b, bias, dtype, accumulate, *blocks)  # type: ignore[arg-type]
 
@@ -255,7 +259,8 @@ def act_backward_cast(
     if current:
         given = activation_backward_amax(grad, h, other, activation)
     first, second = activation_backward_cast(
-        grad, h, other, activation, parsed.format, *given, layout, *hows, record=record1, record_u=record2 if gated else None,
+        grad, h, other, activation, parsed.format, given[0], given[1], layout, hows[0], hows[1], record=record1,
+        record_u=record2 if gated else None,
         counts=record1 is not None, bias_grad=totals[0] if sums else None, bias_grad_u=totals[1] if sums and gated else None,
         from_amax=current, made_scale=made[0] if current else None, made_scale_u=made[1] if current and gated else None,
         power_of_two=parsed.power_of_two, eps=parsed.eps,

@@ -31,6 +31,8 @@ def torch_has(
 
     It is as fast as the project's kernel with fast accumulation, and faster with precise one (docs/performance.md).
     """
+    if a.is_cuda and torch.cuda.get_device_capability(a.device) < (8, 9):
+        return False
     if blocks or scale_a is None or scale_b is None or a.dim() != 2 or b.dim() != 2 or not a.numel() or not b.numel():
         return False
     if a.element_size() != 1 or b.element_size() != 1 or a.dtype == b.dtype == torch.float8_e5m2 or dtype not in _OUTPUTS:

@@ -132,12 +132,14 @@ class _Writer:
         return [q, scale, item(self.graph, cast, 1), turned]
 
     def _known(self, codes: list[Any]) -> tuple[Any, Any]:
-        source = codes[0].args[0] if codes and codes[0].target is operator.getitem else None
-        return self.casts.get(source, (None, None))
+        source: Any = codes[0].args[0] if codes and codes[0].target is operator.getitem else None
+        found = self.casts.get(source)
+        return (None, None) if found is None else found
 
     def cast(self, quantize: fx.Node) -> tuple[fx.Node, Any]:
         """The cast that stands for `quantize` from now on, and its scale. It makes row-major codes until a reader wants both."""
-        x, text, _, rng, site, role, scale = quantize.args
+        x, text, _, rng, site, role, known = quantize.args
+        scale: Any = known
         spec = TensorSpec.parse(str(text))
         record = self.record(quantize)
         with self.graph.inserting_before(quantize):
@@ -159,7 +161,8 @@ class _Writer:
     def one(self) -> fx.Node:
         """A scale of 1, one for the graph; it is made from an input, for its device."""
         if self._one is None:
-            weight = next(node for node in self.graph.nodes if node.op == "placeholder" and tensor(node) is not None)
+            inputs = [node for node in self.graph.nodes if node.op == "placeholder" and tensor(node) is not None]
+            weight = next((node for node in inputs if tensor(node).is_cuda), inputs[0])  # type: ignore[union-attr]
             with self.graph.inserting_before(next(n for n in self.graph.nodes if n.op != "placeholder")):
                 self._one = self.graph.call_method("new_ones", (weight, ()), {"dtype": torch.float32})
         return self._one

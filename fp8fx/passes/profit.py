@@ -66,6 +66,7 @@ def _layer(call: SiteCall, spec: SiteSpec, readers: dict[fx.Node, int]) -> costs
     if m == 0:  # sizes that change: the recipe decides alone
         return None
     shared = readers.get(call.x, 1) if isinstance(call.x, fx.Node) else 1
-    return costs.Layer(
-        m, int(k), int(n), bool(out.requires_grad), spec.input.scaling, spec.input.granularity, x.dtype, spec.accumulate, shared
-    )
+    # A layer whose scales are kept is judged as in training, also in evaluation: in FP8 there alone it would read scales never set.
+    trains = bool(out.requires_grad) or any(r is not None and r.scaling == "delayed" for r in (spec.input, spec.weight))
+    role = spec.input
+    return costs.Layer(m, int(k), int(n), trains, role.scaling, role.granularity, x.dtype, spec.accumulate, shared)
