@@ -69,6 +69,15 @@ _ANY_NAME = _AnyName()
 _CLASSES: dict[type[nn.Module], type[nn.Module]] = {}
 
 
+def _own_keys(model: nn.Module) -> list[str]:
+    """The keys of the model's tensors in a state_dict. Not from its `state_dict`, whose hooks are the user's to be called."""
+    keys = [name for name, _ in model.named_parameters(remove_duplicate=False)]
+    for path, module in model.named_modules(remove_duplicate=False):
+        kept = [name for name, buffer in module._buffers.items() if buffer is not None and name not in module._non_persistent_buffers_set]
+        keys += [f"{path}.{name}" if path else name for name in kept]
+    return keys
+
+
 def compiled_class(base: type[nn.Module]) -> type[nn.Module]:
     """The subclass of `base` whose forward is the compiled one; the same one for every model of that class."""
     if base not in _CLASSES:
@@ -95,7 +104,7 @@ def _make_class(base: type[nn.Module]) -> type[nn.Module]:
 
     def load(self: nn.Module, state_dict: dict[str, Any], prefix: str, *rest: Any) -> None:
         runtime, start = vars(self)[RUNTIME], prefix + PREFIX
-        whole = all(prefix + key in state_dict for key in base.state_dict(self))
+        whole = all(prefix + key in state_dict for key in _own_keys(self))
         ours = {key.removeprefix(start): state_dict.pop(key) for key in list(state_dict) if key.startswith(start)}
         missing, unknown = runtime.unmatched(ours, dict(self.named_modules(remove_duplicate=False)))
         known = {key: value for key, value in ours.items() if key not in unknown}
