@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import importlib.util
-import logging
 from collections.abc import Callable
 from typing import Any
 
@@ -14,8 +13,6 @@ from fp8fx.capture import dynamo
 from fp8fx.ops.inductor import decompositions
 from fp8fx.options import Options
 from fp8fx.passes.device import GRAD_RECORDS, RECORDS
-
-LOG = logging.getLogger("fp8fx")
 
 
 def compiled_inner(module: fx.GraphModule, example_inputs: list[Any], options: Options) -> Callable[..., Any]:
@@ -36,9 +33,17 @@ def _by_inductor(module: fx.GraphModule, example_inputs: list[Any], mode: str | 
     from torch._inductor.compile_fx import compile_fx
 
     patches = torch._inductor.list_mode_options(mode) if mode else None
-    extra = {node.meta.get("extra") for node in module.graph.find_nodes(op="placeholder")}
-    if patches and patches.get("triton.cudagraphs") and extra & {RECORDS, GRAD_RECORDS}:
-        patches = {**patches, "triton.cudagraphs": False}
-        LOG.warning("fp8fx: inner_mode=%r runs without CUDA graphs, which would copy the memory that kernels measure into", mode)
+    if patches and patches.get("triton.cudagraphs"):
+        _keep_in_place(module)
     table: dict[str, Any] = {"decompositions": decompositions()} if cuda else {}
     return compile_fx(module, example_inputs, config_patches=patches, **table)  # type: ignore[return-value]
+
+
+def _keep_in_place(module: fx.GraphModule) -> None:
+    """Say that the records never move: kernels measure into the runtime's own memory.
+
+    CUDA graphs copy every other input to an address of its own, at each call, but parameters and buffers, which Dynamo has marked so itself.
+    """
+    for node in module.graph.find_nodes(op="placeholder"):
+        if node.meta.get("extra") in (RECORDS, GRAD_RECORDS):
+            node.meta["tensor_dict"] = {**(node.meta.get("tensor_dict") or {}), "_dynamo_static_input_type": "unguarded"}

@@ -29,7 +29,7 @@ from fp8fx.kernels.records import check_record
 from fp8fx.kernels.results import Pair, Result, Scaling, tensor_inverse, write_result
 from fp8fx.kernels.rounding import NEAREST, Rounding
 
-_CONFIG = (32, 128, 4)  # BLOCK_M, BLOCK_K, num_warps
+_CONFIG = (32, 64, 4)  # BLOCK_M, BLOCK_K, num_warps; twice as wide takes the backward of SwiGLU 13% longer, for its registers
 
 
 @triton.jit(do_not_specialize=["key", "key_u"])

@@ -48,7 +48,7 @@ def _derivative(h, ACT: tl.constexpr):
     """act'(h) of float32 h."""
     if ACT == 0:
         sigmoid = 1.0 / (1.0 + tl.exp(-h))
-        return sigmoid * (1.0 + h * (1.0 - sigmoid))
+        return _silu_derivative(h, sigmoid)
     elif ACT == 1:
         return 0.5 * (1.0 + tl.erf(h * _SQRT_HALF)) + h * tl.exp(-0.5 * h * h) * _INV_SQRT_2_PI
     elif ACT == 2:
@@ -57,6 +57,21 @@ def _derivative(h, ACT: tl.constexpr):
         return 0.5 * (1.0 + tanh) + 0.5 * h * (1.0 - tanh * tanh) * inner
     else:
         return tl.where(h > 0.0, 1.0, 0.0)
+
+
+@triton.jit
+def _silu_derivative(h, sigmoid):
+    return sigmoid * (1.0 + h * (1.0 - sigmoid))
+
+
+@triton.jit
+def _both(h, ACT: tl.constexpr):
+    """act(h) and act'(h). One division serves both of silu's, so that act may differ from `activate` in its last bit."""
+    if ACT == 0:
+        sigmoid = 1.0 / (1.0 + tl.exp(-h))
+        return h * sigmoid, _silu_derivative(h, sigmoid)
+    else:
+        return activate(h, ACT), _derivative(h, ACT)
 
 
 @triton.jit
@@ -77,8 +92,9 @@ def backward(dy_ptr, h_ptr, u_ptr, place, rows, columns, strides_dy, strides, st
     dy = load_quarter(dy_ptr, place, rows, columns, strides_dy)
     if GATED:
         u = load_quarter(u_ptr, place, rows, columns, strides_u)
-        du = (dy * activate(h, ACT).to(dtype).to(tl.float32)).to(dtype).to(tl.float32)
-        dh = ((dy * u).to(dtype).to(tl.float32) * _derivative(h, ACT)).to(dtype).to(tl.float32)
+        act, derivative = _both(h, ACT)
+        du = (dy * act.to(dtype).to(tl.float32)).to(dtype).to(tl.float32)
+        dh = ((dy * u).to(dtype).to(tl.float32) * derivative).to(dtype).to(tl.float32)
         return dh, du
     else:
         dh = (dy * _derivative(h, ACT)).to(dtype).to(tl.float32)

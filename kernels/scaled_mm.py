@@ -57,9 +57,10 @@ class Config:
     num_stages: int
     per_multiprocessor: int = 1  # programs; two hide each other's epilogues where registers and shared memory hold both
 
-    def stages(self, block_k: int, output_bytes: int, parts: int) -> int:
-        """As many as fit into shared memory beside the tile of the output: one in float32 is twice as large."""
-        tile, step = self.block_m * self.block_n // parts * output_bytes, (self.block_m + self.block_n) * block_k
+    def stages(self, block_k: int, output_bytes: int, parts: int, stochastic: bool = False) -> int:
+        """As many as fit into shared memory beside the tile of the output: one in float32 is twice as large. Random bits, 4 bytes each,
+        are exchanged between threads in as much again."""
+        tile, step = self.block_m * self.block_n // parts * (output_bytes + 4 * stochastic), (self.block_m + self.block_n) * block_k
         return max(2, min(self.num_stages, (SHARED_MEMORY // self.per_multiprocessor - tile) // step))
 
     def parts(self, stochastic: bool) -> int:
@@ -292,7 +293,8 @@ def _launch(a: _Operand, b: _Operand, c: Tensor, end: _End, turned: bool, precis
     if not blocked:
         chosen = config or CONFIGS[choose(m, n, count, precise, programs)]
         block_k = chosen.block_k
-    parts = chosen.parts(end.format is not None and end.how.stochastic)
+    stochastic = end.format is not None and end.how.stochastic
+    parts = chosen.parts(stochastic)
     by_tma = c.stride(2) == 1 and c.stride(1) * c.element_size() % 16 == 0 and (count == 1 or m % chosen.block_m == 0)
     target = TensorDescriptor(c, [count * m, n], [c.stride(1), 1], [chosen.block_m, chosen.block_n // parts]) if by_tma else c
     tiles = count * cdiv(m, chosen.block_m) * cdiv(n, chosen.block_n)
@@ -319,7 +321,7 @@ def _launch(a: _Operand, b: _Operand, c: Tensor, end: _End, turned: bool, precis
     else:
         constexprs |= {"ROW_A": a.per_row, "ROW_B": b.per_row, "PRECISE": precise, "FLATTEN": chosen.flatten}
     kernel = blocked_mm_kernel if blocked else scaled_mm_kernel
-    stages = chosen.stages(block_k, c.element_size(), parts)
+    stages = chosen.stages(block_k, c.element_size(), parts, stochastic)
     launch(kernel, grid, (*operands, *sizes), constexprs, num_warps=chosen.num_warps, num_stages=stages)
 
 

@@ -6,6 +6,8 @@ RECIPE                     fp8fx.compile under a shipped recipe, with Inductor
 RECIPE-eager               the same, the rewritten graph run as it is
 RECIPE-fast                fast accumulation in all three GEMMs
 RECIPE-saved               save_activation_inputs: fp8
+RECIPE-graphs              inside CUDA graphs, inner_mode: reduce-overhead; also bf16-graphs, the same of torch.compile
+                           (changes combine: delayed-fast-graphs)
 torchao-RECIPE             convert_to_float8_training (tensorwise, rowwise, rowwise_with_gw_hp) under torch.compile
 """
 
@@ -21,7 +23,7 @@ from torch import Tensor, nn
 
 import fp8fx
 
-BF16, BF16_EAGER, TORCHAO = "bf16", "bf16-eager", "torchao-"
+BF16, BF16_EAGER, TORCHAO, GRAPHS = "bf16", "bf16-eager", "torchao-", "-graphs"
 CHANGES: dict[str, dict[str, Any]] = {
     "fast": {"accumulate": {"output": "fast", "grad_input": "fast", "grad_weight": "fast"}},
     "saved": {"save_activation_inputs": "fp8"},
@@ -41,8 +43,9 @@ class Compiled:
 
 def recipe_of(name: str) -> Any:
     """The recipe a candidate's name asks for."""
-    base, _, change = name.partition("-")
-    return {"extends": base, "defaults": CHANGES[change]} if change in CHANGES else base
+    base, *changes = name.split("-")
+    defaults = {key: value for change in changes for key, value in CHANGES.get(change, {}).items()}
+    return {"extends": base, "defaults": defaults} if defaults else base
 
 
 def compiled(name: str, model: nn.Module, inner: str = "inductor", inner_mode: str | None = None) -> Compiled:
@@ -50,12 +53,13 @@ def compiled(name: str, model: nn.Module, inner: str = "inductor", inner_mode: s
 
     inner: the compiler behind torch.compile and fp8fx; inner_mode: a mode of Inductor, for all but the eager ones.
     """
+    inner_mode = "reduce-overhead" if name.endswith(GRAPHS) else inner_mode
     mode = {} if inner_mode is None else {"mode": inner_mode}
     if name == BF16_EAGER:
         return Compiled(model, lambda: None)
     if name.startswith(TORCHAO):
         model = _torchao(model, name.removeprefix(TORCHAO))
-    if name == BF16 or name.startswith(TORCHAO):
+    if name in (BF16, BF16 + GRAPHS) or name.startswith(TORCHAO):
         return Compiled(torch.compile(model, backend=inner, fullgraph=True, **mode), lambda: None)  # type: ignore[call-overload]
     eager = name.endswith("-eager")
     base = name.partition("-")[0]

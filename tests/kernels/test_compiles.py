@@ -148,6 +148,14 @@ def test_float32_output_fits(config: str, compiled: Compiled, monkeypatch: pytes
     assert kernel.metadata.shared * mm.CONFIGS[config].per_multiprocessor <= 227 * 1024
 
 
+def test_random_bits_fit_beside_a_float32_output(compiled: Compiled, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(mm, "multiprocessors", lambda device: 132)
+    a, b = codes(512, 64, "e5m2"), codes(768, 64, "e5m2").t()
+    mm.scaled_mm(a, b, ONE, ONE, None, torch.float32, config=mm.CONFIGS["large"], round_to="e5m2", how=STOCHASTIC)
+    (kernel,) = compiled()
+    assert kernel.metadata.shared <= 227 * 1024
+
+
 @pytest.mark.parametrize("blocks", [((1, 128), (128, 128)), ((1, 128), (128, 1))], ids=str)
 def test_blocked_mm(
     blocks: tuple[tuple[int, int], tuple[int, int]], compiled: Compiled, monkeypatch: pytest.MonkeyPatch, tmp_path: Path

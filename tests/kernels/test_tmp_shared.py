@@ -1,0 +1,222 @@
+"""Every launcher compiles for Hopper on any machine, with the instructions it is made for and without spilling registers."""
+
+from __future__ import annotations
+
+import re
+import subprocess
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+pytest.importorskip("triton")
+import triton
+
+from fp8fx.kernels import scaled_mm as mm
+from fp8fx.kernels.activation_amax import activation_amax, activation_backward_amax
+from fp8fx.kernels.activation_cast import activation_backward_cast, activation_cast
+from fp8fx.kernels.add_norm import add_norm_cast
+from fp8fx.kernels.amax import amax, amax_each
+from fp8fx.kernels.cast import Rounding, cast, cast_current
+from fp8fx.kernels.cast_block import cast_block
+from fp8fx.kernels.delayed import delayed_update
+from fp8fx.kernels.norm_backward import norm_backward_cast
+from fp8fx.kernels.norm_cast import norm_cast
+from fp8fx.kernels.scale import compute_scale
+
+Compiled = Callable[[], list[Any]]
+ONE = torch.ones(())
+X = torch.empty(256, 512, dtype=torch.bfloat16)
+RECORD, PARTS = torch.zeros(3), torch.ones(512)
+COLUMN = torch.ones(256, 1)
+LONG = torch.empty(64, 10000, dtype=torch.bfloat16)
+STOCHASTIC = Rounding("stochastic", "nonfinite", torch.zeros(3, dtype=torch.int64), 7)
+CUOBJDUMP = Path(triton.__file__).parent / "backends" / "nvidia" / "bin" / "cuobjdump"
+
+ELEMENTWISE: dict[str, Callable[[], Any]] = {
+    "amax": lambda: amax(X),
+    "amax row and column": lambda: amax_each(X, ("row", "column")),
+    "scale": lambda: compute_scale(torch.ones(7), "e4m3fn", True),
+    "delayed": lambda: delayed_update(torch.ones(3, 16), torch.ones(3), torch.ones(3), torch.ones(3)),
+    "cast": lambda: cast(X, "e4m3fn", ONE),
+    "cast both": lambda: cast(X, "e5m2", ONE, layout="both", amax=ONE),
+    "cast odd": lambda: cast(X[:101, :77], "e4m3fn", ONE, layout="both"),
+    "cast stochastic": lambda: cast(X, "e5m2", ONE, layout="both", how=STOCHASTIC),
+    "cast current": lambda: cast_current(X, "e4m3fn", "row", "column", "both", power_of_two=True),
+    "cast block": lambda: cast_block(X, "e4m3fn", layout="both"),
+    "cast square block": lambda: cast_block(X, "e4m3fn", (128, 128), layout="both"),
+    "swiglu": lambda: activation_cast(X, X, "silu", "e4m3fn", ONE, amax=ONE),
+    "swiglu backward": lambda: activation_backward_cast(X, X, X, "silu", "e5m2", ONE, ONE, amax=ONE, amax_u=ONE),
+    "rms norm": lambda: norm_cast(X, X[0], None, "e4m3fn", "rms", 1e-6, ONE, amax=ONE),
+    "layer norm": lambda: norm_cast(X, X[0], X[1], "e4m3fn", "layer", 1e-6, ONE),
+    "gelu": lambda: activation_cast(X, None, "gelu", "e4m3fn", ONE),
+    "relu": lambda: activation_cast(X, None, "relu", "e4m3fn", ONE, record=RECORD, counts=True),
+    "geglu": lambda: activation_cast(X, X, "gelu_tanh", "e4m3fn", ONE, amax=ONE),
+    "silu backward": lambda: activation_backward_cast(X, X, None, "silu", "e5m2", ONE, amax=ONE, bias_grad=X[0]),
+    "cast counts": lambda: cast(X, "e4m3fn", ONE, layout="both", record=RECORD, counts=True, bias_grad=X[0].float()),
+    "cast current with counts": lambda: cast_current(X, "e5m2", layout="both", record=RECORD, counts=True),
+    "cast row counts": lambda: cast_current(X, "e5m2", "row", "column", "both", record=RECORD, counts=True, bias_grad=X[0]),
+    "swiglu amax": lambda: activation_amax(X, X, "silu"),
+    "swiglu backward amax": lambda: activation_backward_amax(X, X, X, "silu", ONE, ONE),
+    "swiglu current": lambda: activation_cast(X, X, "silu", "e4m3fn", PARTS, record=RECORD, counts=True, from_amax=True, made_scale=ONE),
+    "geglu backward": lambda: activation_backward_cast(
+        *(X, X, X, "gelu", "e5m2", PARTS, PARTS),
+        **{"record": RECORD, "record_u": RECORD, "counts": True, "bias_grad": X[0], "bias_grad_u": X[0]},
+        **{"from_amax": True, "made_scale": ONE, "made_scale_u": ONE},
+    ),
+    "layer norm current": lambda: norm_cast(
+        X, X[0], X[1], "e4m3fn", "layer", record=RECORD, counts=True, current=True, made_scale=torch.ones(2)
+    ),
+    "add norm": lambda: add_norm_cast(X, X, X[0], X[1], "e4m3fn", "layer", scale=ONE, record=RECORD, counts=True),
+    "add rms norm": lambda: add_norm_cast(X, X, X[0], None, "e4m3fn", scale=ONE, record=RECORD, counts=True, round_first=True),
+    "add norm current": lambda: add_norm_cast(X, X, X[0], X[1], "e4m3fn", "layer", current=True, made_scale=ONE),
+    "rms norm backward": lambda: norm_backward_cast(X, X, X[0], None, COLUMN, "e5m2", ONE, weight_grad=X[0], record=RECORD, counts=True),
+    "layer norm backward": lambda: norm_backward_cast(
+        *(X, X, X[0], COLUMN, COLUMN, "e5m2"),
+        **{"add": X, "write": True, "weight_grad": X[0], "bias_grad": X[1], "row_sum": X[2], "record": RECORD, "counts": True},
+        **{"current": True, "made_scale": ONE},
+    ),
+    "long layer norm backward": lambda: norm_backward_cast(
+        LONG, LONG, None, COLUMN[:64], COLUMN[:64], "e5m2", current=True, made_scale=ONE, how=STOCHASTIC
+    ),
+    "long rms norm current": lambda: norm_cast(LONG, None, None, "e4m3fn", current=True, made_scale=ONE),
+}
+
+
+def spills(kernel: Any, tmp_path: Path) -> int:
+    """Bytes of local memory per thread, from the compiled kernel."""
+    (tmp_path / "kernel.cubin").write_bytes(kernel.asm["cubin"])
+    usage = subprocess.run([CUOBJDUMP, "-res-usage", tmp_path / "kernel.cubin"], capture_output=True, text=True, check=True).stdout
+    found = re.search(r"STACK:(\d+)", usage)
+    assert found, usage
+    return int(found[1])
+
+
+@pytest.mark.parametrize("name", ELEMENTWISE)
+def test_memory_bound_kernels(name: str, compiled: Compiled, tmp_path: Path) -> None:
+    ELEMENTWISE[name]()
+    kernels = compiled()
+    assert kernels
+    for kernel in kernels:
+        assert spills(kernel, tmp_path) == 0
+        ptx = kernel.asm["ptx"]
+        if kernel.metadata.name in ("cast_kernel", "_cast_block_kernel", "_activation_kernel", "_norm_cast_kernel"):
+            assert "satfinite.e4m3x2" in ptx or "satfinite.e5m2x2" in ptx
+        if name in ("cast", "cast both", "swiglu"):
+            assert "ld.global.v4" in ptx, "loads are 16 bytes wide"
+            assert "st.global.v4" in ptx, "stores are 16 bytes wide"
+
+
+def codes(rows: int, columns: int, name: str) -> torch.Tensor:
+    return torch.empty(rows, columns, dtype={"e4m3": torch.float8_e4m3fn, "e5m2": torch.float8_e5m2}[name])
+
+
+PAIRS = [("e4m3", "e4m3"), ("e4m3", "e5m2"), ("e5m2", "e4m3"), ("e5m2", "e5m2")]
+
+
+@pytest.mark.parametrize(
+    ("config", "pair"),
+    [("large", pair) for pair in PAIRS] + [(config, PAIRS[3]) for config in mm.CONFIGS if config not in ("blocked", "large")],
+)
+def test_scaled_mm(config: str, pair: tuple[str, str], compiled: Compiled, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.setattr(mm, "multiprocessors", lambda device: 132)
+    a, b = codes(512, 1024, pair[0]), codes(768, 1024, pair[1]).t()
+    rows, columns = torch.ones(512, 1), torch.ones(1, 768)
+    precise = "precise" if config == "precise" else "fast"
+    for scale_a, scale_b in ((ONE, ONE), (rows, columns)):
+        mm.scaled_mm(a, b, scale_a, scale_b, torch.ones(768), accumulate=precise, config=mm.CONFIGS[config])
+        (kernel,) = compiled()
+        assert re.search(rf"wgmma\.mma_async\.sync\.aligned\.m64n\d+k32\.f32\.{pair[0]}\.{pair[1]}", kernel.asm["ptx"])
+        assert "cp.async.bulk.tensor.2d.shared" in kernel.asm["ptx"], "operands come through the copy engine"
+        assert "cp.async.bulk.tensor.2d.global" in kernel.asm["ptx"], "the output leaves through the copy engine"
+        assert spills(kernel, tmp_path) == 0
+        assert kernel.metadata.shared <= 227 * 1024
+
+
+@pytest.mark.parametrize("config", mm.CONFIGS)
+def test_float32_output_fits(config: str, compiled: Compiled, monkeypatch: pytest.MonkeyPatch) -> None:
+    """What gradients that are rounded once more are accumulated into: a tile twice as large beside the operands."""
+    monkeypatch.setattr(mm, "multiprocessors", lambda device: 132)
+    blocks: dict[str, Any] = {"block_a": (1, 128), "block_b": (128, 128)} if config == "blocked" else {}
+    scales = (torch.ones(512, 8), torch.ones(8, 6)) if blocks else (ONE, ONE)
+    accumulate = "precise" if config == "precise" else "fast"
+    a, b = codes(512, 1024, "e5m2"), codes(768, 1024, "e5m2").t()
+    mm.scaled_mm(a, b, *scales, None, torch.float32, accumulate, config=mm.CONFIGS[config], **blocks)
+    (kernel,) = compiled()
+    assert kernel.metadata.shared * mm.CONFIGS[config].per_multiprocessor <= 227 * 1024
+
+
+@pytest.mark.parametrize("blocks", [((1, 128), (128, 128)), ((1, 128), (128, 1))], ids=str)
+def test_blocked_mm(
+    blocks: tuple[tuple[int, int], tuple[int, int]], compiled: Compiled, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    monkeypatch.setattr(mm, "multiprocessors", lambda device: 132)
+    (rows_a, k_a), (k_b, columns_b) = blocks
+    scale_a, scale_b = torch.ones(512 // rows_a, 1024 // k_a), torch.ones(1024 // k_b, 768 // columns_b)
+    mm.scaled_mm(codes(512, 1024, "e4m3"), codes(768, 1024, "e5m2").t(), scale_a, scale_b, block_a=blocks[0], block_b=blocks[1])
+    (kernel,) = compiled()
+    assert re.search(r"wgmma\.mma_async.*e4m3\.e5m2", kernel.asm["ptx"])
+    assert "cp.async.bulk.tensor.2d.shared" in kernel.asm["ptx"]
+    assert spills(kernel, tmp_path) == 0
+
+
+def test_odd_sizes_and_few_rows(compiled: Compiled, monkeypatch: pytest.MonkeyPatch) -> None:
+    """What is stored through pointers, and the exchange of operands that few rows ask for."""
+    monkeypatch.setattr(mm, "multiprocessors", lambda device: 132)
+    mm.scaled_mm(codes(1000, 1001, "e4m3"), codes(999, 1001, "e4m3").t(), ONE, ONE)
+    mm.scaled_mm(codes(3, 4096, "e5m2"), codes(4096, 4096, "e4m3").t(), ONE, ONE)
+    odd, few = compiled()
+    assert "cp.async.bulk.tensor.2d.global" not in odd.asm["ptx"]
+    assert "m64n16k32.f32.e4m3.e5m2" in few.asm["ptx"]
+
+
+ENDS: dict[str, dict[str, Any]] = {
+    "activation": {"activation": "gelu", "record": ONE},
+    "codes": {"out_format": "e4m3fn", "out_scale": ONE, "record": ONE},
+    "rounded": {"round_to": "e5m2", "how": STOCHASTIC},
+    "everything": {"out_format": "e5m2", "out_scale": ONE, "record": ONE, "how": STOCHASTIC, "activation": "silu"},
+}
+
+
+# Of all 28 pairs, none of which spills: each takes up to 20 s to compile.
+SOME_ENDS = [
+    ("activation", "small"),
+    ("codes", "large"),
+    ("codes", "blocked"),
+    ("codes", "decode_64"),
+    ("rounded", "large"),
+    ("everything", "decode"),
+]
+
+
+@pytest.mark.parametrize(("end", "config"), SOME_ENDS)
+def test_scaled_mm_ends(end: str, config: str, compiled: Compiled, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.setattr(mm, "multiprocessors", lambda device: 132)
+    a, b = codes(512, 1024, "e5m2"), codes(768, 1024, "e4m3").t()
+    blocks: dict[str, Any] = {"block_a": (1, 128), "block_b": (128, 128)} if config == "blocked" else {}
+    scales = (torch.ones(512, 8), torch.ones(8, 6)) if blocks else (ONE, ONE)
+    accumulate = "precise" if config == "precise" else "fast"
+    mm.scaled_mm(a, b, *scales, torch.ones(768), accumulate=accumulate, config=mm.CONFIGS[config], **blocks, **ENDS[end])
+    (kernel,) = compiled()
+    assert "wgmma.mma_async" in kernel.asm["ptx"]
+    assert "cp.async.bulk.tensor.2d.global" in kernel.asm["ptx"], "the output leaves through the copy engine"
+    assert ("satfinite.e" in kernel.asm["ptx"]) == (end != "activation")
+    assert spills(kernel, tmp_path) == 0
+    assert kernel.metadata.shared <= 227 * 1024
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
+@pytest.mark.parametrize("stoch", [False, True])
+@pytest.mark.parametrize("what", ["out_format", "round_to"])
+@pytest.mark.parametrize("by_tma", [True, False])
+@pytest.mark.parametrize("config", ["large", "medium"])
+def test_xyz(dtype, stoch, what, by_tma, config, compiled, monkeypatch):
+    if what == "out_format" and dtype == torch.float32: return
+    monkeypatch.setattr(mm, "multiprocessors", lambda device: 132)
+    a, b = codes(4224, 64, "e4m3"), codes(4096 + (0 if by_tma else 1), 64, "e5m2").t()
+    kw = {what: "e5m2"} | ({"how": STOCHASTIC} if stoch else {})
+    mm.scaled_mm(a, b, ONE, ONE, torch.ones(b.shape[1]), dtype, config=mm.CONFIGS[config], **kw)
+    (kernel,) = compiled()
+    print("SHARED", config, dtype, stoch, what, by_tma, kernel.metadata.shared, kernel.metadata.num_stages)
