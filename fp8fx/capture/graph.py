@@ -78,4 +78,8 @@ def copy_graph(module: fx.GraphModule) -> fx.GraphModule:
     made.meta = dict(next(n for n in reversed(module.graph.nodes) if n.op == "output").meta)
     copied = fx.GraphModule(module, graph)
     copied.meta = dict(module.meta)
+    if hasattr(module, "_param_name_to_source"):
+        # By this mark AOTAutograd takes the graph for Dynamo's, and its parameters for memory that is there anyway. Without it the
+        # transposed codes of every weight are made in forward and kept, since they are half as large as the weight.
+        copied._param_name_to_source = module._param_name_to_source
     return copied

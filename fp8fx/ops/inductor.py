@@ -48,6 +48,10 @@ def torch_has(
 _OUTPUTS = (torch.bfloat16, torch.float16, torch.float32)
 
 
+def on_gpu(x: Tensor) -> bool:
+    return x.is_cuda
+
+
 def _scaled_mm(
     a: Tensor,
     scale_a: Tensor | None,
@@ -62,7 +66,7 @@ def _scaled_mm(
     accumulate: str = "precise",
 ) -> Any:
     plain = format_a in FORMATS and format_b in FORMATS
-    if not a.is_cuda or not plain or not torch_has(a, scale_a, b, scale_b, bias, dtype, bool(block_a or block_b)):
+    if not on_gpu(a) or not plain or not torch_has(a, scale_a, b, scale_b, bias, dtype, bool(block_a or block_b)):
         return NotImplemented
     if scale_a.numel() == 1:  # type: ignore[union-attr]
         # Inductor's lowering of this product loses the place of a scale () that lies inside of another tensor.
@@ -73,7 +77,7 @@ def _scaled_mm(
 def _linear(x: Tensor, w: Tensor, b: Tensor | None, input: list[Tensor], weight: list[Tensor], *rest: Any) -> Any:
     *_, input_spec, weight_spec, backward, dtype = rest
     spec = SiteSpec.parse_backward(backward)
-    if not x.is_cuda or "output" not in spec.gemms or not input or not weight:
+    if not on_gpu(x) or "output" not in spec.gemms or not input or not weight:
         return NotImplemented
     left, right = forward_operand(x, input, input_spec), forward_operand(w, weight, weight_spec).mT
     scale = left.scale
