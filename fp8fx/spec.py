@@ -126,7 +126,8 @@ class SiteSpec:
 
         `;`-separated `key=value`; a role that stays in high precision is left out.
         """
-        parts = [f"{role}={spec.text}" for role in ROLES[3:] if (spec := getattr(self, role)) is not None]
+        roles = ("output", *ROLES[3:]) if self.columns else ROLES[3:]  # lower lets the product itself round the output
+        parts = [f"{role}={spec.text}" for role in roles if (spec := getattr(self, role)) is not None]
         parts.append("gemms=" + ",".join(self.gemms))
         if self.save_for_backward != "fp8":
             parts.append("save_for_backward=" + self.save_for_backward)
@@ -138,7 +139,8 @@ class SiteSpec:
     @staticmethod
     @functools.lru_cache(maxsize=4096)
     def parse_backward(text: str) -> SiteSpec:
-        """Read `backward_text` back: the gradient roles and the GEMMs; the forward roles are None."""
+        """Read `backward_text` back: the gradient roles and the GEMMs; the forward roles are None, but for an output that is rounded
+        where it is made."""
         fields: dict[str, object] = {}
         for part in text.split(";"):
             key, value = part.split("=", 1)

@@ -24,6 +24,7 @@ from fp8fx.kernels.activation_cast import activation_backward_cast, activation_c
 from fp8fx.kernels.cast_block import cast_block
 from fp8fx.kernels.launch import KernelCompileError
 from fp8fx.kernels.replay import taped
+from fp8fx.kernels.round_values import round_values as round_kernel
 from fp8fx.ops import casts
 from fp8fx.ops import linear as linear_op
 from fp8fx.ops import quantize as quantize_op
@@ -32,6 +33,7 @@ from fp8fx.ops.library import LIBRARY, REFERENCES, without_autocast
 from fp8fx.ops.operands import forward_operand
 from fp8fx.ops.producers import make_anchor
 from fp8fx.ops.quantize import as_matrix
+from fp8fx.ops.rounded_mm import rounds_in_place
 from fp8fx.ops.scaled_mm import scaled_mm_reference
 from fp8fx.spec import SiteSpec, TensorSpec
 
@@ -51,8 +53,8 @@ def _rounding(spec: TensorSpec, rng: Tensor | None, site: str, role: str) -> ker
     return kernel.Rounding(spec.rounding, spec.overflow, rng, _key(site, role))
 
 
-def _has_kernel(x: Tensor, spec: TensorSpec) -> bool:
-    return spec.format in FORMATS and spec.rounding in ("nearest_even", "stochastic") and x.dtype in DTYPES
+def _has_kernel(x: Tensor, spec: TensorSpec, dtypes: tuple[torch.dtype, ...] = DTYPES) -> bool:
+    return spec.format in FORMATS and spec.rounding in ("nearest_even", "stochastic") and x.dtype in dtypes
 
 
 def cast(
@@ -143,11 +145,53 @@ def scaled(
     aligned = (a.data_ptr() | b.data_ptr()) % 16 == 0
     if aligned and torch_has(a, scale_a, b, scale_b, bias, dtype, bool(block_a or block_b)):
         return torch._scaled_mm(a, b, scale_a, scale_b, bias, None, dtype, accumulate == "fast")
-    along_k = [block[i] for block, i in ((block_a, 1), (block_b, 0)) if block]
-    if along_k and math.gcd(*along_k, 128) < 32:  # no kernel has such blocks
+    if not _has_blocks(block_a, block_b):
         return scaled_mm_reference(a, scale_a, format_a, block_a, b, scale_b, format_b, block_b, bias, dtype)
     blocks = (tuple(block_a) or None, tuple(block_b) or None)
     return scaled_mm.scaled_mm(a, b, scale_a, scale_b, bias, dtype, accumulate, *blocks)  # type: ignore[arg-type]
+
+
+def _has_blocks(block_a: list[int], block_b: list[int]) -> bool:
+    along_k = [block[i] for block, i in ((block_a, 1), (block_b, 0)) if block]
+    return not along_k or math.gcd(*along_k, 128) >= 32
+
+
+def rounded(
+    a: Tensor,
+    scale_a: Tensor | None,
+    format_a: str,
+    block_a: list[int],
+    b: Tensor,
+    scale_b: Tensor | None,
+    format_b: str,
+    block_b: list[int],
+    bias: Tensor | None,
+    dtype: torch.dtype,
+    accumulate: str,
+    spec: str,
+    rng: Tensor | None,
+    site: str,
+    role: str,
+) -> Tensor:
+    parsed = TensorSpec.parse(spec)
+    codes = format_a in FORMATS and format_b in FORMATS and dtype in DTYPES and _has_blocks(block_a, block_b)
+    if not codes or not _has_kernel(a, parsed, (a.dtype,)) or not rounds_in_place(parsed):
+        sums = scaled(a, scale_a, format_a, block_a, b, scale_b, format_b, block_b, bias, torch.float32, accumulate)
+        return round_values(sums, spec, rng, site, role)[0].to(dtype)
+    scale_a = _one(a.device) if scale_a is None else scale_a
+    scale_b = _one(b.device) if scale_b is None else scale_b
+    blocks: Any = (tuple(block_a) or None, tuple(block_b) or None)
+    how = _rounding(parsed, rng, site, role)
+    return scaled_mm.scaled_mm(a, b, scale_a, scale_b, bias, dtype, accumulate, *blocks, round_to=parsed.format, how=how)
+
+
+def round_values(x: Tensor, spec: str, rng: Tensor | None, site: str, role: str, scale: Tensor | None = None) -> tuple[Tensor, Tensor]:
+    parsed = TensorSpec.parse(spec)
+    if not _has_kernel(x, parsed) or parsed.granularity != "tensor":
+        return quantize_op.round_reference(x, spec, rng, site, role, scale)
+    amax, current = torch.zeros((), dtype=torch.float32, device=x.device), scale is None and parsed.scaling == "current"
+    how = _rounding(parsed, rng, site, role)
+    return round_kernel(x, parsed.format, scale, how, amax, current, parsed.power_of_two, parsed.eps), amax
 
 
 def linear(x: Tensor, w: Tensor, b: Tensor | None, input: list[Tensor], weight: list[Tensor], *rest: Any) -> Tensor:
@@ -156,12 +200,13 @@ def linear(x: Tensor, w: Tensor, b: Tensor | None, input: list[Tensor], weight: 
     if "output" not in spec.gemms or not input or not weight:
         return linear_op.linear_reference(x, w, b, input, weight, *rest)
     left, right = forward_operand(x, input, input_spec), forward_operand(w, weight, weight_spec).mT
-    if x.dim() == 2:
-        return scaled(*left.arguments(), *right.arguments(), b, dtype, spec.accumulate[0])
-    scale = left.scale if left.scale is None or left.scale.dim() == 0 else left.scale.view(-1, left.scale.shape[-1])
+    scale = left.scale if x.dim() == 2 or left.scale is None or left.scale.dim() == 0 else left.scale.view(-1, left.scale.shape[-1])
     values, _, format, block = left.arguments()
-    y = scaled(as_matrix(values), scale, format, block, *right.arguments(), b, dtype, spec.accumulate[0])
-    return y.view(*x.shape[:-1], y.shape[-1])
+    operands: Any = (
+        values if x.dim() == 2 else as_matrix(values), scale, format, block, *right.arguments(), b, dtype, spec.accumulate[0]
+    )  # fmt: skip
+    y = scaled(*operands) if spec.output is None else rounded(*operands, spec.output.text, rest[2], rest[3], "output")
+    return y if x.dim() == 2 else y.view(*x.shape[:-1], y.shape[-1])
 
 
 def meter_row(x: Tensor, q: Tensor | None, spec: str, *amax: Tensor | None) -> Tensor:
@@ -280,6 +325,8 @@ IMPLEMENTATIONS: dict[str, Callable[..., Any]] = {
     "act_linear": act_linear,
     "act_backward_cast": taped(act_backward_cast),
     "scaled_mm": scaled,
+    "rounded_mm": rounded,
+    "round_values": taped(round_values),
     "linear": linear,
     "meter_row": meter_row,
 }

@@ -4,7 +4,8 @@
     scaled_mm(a, s_a, b, s_b)                          =  aten._scaled_mm(a, b, s_a, s_b)
 
 An anchor that only carries a gradient is no longer an argument then, so that the tensor it stands for need not be written. What cuBLASLt
-does not have stays an operator of fp8fx. These are decompositions: AOTAutograd applies them when it writes its graphs, after autograd.
+does not have becomes one of fp8fx's own products, which take no anchors either. These are decompositions: AOTAutograd applies them when it
+writes its graphs, after autograd.
 """
 
 from __future__ import annotations
@@ -18,6 +19,7 @@ from torch import Tensor
 from fp8fx.ops.linear import linear
 from fp8fx.ops.operands import forward_operand
 from fp8fx.ops.quantize import as_matrix
+from fp8fx.ops.rounded_mm import rounded_mm
 from fp8fx.ops.scaled_mm import scaled_mm
 from fp8fx.spec import SiteSpec
 
@@ -75,7 +77,7 @@ def _scaled_mm(
 
 
 def _linear(x: Tensor, w: Tensor, b: Tensor | None, input: list[Tensor], weight: list[Tensor], *rest: Any) -> Any:
-    *_, input_spec, weight_spec, backward, dtype = rest
+    _, _, rng, site, input_spec, weight_spec, backward, dtype = rest
     spec = SiteSpec.parse_backward(backward)
     if not on_gpu(x) or "output" not in spec.gemms or not input or not weight:
         return NotImplemented
@@ -83,8 +85,9 @@ def _linear(x: Tensor, w: Tensor, b: Tensor | None, input: list[Tensor], weight:
     scale = left.scale
     if scale is not None and scale.dim() > 2:
         scale = as_matrix(scale)
-    y = _scaled_mm(as_matrix(left.values), scale, left.format, list(left.block), *right.arguments(), b, dtype, spec.accumulate[0])
-    return y if y is NotImplemented else y.view(*x.shape[:-1], y.shape[-1])
+    operands: Any = (as_matrix(left.values), scale, left.format, list(left.block), *right.arguments(), b, dtype, spec.accumulate[0])
+    y = scaled_mm(*operands) if spec.output is None else rounded_mm(*operands, spec.output.text, rng, site, "output")
+    return y.view(*x.shape[:-1], y.shape[-1])
 
 
 def decompositions() -> dict[Any, Callable[..., Any]]:

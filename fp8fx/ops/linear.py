@@ -4,7 +4,8 @@
 
 `x` [..., K] and `w` [N, K] are the anchors: they carry the gradient and are not read where `input` and `weight` hold codes.
 Saved for backward are codes and scales only, unless a GEMM runs in high precision. Where *lower* writes `columns`, the codes of each GEMM
-are laid out as kernels want them, those of W are made from W again in backward, and `meter` is a record (ops/casts.py), float32 [3, 4].
+are laid out as kernels want them, those of W are made from W again in backward, and `meter` is a record (ops/casts.py), float32 [3, 4];
+and where `backward` names an `output`, y is rounded to its grid from the fp32 sums.
 """
 
 from __future__ import annotations
@@ -20,6 +21,7 @@ from torch.nn import functional as F
 from fp8fx.ops.library import define
 from fp8fx.ops.operands import Backward, Operand, backward_operand, cast_operands, forward_operand
 from fp8fx.ops.quantize import as_matrix, quantize
+from fp8fx.ops.rounded_mm import rounded_mm_reference
 from fp8fx.ops.scaled_mm import scaled_mm_reference
 from fp8fx.spec import SiteSpec, TensorSpec, turned
 
@@ -39,10 +41,14 @@ def linear_reference(
     backward: str,
     dtype: torch.dtype,
 ) -> Tensor:
-    if "output" not in SiteSpec.parse_backward(backward).gemms:
+    spec = SiteSpec.parse_backward(backward)
+    if "output" not in spec.gemms:
         return F.linear(x.to(dtype), w.to(dtype), None if b is None else b.to(dtype))
     left, right = forward_operand(x, input, input_spec), forward_operand(w, weight, weight_spec).mT
-    return scaled_mm_reference(*left.arguments(), *right.arguments(), b, dtype, SiteSpec.parse_backward(backward).accumulate[0])
+    operands = (*left.arguments(), *right.arguments(), b, dtype, spec.accumulate[0])
+    if spec.output is not None:
+        return rounded_mm_reference(*operands, spec.output.text, rng, site, "output")
+    return scaled_mm_reference(*operands)
 
 
 def linear_fake(x: Tensor, w: Tensor, b: Tensor | None, input: list[Tensor], weight: list[Tensor], *rest: Any) -> Tensor:

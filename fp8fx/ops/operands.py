@@ -19,6 +19,7 @@ from torch import Tensor
 
 from fp8fx.ops.casts import cast, cast_current
 from fp8fx.ops.quantize import GRADIENTS, as_matrix, meter_row, quantize, round_values
+from fp8fx.ops.rounded_mm import rounded_mm, rounds_in_place
 from fp8fx.ops.scaled_mm import scaled_mm
 from fp8fx.spec import GEMMS, SiteSpec, TensorSpec, needs_two, turned
 
@@ -139,8 +140,11 @@ class Backward:
 
     def product(self, a: Operand, b: Operand, role: str, dtype: torch.dtype) -> Tensor:
         """The gradient GEMM of `role`, rounded once from the fp32 accumulator if the role says so, in `dtype`."""
-        rounds = getattr(self.spec, role) is not None
+        spec: TensorSpec | None = getattr(self.spec, role)
+        rounds = spec is not None
         accumulate = self.spec.accumulate[GEMMS.index(role)]
+        if spec is not None and self.spec.columns and rounds_in_place(spec):  # nobody asks for its amax there
+            return rounded_mm(*a.arguments(), *b.arguments(), None, dtype, accumulate, spec.text, self.rng, self.site, role)
         return self.round(gemm(a, b, torch.float32 if rounds else dtype, accumulate), role, dtype)
 
     def round(self, grad: Tensor, role: str, dtype: torch.dtype) -> Tensor:

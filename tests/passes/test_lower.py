@@ -169,6 +169,8 @@ def test_the_graph_for_kernels_has_the_same_numbers(name: str, recipe: str, insi
     assert "columns=yes" in text
     assert ("fp8_weight" in text) != inside
     assert "fp8_meter" not in text
-    one_scale = {"hybrid", "delayed"} if name.startswith("gated") else {"hybrid", "delayed", "direct"}  # direct rounds the output of `up`
-    assert ("fp8fx.act_linear" in text) == (name not in ("shared", "chain") and recipe in one_scale)
+    assert ("fp8fx.act_linear" in text) == (name not in ("shared", "chain") and recipe in ("hybrid", "delayed", "direct"))
+    assert (", output=e5m2" in text) == (recipe == "direct")  # the products round it
+    assert "fp8fx.dequantize" not in text
+    assert "fp8fx.quantize" not in text
     assert ("fp8_records" in text) == (recipe == "delayed")
