@@ -42,7 +42,7 @@ def _by_inductor(module: fx.GraphModule, example_inputs: list[Any], mode: str | 
 def _keep_in_place(module: fx.GraphModule) -> None:
     """Say that the records never move: kernels measure into the runtime's own memory.
 
-    CUDA graphs copy every other input to an address of its own, at each call, but parameters and buffers, which Dynamo has marked so itself.
+    CUDA graphs copy every other input to an address of its own, at each call, but parameters and buffers, which Dynamo has marked itself.
     """
     for node in module.graph.find_nodes(op="placeholder"):
         if node.meta.get("extra") in (RECORDS, GRAD_RECORDS):
