@@ -55,9 +55,8 @@ def _round_kernel(
     if HOW[5]:
         amax = largest_part(scale_ptr, HOW[5])
         scale = current_scale(amax, HOW[7], 57344.0 if HOW[0] else 448.0, HOW[6])
-        if HOW[8]:
-            if tl.program_id(0) == 0:
-                merge_amax(record_ptr, amax_bits(record_ptr), amax)
+        if HOW[8] and tl.program_id(0) == 0:
+            merge_amax(record_ptr, amax_bits(record_ptr), amax)
     else:
         if HOW[4]:
             scale = tl.load(scale_ptr)

@@ -180,9 +180,9 @@ def rounded(
         return round_values(sums, spec, rng, site, role)[0].to(dtype)
     scale_a = _one(a.device) if scale_a is None else scale_a
     scale_b = _one(b.device) if scale_b is None else scale_b
-    blocks: Any = (tuple(block_a) or None, tuple(block_b) or None)
+    blocks: dict[str, Any] = {"block_a": tuple(block_a) or None, "block_b": tuple(block_b) or None}
     how = _rounding(parsed, rng, site, role)
-    return scaled_mm.scaled_mm(a, b, scale_a, scale_b, bias, dtype, accumulate, *blocks, round_to=parsed.format, how=how)
+    return scaled_mm.scaled_mm(a, b, scale_a, scale_b, bias, dtype, accumulate, **blocks, round_to=parsed.format, how=how)
 
 
 def round_values(x: Tensor, spec: str, rng: Tensor | None, site: str, role: str, scale: Tensor | None = None) -> tuple[Tensor, Tensor]:
@@ -202,10 +202,10 @@ def linear(x: Tensor, w: Tensor, b: Tensor | None, input: list[Tensor], weight: 
     left, right = forward_operand(x, input, input_spec), forward_operand(w, weight, weight_spec).mT
     scale = left.scale if x.dim() == 2 or left.scale is None or left.scale.dim() == 0 else left.scale.view(-1, left.scale.shape[-1])
     values, _, format, block = left.arguments()
-    operands: Any = (
-        values if x.dim() == 2 else as_matrix(values), scale, format, block, *right.arguments(), b, dtype, spec.accumulate[0]
-    )  # fmt: skip
-    y = scaled(*operands) if spec.output is None else rounded(*operands, spec.output.text, rest[2], rest[3], "output")
+    values = values if x.dim() == 2 else as_matrix(values)
+    operands: Any = (values, scale, format, block, *right.arguments(), b, dtype, spec.accumulate[0])
+    ending: Any = () if spec.output is None else (spec.output.text, rest[2], rest[3], "output")  # spec, rng, site, role
+    y = rounded(*operands, *ending) if ending else scaled(*operands)
     return y if x.dim() == 2 else y.view(*x.shape[:-1], y.shape[-1])
 
 

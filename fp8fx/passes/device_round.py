@@ -21,7 +21,7 @@ from fp8fx.spec import SiteSpec, TensorSpec
 ops = torch.ops.fp8fx
 LINEAR, DEQUANTIZE, ANCHOR = ops.linear.default, ops.dequantize.default, ops.anchor.default
 QUANTIZE, CAST = ops.quantize.default, ops.cast.default
-PLACES = {QUANTIZE: (3, 4, 5), CAST: (2, 3, 4)}  # of rng, site and role among their arguments
+PLACES: dict[Any, tuple[int, int, int]] = {QUANTIZE: (3, 4, 5), CAST: (2, 3, 4)}  # of rng, site and role among their arguments
 DTYPES = (torch.bfloat16, torch.float16, torch.float32)  # each holds every value of e4m3fn and of e5m2
 FORMATS = ("e4m3fn", "e5m2")
 RULE = "quantize(linear(x, w)) = linear(x, w, output)"

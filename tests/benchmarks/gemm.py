@@ -1,10 +1,14 @@
 """scaled_mm against torch's own FP8 matrix product (cuBLASLt), in TFLOP/s, on the sizes of a Llama's linears.
 
     python tests/benchmarks/gemm.py [--json figures.json] [--picture gemm.svg] [--rounds 9]
+    python tests/benchmarks/gemm.py --configs
 
 Random data, bf16 output, K-major operands. Columns: our kernel and torch's for one scale per tensor and one per row and column, fast
 accumulation; ours with e5m2 x e5m2, which torch refuses; torch's bf16 product; both with precise accumulation; ours with 1x128 and 128x128
 blocks. Bars, each over all sizes: ours over torch's at least 0.97 (tensor, row), e5m2 x e5m2 over e4m3 x e4m3 at least 0.95.
+
+--configs prints another table, without bars: tile sizes for the products of `direct`, e5m2 x e5m2, in the sizes of a Llama block's
+forward and backward, written as they are, rounded to nearest (outputs) and stochastically (gradients).
 """
 
 from __future__ import annotations
@@ -23,7 +27,8 @@ from torch import Tensor
 if __name__ == "__main__" and not torch.cuda.is_available():
     os.environ.setdefault("TRITON_INTERPRET", "1")  # for --tiny; Triton reads it when a kernel is defined
 
-from fp8fx.kernels.scaled_mm import scaled_mm
+from fp8fx.kernels.cast import Rounding
+from fp8fx.kernels.scaled_mm import CONFIGS, Config, scaled_mm
 
 SHAPES = [
     (8192, 8192, 8192),
@@ -110,11 +115,58 @@ def draw(figure: Any, rows: list[Row]) -> None:
     axes.legend(fontsize="small", ncols=4, loc="lower center", bbox_to_anchor=(0.5, 1))
 
 
+# Promotion to float32 is every BLOCK_K of a precise configuration.
+PRECISE = {
+    "128x128x128, 2 programs": CONFIGS["precise"],
+    "256x128x128": Config(256, 128, 128, 4, True, False, 8, 4),
+    "256x128x256": Config(256, 128, 256, 4, True, False, 8, 2),
+    "128x128x256": Config(128, 128, 256, 8, True, False, 4, 3),
+}
+CONFIGURED = {"fast": {"large": CONFIGS["large"], "medium": CONFIGS["medium"]}, "precise": PRECISE}
+PRODUCTS = [(8192, 4096, 4096), (8192, 14336, 4096), (8192, 4096, 14336), (4096, 4096, 8192), (14336, 4096, 8192), (4096, 14336, 8192)]
+
+
+def configured(m: int, n: int, k: int, options: Any) -> dict[str, float]:
+    """TFLOP/s by accumulation, configuration and ending; torch's own precise e5m2 x e4m3 beside them."""
+    a, b = (torch.randn(rows, k, device=options.device, dtype=torch.bfloat16).to(E5) for rows in (m, n))
+    one, rng = torch.ones((), device=options.device), torch.tensor([1, 2, 3], device=options.device)
+    how = Rounding("stochastic", "nonfinite", rng, 7)
+    endings: dict[str, dict[str, Any]] = {
+        "as it is": {},
+        "nearest": {"round_to": "e5m2"},
+        "stochastic": {"round_to": "e5m2", "how": how},
+    }
+    calls: dict[str, Call] = {}
+    for accumulate, made in CONFIGURED.items():
+        for name, config in made.items():
+            for ending, end in endings.items():
+                calls[f"{accumulate} {name} {ending}"] = lambda end=end, config=config, accumulate=accumulate: scaled_mm(  # type: ignore[misc]
+                    a, b.t(), one, one, accumulate=accumulate, config=config, **end
+                )
+    if options.device == "cuda":
+        other = b.float().to(E4).t()
+        calls["precise torch e5m2 x e4m3"] = lambda: torch._scaled_mm(a, other, one, one, out_dtype=torch.bfloat16, use_fast_accum=False)
+    repeats = 1 if options.tiny else max(1, round(2e12 / (m * n * k)))
+    seconds = interleaved({name: [call] * repeats for name, call in calls.items()}, options.rounds)
+    return {name: 2e-12 * m * n * k / time for name, time in seconds.items()}
+
+
+def compare(options: Any) -> int:
+    for m, n, k in TINY if options.tiny else PRODUCTS:
+        print(f"M, N, K = {m}, {n}, {k}", flush=True)
+        for name, tflops in configured(m, n, k, options).items():
+            print(f"  {name:<44}{tflops:8.4g} TFLOP/s", flush=True)
+    return 0
+
+
 def main(argv: Sequence[str] | None = None) -> int:
     made = parser(__doc__)
     made.add_argument("--rounds", type=int, default=9)
+    made.add_argument("--configs", action="store_true", help="compare tile sizes for the products of `direct` instead")
     options = made.parse_args(argv)
     options.device = device_for(options, made)
+    if options.configs:
+        return compare(options)
     report = Report("gemm", options, options.device, ("m", "n", "k"))
     print(f"{'M, N, K':>20}" + "".join(f"{name:>14}" for name in (*FAST, *OTHERS)) + "   TFLOP/s")
     if report.measures:

@@ -24,6 +24,7 @@ from fp8fx.kernels.cast_block import cast_block
 from fp8fx.kernels.delayed import delayed_update
 from fp8fx.kernels.norm_backward import norm_backward_cast
 from fp8fx.kernels.norm_cast import norm_cast
+from fp8fx.kernels.round_values import round_values
 from fp8fx.kernels.scale import compute_scale
 
 Compiled = Callable[[], list[Any]]
@@ -81,6 +82,8 @@ ELEMENTWISE: dict[str, Callable[[], Any]] = {
     "long layer norm backward": lambda: norm_backward_cast(
         LONG, LONG, None, COLUMN[:64], COLUMN[:64], "e5m2", current=True, made_scale=ONE, how=STOCHASTIC
     ),
+    "round values": lambda: round_values(torch.empty(64, 4096), "e5m2", how=STOCHASTIC, record=ONE),
+    "round values current": lambda: round_values(X, "e4m3fn", record=ONE, current=True),
     "long rms norm current": lambda: norm_cast(LONG, None, None, "e4m3fn", current=True, made_scale=ONE),
 }
 
@@ -195,6 +198,7 @@ SOME_ENDS = [
     ("codes", "blocked"),
     ("codes", "decode_64"),
     ("rounded", "large"),
+    ("rounded", "precise"),
     ("everything", "decode"),
 ]
 

@@ -59,6 +59,31 @@ def test_quantize(spec: str, shape: tuple[int, ...], dtype: torch.dtype) -> None
         assert float(measured[0]) == float(record[0])
 
 
+@pytest.mark.parametrize("spec", SPECS)
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
+def test_round_values(spec: str, dtype: torch.dtype) -> None:
+    """Called twice: the second time from the tape."""
+    rng, scale = torch.tensor([3, 1, 4]), torch.tensor(0.03125) if "delayed" in spec else None
+    for shape in ((24, 4096), (33, 7), (0, 16)):
+        for seed in range(2):
+            x = values(*shape, seed=seed, dtype=dtype)
+            there = (rng.cuda(), "fc", "grad_input", None if scale is None else scale.cuda())
+            same(ops.round_values(x.cuda(), spec, *there), REFERENCES["round_values"](x, spec, rng, "fc", "grad_input", scale))
+
+
+@pytest.mark.parametrize("rounding", ["nearest_even/saturate", "stochastic/nonfinite"])
+@pytest.mark.parametrize("accumulate", ["fast", "precise"])
+def test_rounded_products(rounding: str, accumulate: str) -> None:
+    """Sums of small integers are exact in any order, so that every bit is the reference's; e5m2 x e5m2, which torch refuses."""
+    spec, rng = f"e5m2/none/tensor/{rounding}", torch.tensor([3, 1, 4])
+    for m, n, k in ((512, 1024, 256), (33, 48, 64), (130, 37, 17)):
+        a, b = (values(rows, k, seed=i).clamp(-2, 2).round().to(torch.float8_e5m2) for i, rows in enumerate((m, n)))
+        tail = ("e5m2", [], None, torch.bfloat16, accumulate, spec)
+        ours = ops.rounded_mm(a.cuda(), None, "e5m2", [], b.cuda().t(), None, *tail, rng.cuda(), "fc", "output")
+        theirs = REFERENCES["rounded_mm"](a, None, "e5m2", [], b.t(), None, *tail, rng, "fc", "output")
+        same([ours], [theirs])
+
+
 @pytest.mark.parametrize("granularity", ["row", "1x128", "128x128"])
 @pytest.mark.parametrize("layout", ["rows", "transposed", "both"])
 @pytest.mark.parametrize("shape", [(2, 128, 256), (130, 200), (0, 128)])

@@ -171,6 +171,7 @@ SAMPLES: dict[str, list[Callable[[], tuple[Any, ...]]]] = {
     ],
     "round_gradient": [lambda: (learned(3, 8), SPEC, None, "attn", "grad_output")],
     "meter_row": [meter_row_args, lambda: (randn(3, 8), None, "", None, None, None)],
+    "rounded_mm": [lambda: (*scaled_mm_args([]), "precise", RANDOM, RNG, "fc", "output")],
     "scaled_mm": [lambda: scaled_mm_args([]), lambda: scaled_mm_args([1, 4]), lambda: scaled_mm_args([4, 4])],
     "linear": [
         lambda: linear_args(BACKWARD),
@@ -178,6 +179,7 @@ SAMPLES: dict[str, list[Callable[[], tuple[Any, ...]]]] = {
         lambda: linear_args("gemms=grad_weight"),
         lambda: linear_args(KEPT),
         lambda: recorded_args(KEPT + ";columns=yes"),
+        lambda: recorded_args(f"output={RANDOM};grad_output={SPEC};grad_input={RANDOM};{PLAIN};columns=yes"),
         lambda: linear_args(KEPT.replace("output,grad_input,grad_weight", "") + ";calibrating=yes"),
     ],
     "act_linear": [
