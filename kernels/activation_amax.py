@@ -25,7 +25,7 @@ from fp8fx.kernels.layout import plain_matrices
 from fp8fx.kernels.quarters import locate_tile
 from fp8fx.kernels.records import amax_bits, check_record, merge_amax
 
-_CONFIG = (32, 128, 4)  # BLOCK_M, BLOCK_K, num_warps
+_FORWARD, _BACKWARD = (16, 128, 4), (32, 128, 4)  # BLOCK_M, BLOCK_K, num_warps
 
 
 @triton.jit
@@ -103,7 +103,7 @@ def _measure(
     if two and (amax is None) != (amax_u is None):
         raise KernelError("activation_backward_amax: the amaxes of dh and du are given together")
     seen = [plain_matrices(h if x is None else x) for x in (dy, h, u)]
-    block_m, block_k, warps = _CONFIG
+    block_m, block_k, warps = _FORWARD if dy is None else _BACKWARD
     tiles = seen[1].tiles(block_m, block_k)
     parts = part_count(tiles)
     if amax is None:

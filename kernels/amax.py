@@ -27,8 +27,8 @@ _TILE = (64, 128, 4)
 _FLAT = (4, 4096, 8)
 _PARTS_FLAT = (2, 4096, 4)
 
-# Programs of a kernel that walks over a whole tensor and leaves one partial amax each: almost four per multiprocessor.
-MOST_PARTS = 512
+# Programs of a kernel that walks over a whole tensor and leaves one partial amax each: almost eight per multiprocessor.
+MOST_PARTS = 1024
 
 
 @triton.jit
