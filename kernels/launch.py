@@ -80,15 +80,20 @@ def launch(
         x, y, z = (*grid, 1, 1)[:3]
         stream = torch._C._cuda_getCurrentRawStream(device)
         compiled.run(x, y, z, stream, compiled.function, compiled.packed_metadata, None, None, None, *args, *tail)
-    recording = getattr(_RECORDING, "launches", None)
-    if recording is not None and found is not None:
-        recording.append(Launch(*found, grid, args))
+    launches = getattr(_RECORDING, "launches", None)
+    if launches is not None and found is not None:
+        launches.append(Launch(*found, grid, args))
 
 
 def hooked() -> bool:
     """A profiler wants to see Triton's own launches."""
     hook: Any = triton.knobs.runtime.launch_enter_hook
     return hook is not None and bool(getattr(hook, "calls", True))
+
+
+def recording() -> bool:
+    """This thread is inside `recorded`."""
+    return getattr(_RECORDING, "launches", None) is not None
 
 
 @contextlib.contextmanager

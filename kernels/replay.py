@@ -5,7 +5,7 @@
 What such a function does for tensors of certain shapes, strides and types, and certain other arguments, is always the same: allocate
 outputs, and launch kernels on pointers to its inputs and outputs. The first call writes that down as a tape; later ones play it, at a
 fraction of the host's time (checks, grids, keys, views). A function that did anything else on the device, such as copying a tensor into
-another layout, is not taped for those arguments. A tape holds no tensor.
+another layout, is not taped for those arguments. A tape holds no tensor but constants that its function keeps anyway.
 """
 
 from __future__ import annotations
@@ -19,8 +19,9 @@ from typing import Any
 import torch
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
+from triton.tools.tensor_descriptor import TensorDescriptor
 
-from fp8fx.kernels.launch import Launch, hooked, recorded
+from fp8fx.kernels.launch import Launch, hooked, recorded, recording
 
 TRIES = 4  # torch looks over an operator's shoulder in its first calls, which then do more than they will
 MOST_TAPES = 4096  # of one function; sizes that change at every call would fill the memory
@@ -51,13 +52,14 @@ class _Allocation:
 @dataclass(frozen=True)
 class _Step:
     """One launch: its compiled kernel, grid and arguments, pointers left out. Those are (position, number of the tensor), or with a
-    third number, bytes, point into the tensor."""
+    third number, bytes, point into the tensor; `described` are tensor descriptors, with what they hold beside the tensor."""
 
     compiled: Any
     grid: tuple[int, int, int]
     values: list[Any]
     tensors: list[tuple[int, int]]
     inside: list[tuple[int, int, int]]
+    described: list[tuple[int, int, dict[str, Any]]]
 
 
 @dataclass(frozen=True)
@@ -68,16 +70,18 @@ class _Output:
 
 @dataclass(frozen=True)
 class Tape:
-    """Tensors are numbered: the inputs at `inputs`, then the allocations."""
+    """Tensors are numbered: the inputs at `inputs`, then the constants, then the allocations."""
 
     device: int
     inputs: list[int]
+    constants: list[Tensor]
     allocations: list[_Allocation]
     steps: list[_Step]
     outputs: list[_Output | _Allocation]
 
     def play(self, args: tuple[Any, ...]) -> tuple[Tensor, ...]:
         tensors = [args[i] for i in self.inputs]
+        tensors += self.constants
         tensors += [allocation.make() for allocation in self.allocations]
         stream = torch._C._cuda_getCurrentRawStream(self.device)
         for step in self.steps:
@@ -86,6 +90,8 @@ class Tape:
                 values[position] = tensors[number]
             for position, number, offset in step.inside:
                 values[position] = tensors[number].data_ptr() + offset
+            for position, number, fields in step.described:
+                values[position] = _descriptor(tensors[number], fields)
             compiled.run(*step.grid, stream, compiled.function, compiled.packed_metadata, None, None, None, *values)
         return tuple(self._output(output, tensors) for output in self.outputs)
 
@@ -96,6 +102,13 @@ class Tape:
         return tensor if output.view is None else tensor.as_strided(*output.view)
 
 
+def _descriptor(base: Tensor, fields: dict[str, Any]) -> TensorDescriptor:
+    """A descriptor whose fields were checked when the first one of its kind was made."""
+    made = object.__new__(TensorDescriptor)
+    made.__dict__.update(fields, base=base)
+    return made
+
+
 def taped(function: Callable[..., tuple[Tensor, ...]]) -> Callable[..., tuple[Tensor, ...]]:
     """`function`, with tapes. It takes positional arguments, tensors of one device among them, and returns tensors that are no inputs."""
     tapes: dict[tuple[Any, ...], Tape | int] = {}  # an int counts the calls that could not be taped
@@ -103,6 +116,8 @@ def taped(function: Callable[..., tuple[Tensor, ...]]) -> Callable[..., tuple[Te
 
     @functools.wraps(function)
     def run(*args: Any) -> tuple[Tensor, ...]:
+        if recording():  # part of another function's tape, which must see all that is made and launched
+            return function(*args)
         key = _key(args)
         tape = tapes.get(key, 0)
         if isinstance(tape, Tape):
@@ -129,15 +144,17 @@ def _class(x: Tensor) -> tuple[Any, ...]:
 
 
 class _Watch(TorchDispatchMode):
-    """What a function does with torch: whether only tensors were made and looked at, and which were filled with zeros."""
+    """What a function does with torch: whether only tensors were made and looked at, which were made, and which filled with zeros."""
 
     def __init__(self) -> None:
         super().__init__()
-        self.harmless, self.zeroed = True, set[int]()
+        self.harmless, self.made, self.zeroed = True, set[int](), set[int]()
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         result = func(*args, **(kwargs or {}))
         name = func._schema.name.removeprefix("aten::")
+        if "empty" in name or name in _ZEROED:
+            self.made.add(result.untyped_storage().data_ptr())
         if name in _ZEROED:
             self.zeroed.add(result.untyped_storage().data_ptr())
         elif name not in _HARMLESS:
@@ -148,29 +165,37 @@ class _Watch(TorchDispatchMode):
 def _record(function: Callable[..., tuple[Tensor, ...]], args: tuple[Any, ...]) -> tuple[tuple[Tensor, ...], Tape | None]:
     with recorded() as launches, _Watch() as watch:
         results = function(*args)
-    return results, _tape(args, results, launches, watch.zeroed) if watch.harmless and launches else None
+    return results, _tape(args, results, launches, watch) if watch.harmless and launches else None
 
 
-def _tape(args: tuple[Any, ...], results: tuple[Tensor, ...], launches: list[Launch], zeroed: set[int]) -> Tape | None:
-    """None for what a tape cannot say: descriptors, one tensor given twice, pointers to other parts of an input's memory."""
+def _tape(args: tuple[Any, ...], results: tuple[Tensor, ...], launches: list[Launch], watch: _Watch) -> Tape | None:
+    """None for what a tape cannot say: one tensor given twice, pointers to other parts of an input's memory."""
     inputs = [i for i, a in enumerate(args) if isinstance(a, Tensor) and a.numel()]
     numbers = {args[i].data_ptr(): number for number, i in enumerate(inputs)}
     if len(numbers) != len(inputs) or 0 in numbers:
         return None
-    made = {t.untyped_storage().data_ptr(): t for launch in launches for t in launch.args if isinstance(t, Tensor)}
-    made |= {t.untyped_storage().data_ptr(): t for t in results if t.numel()}
-    allocations: list[_Allocation] = []
-    for start, tensor in made.items():
-        if start not in numbers and not any(args[i].untyped_storage().data_ptr() == start for i in inputs):
-            numbers[start] = len(inputs) + len(allocations)
-            allocations.append(_allocation(tensor, start in zeroed))
+    own = {args[i].untyped_storage().data_ptr() for i in inputs}
+    used = [_base(value) for launch in launches for value in launch.args if isinstance(value, (Tensor, TensorDescriptor))]
+    others = {t.untyped_storage().data_ptr(): t for t in [*used, *(t for t in results if t.numel())]}
+    others = {start: t for start, t in others.items() if start not in numbers and start not in own}
+    # A storage may be made where another died inside the function; what it did not make was there before, and stays.
+    constants = [t for start, t in others.items() if start not in watch.made]
+    numbers |= {t.data_ptr(): len(inputs) + i for i, t in enumerate(constants)}
+    made = {start: t for start, t in others.items() if start in watch.made}
+    first = len(inputs) + len(constants)
+    numbers |= {start: first + i for i, start in enumerate(made)}
+    allocations = [_allocation(t, start in watch.zeroed) for start, t in made.items()]
     steps = [_step(launch, numbers) for launch in launches]
     if any(step is None for step in steps):
         return None
-    outputs = [_output(t, numbers, allocations, len(inputs)) for t in results]
+    outputs = [_output(t, numbers, allocations, first) for t in results]
     if any(output is None for output in outputs):
         return None
-    return Tape(args[inputs[0]].get_device(), inputs, allocations, steps, outputs)  # type: ignore[arg-type]
+    return Tape(args[inputs[0]].get_device(), inputs, constants, allocations, steps, outputs)  # type: ignore[arg-type]
+
+
+def _base(value: Tensor | TensorDescriptor) -> Tensor:
+    return value if isinstance(value, Tensor) else value.base
 
 
 def _whole(tensor: Tensor) -> bool:
@@ -185,7 +210,7 @@ def _allocation(tensor: Tensor, zeroed: bool) -> _Allocation:
 
 
 def _step(launch: Launch, numbers: dict[int, int]) -> _Step | None:
-    values, tensors, inside = list(launch.args), [], []
+    values, tensors, inside, described = list(launch.args), [], [], []
     for position, value in enumerate(values):
         if isinstance(value, Tensor):
             start, number = value.untyped_storage().data_ptr(), numbers.get(value.data_ptr())
@@ -196,19 +221,25 @@ def _step(launch: Launch, numbers: dict[int, int]) -> _Step | None:
             else:
                 return None
             values[position] = None
+        elif isinstance(value, TensorDescriptor):
+            number = numbers.get(value.base.data_ptr())
+            if number is None:
+                return None
+            described.append((position, number, {key: field for key, field in vars(value).items() if key != "base"}))
+            values[position] = None
         elif not isinstance(value, (int, float)):
             return None
     x, y, z = (*launch.grid, 1, 1)[:3]
-    return _Step(launch.compiled, (x, y, z), [*values, *launch.tail], tensors, inside)
+    return _Step(launch.compiled, (x, y, z), [*values, *launch.tail], tensors, inside, described)
 
 
-def _output(tensor: Tensor, numbers: dict[int, int], allocations: list[_Allocation], inputs: int) -> _Output | _Allocation | None:
+def _output(tensor: Tensor, numbers: dict[int, int], allocations: list[_Allocation], first: int) -> _Output | _Allocation | None:
     if not tensor.numel():
         return _Allocation(tuple(tensor.shape), tensor.stride(), tensor.dtype, False)
-    number = numbers.get(tensor.untyped_storage().data_ptr(), -1) - inputs
+    number = numbers.get(tensor.untyped_storage().data_ptr(), -1) - first
     if number < 0 or allocations[number].dtype != tensor.dtype:
         return None
     made = allocations[number]
     if (made.size, made.stride) == (tuple(tensor.shape), tensor.stride()) and tensor.storage_offset() == 0:
-        return _Output(number + inputs, None)
-    return _Output(number + inputs, (tuple(tensor.shape), tensor.stride(), int(tensor.storage_offset())))
+        return _Output(number + first, None)
+    return _Output(number + first, (tuple(tensor.shape), tensor.stride(), int(tensor.storage_offset())))

@@ -69,11 +69,12 @@ class Config:
         return min(max(each // 32, 1), 4) if stochastic else 2 if self.halves else 1
 
 
-# Tiles 256 wide ask least of the L2 cache. With few tiles, two programs of 128 x 128 per multiprocessor hide each other's last steps.
+# Tiles 256 wide ask least of the L2 cache. With few tiles, two programs of 128 x 128 per multiprocessor hide each other's last steps,
+# but random bits want more registers than two programs leave.
 CONFIGS = {
     "large": Config(128, 256, 128, 8, True, True, 8, 4),
     "medium": Config(128, 128, 128, 4, True, True, 4, 3, 2),
-    "precise": Config(128, 128, 128, 4, True, False, 4, 3, 2),
+    "precise": Config(256, 128, 128, 4, True, False, 8, 4),
     "small": Config(64, 128, 128, 8, False, False, 4, 4, 2),
     "decode": Config(64, 16, 256, 1, False, False, 4, 4, 2),
     "decode_64": Config(64, 64, 128, 1, False, False, 4, 5),
@@ -81,7 +82,7 @@ CONFIGS = {
 }
 
 
-def choose(m: int, n: int, batches: int, precise: bool, programs: int) -> str:
+def choose(m: int, n: int, batches: int, precise: bool, programs: int, stochastic: bool = False) -> str:
     """The name of the configuration for an [m, n] output, after the exchange of operands that few rows ask for."""
     if n <= 64 and m > n:
         return "decode" if n <= 16 else "decode_64"
@@ -89,7 +90,7 @@ def choose(m: int, n: int, batches: int, precise: bool, programs: int) -> str:
         return "small"
     if precise:
         return "precise"
-    return "medium" if batches * cdiv(m, 128) * cdiv(n, 256) < 4 * programs else "large"
+    return "medium" if batches * cdiv(m, 128) * cdiv(n, 256) < 4 * programs and not stochastic else "large"
 
 
 @functools.cache
@@ -286,14 +287,14 @@ def _launch(a: _Operand, b: _Operand, c: Tensor, end: _End, turned: bool, precis
     count, m, n = c.shape
     k = a.codes.shape[1]
     blocked = a.block is not None or b.block is not None
+    stochastic = end.format is not None and end.how.stochastic
     if blocked:  # refused before anything asks for a device
         chosen = config or CONFIGS["blocked"]
         block_k = _block_k(a, b, chosen.block_k)
     programs = multiprocessors(c.device)
     if not blocked:
-        chosen = config or CONFIGS[choose(m, n, count, precise, programs)]
+        chosen = config or CONFIGS[choose(m, n, count, precise, programs, stochastic)]
         block_k = chosen.block_k
-    stochastic = end.format is not None and end.how.stochastic
     parts = chosen.parts(stochastic)
     by_tma = c.stride(2) == 1 and c.stride(1) * c.element_size() % 16 == 0 and (count == 1 or m % chosen.block_m == 0)
     target = TensorDescriptor(c, [count * m, n], [c.stride(1), 1], [chosen.block_m, chosen.block_n // parts]) if by_tma else c

@@ -140,15 +140,38 @@ def scaled(
 ) -> Tensor:
     if format_a not in FORMATS or format_b not in FORMATS or dtype not in DTYPES:
         return scaled_mm_reference(a, scale_a, format_a, block_a, b, scale_b, format_b, block_b, bias, dtype)
-    scale_a = _one(a.device) if scale_a is None else scale_a
-    scale_b = _one(b.device) if scale_b is None else scale_b
+    one_a, one_b = (_one(a.device) if scale is None else scale for scale in (scale_a, scale_b))
     aligned = (a.data_ptr() | b.data_ptr()) % 16 == 0
-    if aligned and torch_has(a, scale_a, b, scale_b, bias, dtype, bool(block_a or block_b)):
-        return torch._scaled_mm(a, b, scale_a, scale_b, bias, None, dtype, accumulate == "fast")
+    if aligned and torch_has(a, one_a, b, one_b, bias, dtype, bool(block_a or block_b)):
+        return torch._scaled_mm(a, b, one_a, one_b, bias, None, dtype, accumulate == "fast")
     if not _has_blocks(block_a, block_b):
         return scaled_mm_reference(a, scale_a, format_a, block_a, b, scale_b, format_b, block_b, bias, dtype)
-    blocks = (tuple(block_a) or None, tuple(block_b) or None)
-    return scaled_mm.scaled_mm(a, b, scale_a, scale_b, bias, dtype, accumulate, *blocks)  # type: ignore[arg-type]
+    return _OWN_PRODUCT(a, scale_a, tuple(block_a) or None, b, scale_b, tuple(block_b) or None, bias, dtype, accumulate, None, None)[0]
+
+
+def _own_product(
+    a: Tensor,
+    scale_a: Tensor | None,
+    block_a: Any,
+    b: Tensor,
+    scale_b: Tensor | None,
+    block_b: Any,
+    bias: Tensor | None,
+    dtype: torch.dtype,
+    accumulate: str,
+    round_to: str | None,
+    rng: Tensor | None,
+    rounding: str = "nearest_even",
+    overflow: str = "saturate",
+    key: int = 0,
+) -> tuple[Tensor, ...]:
+    """The project's own kernel; (y,)."""
+    scale_a, scale_b = (_one(a.device) if scale is None else scale for scale in (scale_a, scale_b))
+    how = kernel.Rounding(rounding, overflow, rng, key)
+    return (scaled_mm.scaled_mm(a, b, scale_a, scale_b, bias, dtype, accumulate, block_a, block_b, round_to=round_to, how=how),)
+
+
+_OWN_PRODUCT = taped(_own_product)
 
 
 def _has_blocks(block_a: list[int], block_b: list[int]) -> bool:
@@ -178,11 +201,10 @@ def rounded(
     if not codes or not _has_kernel(a, parsed, (a.dtype,)) or not rounds_in_place(parsed):
         sums = scaled(a, scale_a, format_a, block_a, b, scale_b, format_b, block_b, bias, torch.float32, accumulate)
         return round_values(sums, spec, rng, site, role)[0].to(dtype)
-    scale_a = _one(a.device) if scale_a is None else scale_a
-    scale_b = _one(b.device) if scale_b is None else scale_b
-    blocks: dict[str, Any] = {"block_a": tuple(block_a) or None, "block_b": tuple(block_b) or None}
     how = _rounding(parsed, rng, site, role)
-    return scaled_mm.scaled_mm(a, b, scale_a, scale_b, bias, dtype, accumulate, **blocks, round_to=parsed.format, how=how)
+    blocks = tuple(block_a) or None, tuple(block_b) or None
+    operands = (a, scale_a, blocks[0], b, scale_b, blocks[1], bias, dtype, accumulate)
+    return _OWN_PRODUCT(*operands, parsed.format, how.rng, how.rounding, how.overflow, how.key)[0]
 
 
 def round_values(x: Tensor, spec: str, rng: Tensor | None, site: str, role: str, scale: Tensor | None = None) -> tuple[Tensor, Tensor]:
