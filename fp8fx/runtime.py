@@ -234,7 +234,8 @@ class Runtime:
 
     def state(self) -> dict[str, Tensor]:
         """What a checkpoint must hold besides the model's own tensors: the position in the random stream, and scales that are kept."""
-        return {"stream": self._position().tensor(torch.device("cpu"))} | self.scaling_state()
+        # The stream last: a file that ends after it, with all weights, would look like the whole state of a recipe without scales.
+        return self.scaling_state() | {"stream": self._position().tensor(torch.device("cpu"))}
 
     def scaling_state(self) -> dict[str, Tensor]:
         self._fold()
@@ -270,7 +271,8 @@ class Runtime:
         self._fold()
         if not state:
             self.weights.clear()
-            self.scaling.forget()
+            if not self.shards.completed:
+                self.scaling.forget()
             return
         self.shards.drop()
         kept = self.check_state(state, convert)
