@@ -1,5 +1,5 @@
 # make demo        train the demo's models under FP8 (an environment of its own in .venv, then `fp8fx demo`)
-# make test        the whole suite, in .venv
+# make test        the whole suite, in .venv, a process per core (WORKERS=...); TEST_ARGS=tests/ops for a part
 # make test-core   numerics and the gate only, with the Python that is there (PYTHON=...): nothing is installed
 # make lint        ruff and mypy, in .venv
 # make wheel       build the wheel and try it in a fresh environment, outside the checkout
@@ -9,6 +9,7 @@ PYTHON ?= python3
 VENV ?= .venv
 DEMO_ARGS ?=
 TEST_ARGS ?=
+WORKERS ?= logical
 
 # Always with the constraints: without them pip replaces a CPU build of torch by a CUDA build of gigabytes.
 # The build runs in the environment itself (setuptools is installed first), since an isolated one would not see them.
@@ -25,8 +26,9 @@ WHEEL_ENV := build/wheel-env
 demo: $(VENV)/demo.stamp
 	$(BIN)/fp8fx demo $(DEMO_ARGS)
 
+# A file's tests stay in one process: they share what is compiled. In the order of collection, since the longest file has few tests.
 test: $(VENV)/dev.stamp
-	$(BIN)/python -m pytest --durations=15 $(TEST_ARGS)
+	$(BIN)/python -m pytest -n $(WORKERS) --maxprocesses 8 --dist loadfile --no-loadscope-reorder --durations=15 $(TEST_ARGS)
 
 # -P keeps the checkout's root, where fp8fx has no fp8fx.kernels, off sys.path: the linked tree is imported.
 test-core: $(LINKS)

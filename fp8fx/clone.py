@@ -106,11 +106,13 @@ def _make_class(base: type[nn.Module]) -> type[nn.Module]:
         runtime, start = vars(self)[RUNTIME], prefix + PREFIX
         whole = all(prefix + key in state_dict for key in _own_keys(self))
         ours = {key.removeprefix(start): state_dict.pop(key) for key in list(state_dict) if key.startswith(start)}
-        missing, unknown = runtime.unmatched(ours, dict(self.named_modules(remove_duplicate=False)))
-        known = {key: value for key, value in ours.items() if key not in unknown}
-        entries: dict[str, torch.Tensor] | None = known if whole else runtime.shards.add(known, runtime)
-        if entries is not None:
-            runtime.load_state(entries)
+        modules = dict(self.named_modules(remove_duplicate=False))
+        missing, unknown = runtime.unmatched(ours, modules)
+        # One of several files may hold all weights and a part of fp8fx's entries, or the other way round.
+        state: dict[str, torch.Tensor] | None = ours if whole and not missing else runtime.shards.add(ours, runtime)
+        if state is not None:
+            _, left_out = runtime.unmatched(state, modules)
+            runtime.load_state({key: value for key, value in state.items() if key not in left_out})
         _, _, missing_keys, unexpected_keys, _ = rest
         missing_keys += [start + key for key in missing] if whole else []
         unexpected_keys += [start + key for key in unknown]

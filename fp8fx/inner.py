@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import importlib.util
 from collections.abc import Callable
 from typing import Any
 
@@ -10,6 +9,7 @@ import torch
 from torch import Tensor, fx
 
 from fp8fx.capture import dynamo
+from fp8fx.ops.available import triton_works
 from fp8fx.ops.inductor import decompositions
 from fp8fx.options import Options
 from fp8fx.passes.device import GRAD_RECORDS, RECORDS
@@ -20,7 +20,7 @@ def compiled_inner(module: fx.GraphModule, example_inputs: list[Any], options: O
     cuda = any(isinstance(x, Tensor) and x.is_cuda for x in example_inputs)
     name = options.inner
     if name == "auto":
-        name = "inductor" if cuda and importlib.util.find_spec("triton") is not None else "eager"
+        name = "inductor" if cuda and triton_works() else "eager"
     if name == "eager":
         return module.forward  # not the module, whose call runs torch's global module hooks once more
     with dynamo.own_cache_key():

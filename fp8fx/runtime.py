@@ -155,8 +155,10 @@ class Runtime:
             self._first_layer = layers[0]
         recipe = self.recipe.with_boundary(first=first, last=captured.ends)
         where = next((x.device for x in example_inputs if isinstance(x, Tensor) and x.is_cuda), torch.device("cpu"))
-        inside, name = (self.trains(), torch.cuda.get_device_name(where)) if where.type == "cuda" else (False, "")
-        context = Context(recipe, module_types(self.root), complete, add_input, False, where.type, name, inside)
+        context = Context(recipe, module_types(self.root), complete, add_input, False, where.type)
+        if where.type == "cuda":
+            gpu = {"device_name": torch.cuda.get_device_name(where), "capability": torch.cuda.get_device_capability(where)}
+            context = dataclasses.replace(context, weights_inside=self.trains(), **gpu)
         compiled = pipeline.run(captured, context, "annotate" if self.options.plan_only else "lower")
         record = GraphRecord(captured, context, compiled, site_rows(compiled.annotated), bool(layers))
         if self.options.plan_only:
@@ -234,7 +236,8 @@ class Runtime:
 
     def state(self) -> dict[str, Tensor]:
         """What a checkpoint must hold besides the model's own tensors: the position in the random stream, and scales that are kept."""
-        return {"stream": self._position().tensor(torch.device("cpu"))} | self.scaling_state()
+        # The stream last: a file that ends after it, with all weights, would look like the whole state of a recipe without scales.
+        return self.scaling_state() | {"stream": self._position().tensor(torch.device("cpu"))}
 
     def scaling_state(self) -> dict[str, Tensor]:
         self._fold()
@@ -270,7 +273,8 @@ class Runtime:
         self._fold()
         if not state:
             self.weights.clear()
-            self.scaling.forget()
+            if not self.shards.completed:
+                self.scaling.forget()
             return
         self.shards.drop()
         kept = self.check_state(state, convert)

@@ -13,7 +13,6 @@ All slots lie in three tensors, so that a step is one vectorised update, and a f
 from __future__ import annotations
 
 import contextlib
-import importlib.util
 import json
 import logging
 import threading
@@ -129,7 +128,7 @@ class ScalingState:
     def _step_by_kernel(self, order: str) -> bool:
         """One launch for all slots, in place: forwards in flight have copies of their scales. False where there is no kernel."""
         powers = {slot.power_of_two for slot in self.slots}
-        if not self.scale.is_cuda or len(powers) != 1 or importlib.util.find_spec("triton") is None:
+        if not self.scale.is_cuda or len(powers) != 1 or not triton_works():
             return False
         from fp8fx.kernels.delayed import delayed_update as update
         from fp8fx.kernels.launch import KernelCompileError

@@ -38,8 +38,11 @@ def pytest_addoption(parser: pytest.Parser, pluginmanager: pytest.PytestPluginMa
 
 
 def pytest_configure(config: pytest.Config) -> None:
-    # One thread per core that this process may use, but not more than the small tensors of the tests can feed.
-    torch.set_num_threads(min(len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1, 4))
+    # Tensors here are small, and `make test` runs a process per core: one thread each, Inductor's compilers and child processes included.
+    # Also alone: the order of sums, and their last bits with it, depends on the number of threads.
+    os.environ.setdefault("OMP_NUM_THREADS", "1")
+    os.environ.setdefault("TORCHINDUCTOR_COMPILE_THREADS", "1")
+    torch.set_num_threads(1)
     if not config.pluginmanager.hasplugin("timeout"):
         config.addinivalue_line("markers", "timeout: read by pytest-timeout where it is installed")
     _import_torchvision()

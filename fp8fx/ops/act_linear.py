@@ -20,6 +20,7 @@ import torch
 from torch import Tensor
 
 from fp8fx.ops.casts import LAYOUTS, cast_current_fake, cast_current_reference, cast_fake, cast_reference
+from fp8fx.ops.kept import keep
 from fp8fx.ops.library import define
 from fp8fx.ops.linear import LinearBackward, Saved, linear_reference
 from fp8fx.ops.mlp import ACTIVATIONS
@@ -153,17 +154,18 @@ def _setup(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> Non
     ctx.bias_dtypes = [None if b is None else b.dtype for b in (b1, b2)]
     first = Saved.of(x, w1, input, weight1, ctx.specs[0]).recasting(w1)
     scale2 = None if w2 is None else weight2[1]
-    ctx.save_for_backward(*first.tensors(), w2, scale2, *output[4:], scales1, scales2, record1, record2, rng)
+    ctx.save_for_backward(*first.tensors(), w2, scale2, *output[4:], scales1, scales2, rng)
+    keep(ctx, record1, record2)
 
 
 def _backward(ctx: Any, grad: Tensor | None, *_: Any) -> tuple[Any, ...]:
     if grad is None:
         return (None,) * 27
-    *saved1, w2, weight2_scale, h, u, scales1, scales2, record1, record2, rng = ctx.saved_tensors
+    *saved1, w2, weight2_scale, h, u, scales1, scales2, rng = ctx.saved_tensors
     needs = ctx.needs_input_grad
     states = [
-        Backward(ctx.site1, ctx.specs[0], rng, scales1, record=record1),
-        Backward(ctx.site2, ctx.specs[1], rng, scales2, record=record2),
+        Backward(ctx.site1, ctx.specs[0], rng, scales1, record=ctx.records[0]),
+        Backward(ctx.site2, ctx.specs[1], rng, scales2, record=ctx.records[1]),
     ]
     first = Saved.restore(tuple(saved1))
     flat, h = as_matrix(grad).contiguous(), as_matrix(h)

@@ -18,6 +18,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from fp8fx.ops.kept import keep
 from fp8fx.ops.library import define
 from fp8fx.ops.operands import Backward, Operand, backward_operand, cast_operands, forward_operand
 from fp8fx.ops.quantize import as_matrix, quantize
@@ -182,13 +183,14 @@ def linear_setup(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
     ctx.bias_dtype = None if b is None else b.dtype
     saved = Saved.of(x, w, input, weight, ctx.spec)
     saved = saved.recasting(w) if ctx.spec.columns and len(weight) == 2 else saved
-    ctx.save_for_backward(*saved.tensors(), scales, rng, meter if ctx.spec.columns else None)
+    ctx.save_for_backward(*saved.tensors(), scales, rng)
+    keep(ctx, meter if ctx.spec.columns else None)
 
 
 def linear_backward(ctx: Any, grad: Tensor) -> tuple[Any, ...]:
-    *saved, scales, rng, record = ctx.saved_tensors
+    *saved, scales, rng = ctx.saved_tensors
     needs = ctx.needs_input_grad
-    state = Backward(ctx.site, ctx.spec, rng, scales, record=record)
+    state = Backward(ctx.site, ctx.spec, rng, scales, record=ctx.records[0])
     formula = LinearBackward(state, Saved.restore(tuple(saved)), ctx.input_spec, ctx.weight_spec, ctx.dtypes)
     dx, dw, row = formula(grad, needs[0], needs[1], needs[5])
     db = bias_gradient(grad, ctx.bias_dtype) if ctx.bias_dtype is not None and needs[2] else None

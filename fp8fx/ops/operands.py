@@ -18,6 +18,7 @@ import torch
 from torch import Tensor
 
 from fp8fx.ops.casts import cast, cast_current
+from fp8fx.ops.kept import mark
 from fp8fx.ops.quantize import GRADIENTS, as_matrix, meter_row, quantize, round_values
 from fp8fx.ops.rounded_mm import rounded_mm, rounds_in_place
 from fp8fx.ops.scaled_mm import scaled_mm
@@ -129,7 +130,7 @@ class Backward:
         return cast_operands(grad, spec, self.rng, self.site, "grad_output", self.scale("grad_output"), record, layout)
 
     def own_record(self, role: str) -> Tensor | None:
-        return None if self.record is None else self.record[GRADIENTS.index(role)]
+        return None if self.record is None else mark(self.record[GRADIENTS.index(role)])
 
     def quantize_other_axis(self, grad: Tensor, dims: list[int]) -> Operand:
         """`grad` once more, for the GEMM that contracts the other axis: scales per row or block differ."""

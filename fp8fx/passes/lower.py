@@ -15,7 +15,6 @@ quantizes weights that nobody keeps itself.
 
 from __future__ import annotations
 
-import importlib.util
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
@@ -25,6 +24,7 @@ from torch import Tensor, fx
 
 from fp8fx.capture.graph import TENSOR_NAME
 from fp8fx.capture.regions import outline_regions
+from fp8fx.ops.available import no_kernels
 from fp8fx.passes.contract import SLOT, Context, PassResult, Skip, Slot, finish
 from fp8fx.passes.device import to_kernels
 from fp8fx.passes.device_fuse import fuse_activations
@@ -34,7 +34,6 @@ from fp8fx.spec import TensorSpec
 
 ops = torch.ops.fp8fx
 
-FP8_CAPABILITY = (8, 9)
 WEIGHTS = "fp8_weights"  # module.meta: list[WeightInput], in the order of their inputs
 PARTS = ("q", "scale", "amax")  # of a quantized weight: its further inputs are called fp8_weight_<index>_<part>
 _VIEWS: dict[Any, Callable[..., Tensor]] = {torch.t: torch.t, "t": Tensor.t, "transpose": Tensor.transpose}
@@ -89,8 +88,11 @@ def _device(module: fx.GraphModule, context: Context) -> tuple[bool, list[Skip]]
     """On a CUDA device: register the kernels, and write the graph for them."""
     if context.device != "cuda":
         return False, []
-    if problem := _no_kernels():
+    if problem := no_kernels(context.device_name, context.capability):
         return False, [Skip("kernels", "", f"{problem}: the reference runs")]
+    from fp8fx.ops import cuda
+
+    cuda.register()
     changed, skips = to_kernels(module, context)
     if changed:
         finish(module, True)  # what only the other layout of a weight read is gone
@@ -98,18 +100,6 @@ def _device(module: fx.GraphModule, context: Context) -> tuple[bool, list[Skip]]
         fused, more = rewrite(module.graph)
         changed, skips = changed or fused, skips + more
     return changed, skips
-
-
-def _no_kernels() -> str:
-    """Register the kernels; or why this machine has none."""
-    if importlib.util.find_spec("triton") is None:
-        return "Triton is not installed"
-    if torch.cuda.is_available() and torch.cuda.get_device_capability() < FP8_CAPABILITY:
-        return f"{torch.cuda.get_device_name()} has no FP8 matrix instructions (compute capability 8.9 or later)"
-    from fp8fx.ops import cuda
-
-    cuda.register()
-    return ""
 
 
 def _weight(node: fx.Node, effects: Effects) -> tuple[fx.Node, tuple[tuple[Any, tuple[Any, ...]], ...]] | None:

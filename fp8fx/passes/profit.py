@@ -1,7 +1,7 @@
 """Does FP8 pay? *annotate* asks for a graph on a GPU, and leaves in high precision what FP8 would not make faster.
 
 A linear layer's gain is that of the measured cost model (fp8fx.costs): three GEMMs against three, and the casts. What has no kernel would
-be emulated, which is never faster. `when_not_faster: emulate` keeps FP8 there, for its numbers; so do convolutions, which have no other
+be emulated, which is never faster: everything on a GPU without FP8, or where Triton is not there. `when_not_faster: emulate` keeps FP8 there, for its numbers; so do convolutions, which have no other
 form on a GPU yet, and formats that only an emulation has.
 """
 
@@ -15,6 +15,7 @@ from torch import fx
 from fp8fx import costs
 from fp8fx.capture.graph import tensor
 from fp8fx.capture.sites import CONVOLUTIONS, SiteCall
+from fp8fx.ops.available import no_kernels
 from fp8fx.passes.contract import Context, SiteDecision
 from fp8fx.spec import ROLES, SiteSpec, TensorSpec
 
@@ -29,6 +30,7 @@ def without_gain(
     if context.device != "cuda" or context.calibrating:
         return {}
     found: dict[int, str] = {}
+    problem = no_kernels(context.device_name, context.capability)
     layers: dict[int, costs.Layer] = {}
     readers: dict[fx.Node, int] = {}
     for made, call in zip(decisions, calls, strict=True):
@@ -41,6 +43,8 @@ def without_gain(
             continue
         if call.op != "linear":
             found[i] = f"{call.op} has no FP8 kernel, and emulating it is slower (when_not_faster: emulate keeps FP8)"
+        elif problem:
+            found[i] = f"{problem}, and emulating FP8 is slower (when_not_faster: emulate keeps FP8)"
         elif layer := _layer(call, made.spec, readers):
             layers[i] = layer
     table = costs.load(context.device_name) if context.device_name else costs.load()

@@ -39,7 +39,9 @@ Random weights, training mode without dropout, batch 2, {seeds} seeds, torch {to
   recompilation. The tests hold that evaluation and training in turn cost what `torch.compile` of the plain model costs, and no more.
 - **output**: SQNR in dB of the logits against the plain model in float64, mean over the seeds. **margin**: how much better than the
   oracle's in the worst seed; the bar is -{tolerance}. The oracle is an independent fake quantization of the same sites (`tests/oracle.py`).
-- **gradients**: median SQNR in dB over all parameters and seeds. **worst margin**: of the parameter furthest below the oracle's.
+- **gradients**: median SQNR in dB over all parameters and seeds. **worst margin**: of the parameter furthest below the oracle's, in
+  any seed. The tests take one seed, or three where it misses the bar: no gradient's mean over the seeds may be below -0.5, and none
+  below -1.0 with one seed. What one code costs that falls on the other side of a boundary was 0.63 (pvt_v2_b0, on an AMD EPYC).
 - **equal**: share of all gradients that agree with the oracle's to 100 dB or better, that is, to float32's own rounding.
 
 The models are those of `tests/models/of_timm.py` and `tests/models/of_transformers.py`: small variants and images, with dropout and

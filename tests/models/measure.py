@@ -30,7 +30,8 @@ RECIPES: dict[str, Any] = {
     "hybrid": "hybrid",
     "direct": {"extends": "direct", "defaults": {"grad_output": NEAREST, "grad_input": NEAREST, "grad_weight": NEAREST}},
 }
-TOLERANCE = 0.5  # dB
+TOLERANCE = 0.5  # dB below the oracle, of a gradient's mean over the seeds
+WORST = 1.0  # of any seed alone: one code that falls on the other side of a boundary has cost 0.63 (docs/models.md)
 COVERAGE, EXEMPT = 0.95, 0.08  # at least, at most
 HEAD = "lm_head"
 
@@ -167,7 +168,12 @@ def check(measured: Measured) -> None:
     for seed in measured.seeds:
         assert seed.margin >= -TOLERANCE, (seed.fast, seed.oracle)
         assert all(g.finite for g in seed.gradients)
+    assert too_far(measured.seeds) == {}
+
+
+def too_far(seeds: Iterable[Seed]) -> dict[str, list[float]]:
+    """The margins, one per seed, of the gradients that are too far below the oracle's: in their mean, or with one of the seeds."""
     margins: dict[str, list[float]] = {}
-    for gradient in (g for seed in measured.seeds for g in seed.gradients):
+    for gradient in (g for seed in seeds for g in seed.gradients):
         margins.setdefault(gradient.name, []).append(gradient.margin)
-    assert {name: each for name, each in margins.items() if not statistics.mean(each) >= -TOLERANCE} == {}  # the mean of the seeds
+    return {name: each for name, each in margins.items() if not (statistics.mean(each) >= -TOLERANCE and min(each) >= -WORST)}

@@ -8,8 +8,9 @@ import pytest
 import torch
 from coverage_meter import CoverageMeter, plain_flops
 from models import measure as measuring
-from models.measure import check, measure
+from models.measure import Seed, check, measure, too_far
 from models.zoo import build
+from oracle import Gradient
 from passes.models import Experts, tokens
 
 import fp8fx
@@ -30,6 +31,22 @@ def test_another_recipe_than_the_oracles_is_noticed(defaults: dict[str, Any], mo
     monkeypatch.setitem(measuring.RECIPES, "hybrid", {"extends": "hybrid", "defaults": defaults})
     with pytest.raises(AssertionError):
         check(measure(NAME, "hybrid", seeds=[0]))
+
+
+@pytest.mark.parametrize(
+    ("margins", "wrong"),
+    [
+        ([-0.63, 0.0, -0.3], False),  # pvt_v2_b0 on one processor
+        ([-0.51], True),
+        ([-0.6, -0.6, -0.4], True),  # the mean
+        ([-1.01, 0.3, 0.3], True),  # one seed, whatever the others do
+        ([-1.0, 0.0, 0.0], False),
+        ([0.0, float("nan"), 0.0], True),
+    ],
+)
+def test_a_gradient_is_judged_by_its_mean_and_by_its_worst_seed(margins: list[float], wrong: bool) -> None:
+    seeds = [Seed(20.0, 20.0, 100.0, [Gradient(name, 20.0 + m, 20.0, 50.0, True) for name, m in (("w", m), ("b", 0.0))]) for m in margins]
+    assert too_far(seeds) == ({"w": pytest.approx(margins, nan_ok=True)} if wrong else {})
 
 
 def test_coverage_sees_a_gemm_in_high_precision() -> None:
