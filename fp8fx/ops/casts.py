@@ -1,7 +1,8 @@
-"""cast, cast_current: quantize as kernels do it. *lower* writes them in place of `quantize` where a graph runs on a CUDA device.
+"""cast, cast_current, cast_amax: quantize as kernels do it. *lower* writes the first two in place of `quantize` where a graph runs on a CUDA device.
 
     cast(x, spec, scale, record, layout)        -> q, qt                     under a scale that is known, or none
     cast_current(x, spec, record, layout)       -> q, qt, scale, scale_t     current scaling
+    cast_amax(x, amax, spec, record, layout)    -> q, qt, scale              the same with one scale, where the amax is known already
 
 q has the shape of x [..., K], row-major, with scales along K. qt [M, K] (M: all rows of x) is column-major, as a GEMM over the rows wants
 it, with scales along M; with one scale per tensor it holds the codes of q, and scale_t has no elements. layout: rows, transposed or
@@ -115,4 +116,21 @@ cast_current = define(
     " -> (Tensor q, Tensor qt, Tensor scale, Tensor scale_t)",
     cast_current_reference,
     cast_current_fake,
+)
+
+
+def cast_amax_reference(
+    x: Tensor, amax: Tensor, spec: str, rng: Tensor | None, site: str, role: str, record: Tensor | None, layout: str
+) -> tuple[Tensor, Tensor, Tensor]:
+    """`amax`: float32 (), that of x. What computes x can find it on the way, which saves the read of x that `cast_current` begins with."""
+    parsed = TensorSpec.parse(spec)
+    scale = numerics.compute_scale(amax, parsed.format, parsed.power_of_two, parsed.eps)
+    return *cast_reference(x, spec, rng, site, role, scale, record, layout), scale
+
+
+cast_amax = define(
+    "cast_amax(Tensor x, Tensor amax, str spec, Tensor? rng, str site, str role, Tensor? record, str layout)"
+    " -> (Tensor q, Tensor qt, Tensor scale)",
+    cast_amax_reference,
+    lambda x, amax, *rest: cast_current_fake(x, *rest)[:3],
 )

@@ -100,6 +100,19 @@ def cast_current(
     return *_laid_out(x, made.q, made.q_t), scale, scale_t
 
 
+def cast_amax(
+    x: Tensor, amax: Tensor, spec: str, rng: Tensor | None, site: str, role: str, record: Tensor | None, layout: str
+) -> tuple[Tensor, Tensor, Tensor]:
+    parsed = TensorSpec.parse(spec)
+    if not _has_kernel(x, parsed) or not x.numel():
+        return casts.cast_amax_reference(x, amax, spec, rng, site, role, record, layout)
+    matrix, made = x if x.dim() == 2 else as_matrix(x), x.new_empty(1, dtype=torch.float32)
+    how, counts = _rounding(parsed, rng, site, role), record is not None and role == casts.GRADIENT
+    made_of = (True, made, parsed.power_of_two, parsed.eps)
+    q, q_t = kernel.cast(matrix, parsed.format, amax, "tensor", layout, how, None, record, counts, None, *made_of)
+    return *_laid_out(x, q, q_t), made.view(())
+
+
 def quantize(
     x: Tensor, spec: str, dims: list[int], rng: Tensor | None = None, site: str = "", role: str = "", scale: Tensor | None = None
 ) -> tuple[Tensor, Tensor, Tensor]:
@@ -344,6 +357,7 @@ IMPLEMENTATIONS: dict[str, Callable[..., Any]] = {
     "quantize": taped(quantize),
     "cast": taped(cast),
     "cast_current": taped(cast_current),
+    "cast_amax": taped(cast_amax),
     "act_linear": act_linear,
     "act_backward_cast": taped(act_backward_cast),
     "scaled_mm": scaled,
@@ -354,7 +368,7 @@ IMPLEMENTATIONS: dict[str, Callable[..., Any]] = {
 }
 
 
-KERNELS_ONLY = ("cast", "cast_current", "act_backward_cast")  # nothing in them that an autocast region would change
+KERNELS_ONLY = ("cast", "cast_current", "cast_amax", "act_backward_cast")  # nothing in them that an autocast region would change
 
 
 def guarded(name: str, function: Callable[..., Any]) -> Callable[..., Any]:

@@ -2,26 +2,32 @@
 
     linear(x, w, b, [q_x, s_x, ...], [q_w, s_w], ...)  =  aten._scaled_mm(q_x, q_w.T, s_x, s_w, b)
     scaled_mm(a, s_a, b, s_b)                          =  aten._scaled_mm(a, b, s_a, s_b)
+    cast_current(x)                                    =  cast_amax(x, amax of rows, then of those)
 
 An anchor that only carries a gradient is no longer an argument then, so that the tensor it stands for need not be written. What cuBLASLt
 does not have becomes one of fp8fx's own products, which take no anchors either. These are decompositions: AOTAutograd applies them when it
 writes its graphs, after autograd.
+
+The amax of what Inductor computes itself, norms and sums of gradients, it finds in the kernel that computes it: a pass over x less. Under
+current scaling of weights, and by rows or blocks, the project's own kernel measures.
 """
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from fp8fx.ops.casts import cast_amax, cast_current
 from fp8fx.ops.linear import linear
 from fp8fx.ops.operands import forward_operand
 from fp8fx.ops.quantize import as_matrix
 from fp8fx.ops.rounded_mm import rounded_mm
 from fp8fx.ops.scaled_mm import scaled_mm
-from fp8fx.spec import SiteSpec
+from fp8fx.spec import SiteSpec, TensorSpec
 
 FORMATS = ("e4m3fn", "e5m2")
 
@@ -90,8 +96,25 @@ def _linear(x: Tensor, w: Tensor, b: Tensor | None, input: list[Tensor], weight:
     return y.view(*x.shape[:-1], y.shape[-1])
 
 
+def _cast_current(x: Tensor, spec: str, rng: Tensor | None, site: str, role: str, record: Tensor | None, layout: str) -> Any:
+    parsed = TensorSpec.parse(spec)
+    wide = x.dtype in (torch.bfloat16, torch.float32)  # what float32 holds, bfloat16 may round, but not to inf
+    if not x.is_cuda or role == "weight" or parsed.granularity != "tensor" or not wide or x.dim() < 2 or not x.numel():
+        return NotImplemented
+    return *(found := cast_amax(x, row_amax(x), spec, rng, site, role, record, layout)), found[2].new_empty(0)
+
+
+def row_amax(x: Tensor) -> Tensor:
+    """float32 (), amax over the finite elements of `x`, by rows first.
+
+    Rows' amax is kept in x's dtype: Inductor measures before it rounds x, and the largest of what is rounded is the largest rounded.
+    """
+    magnitude = x.abs()
+    return torch.where(magnitude < math.inf, magnitude, 0.0).amax(-1).amax().float()
+
+
 def decompositions() -> dict[Any, Callable[..., Any]]:
     """Inductor's own, and these."""
     from torch._inductor.decomposition import select_decomp_table
 
-    return {**select_decomp_table(), linear: _linear, scaled_mm: _scaled_mm}
+    return {**select_decomp_table(), linear: _linear, scaled_mm: _scaled_mm, cast_current: _cast_current}

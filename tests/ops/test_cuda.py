@@ -59,6 +59,20 @@ def test_quantize(spec: str, shape: tuple[int, ...], dtype: torch.dtype) -> None
         assert float(measured[0]) == float(record[0])
 
 
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
+def test_cast_amax(dtype: torch.dtype) -> None:
+    """Where the amax is known: the codes and the scale of cast_current."""
+    for spec in [spec for spec in SPECS if "/current/" in spec]:
+        for shape in ((2, 24, 40), (33, 7), (0, 16)):
+            x, rng, record = values(*shape, dtype=dtype).cuda(), torch.tensor([3, 1, 4]).cuda(), torch.zeros(2, RECORD).cuda()
+            amax = x.abs().amax().float() if x.numel() else torch.zeros((), device="cuda")
+            for layout in ("rows", "transposed", "both"):
+                ours = ops.cast_amax(x, amax, spec, rng, "fc", "grad_output", record[0], layout)
+                theirs = ops.cast_current(x, spec, rng, "fc", "grad_output", record[1], layout)
+                same(ours, [t.cpu() for t in theirs[:3]])
+            assert torch.equal(record[0], record[1])
+
+
 @pytest.mark.parametrize("spec", SPECS)
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
 def test_round_values(spec: str, dtype: torch.dtype) -> None:

@@ -162,6 +162,10 @@ SAMPLES: dict[str, list[Callable[[], tuple[Any, ...]]]] = {
         for spec in (SPEC, SPEC.replace("tensor", "row"), SPEC.replace("tensor", "1x4"))
         for layout in ("rows", "transposed", "both")
     ],
+    "cast_amax": [
+        lambda layout=layout: (learned(2, 3, 8), torch.tensor(3.0), SPEC, None, "fc", "input", None, layout)
+        for layout in ("rows", "transposed", "both")
+    ],
     "dequantize": [lambda: (*quantized(), SPEC, torch.float32), lambda: (*quantized(), SPEC, torch.bfloat16)],
     "anchor": [lambda: (learned(3, 8), torch.float32)],
     "round_values": [

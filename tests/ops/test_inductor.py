@@ -1,0 +1,64 @@
+"""The decompositions that Inductor applies for CUDA: the same numbers, in terms that it can place."""
+
+from __future__ import annotations
+
+import math
+
+import pytest
+import torch
+from torch import Tensor
+
+from fp8fx import numerics
+from fp8fx.ops import inductor
+from fp8fx.ops.casts import RECORD
+
+ops = torch.ops.fp8fx
+SPEC = "e4m3fn/current/tensor/nearest_even/saturate"
+OTHER = "e5m2/none/tensor/stochastic/nonfinite"
+RNG = torch.tensor([3, 1, 4])
+
+
+class Elsewhere(Tensor):
+    """A CPU tensor that says it is on a GPU."""
+
+    is_cuda = True  # type: ignore[assignment]
+
+
+def elsewhere(x: Tensor) -> Tensor:
+    return x.as_subclass(Elsewhere)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
+@pytest.mark.parametrize("layout", ["rows", "transposed", "both"])
+def test_the_amax_of_an_activation_is_a_reduction_of_its_own(dtype: torch.dtype, layout: str) -> None:
+    x = (torch.randn(2, 5, 16, generator=torch.Generator().manual_seed(0)) * 3).to(dtype)
+    x[1, 2, 3:5] = torch.tensor([math.inf, math.nan])
+    assert float(inductor.row_amax(x)) == float(numerics.amax(x))
+    records = torch.zeros(2, RECORD)
+    tail = (SPEC, None, "fc", "grad_output")
+    ours = inductor._cast_current(elsewhere(x), *tail, records[0], layout)
+    theirs = ops.cast_current(x, *tail, records[1], layout)
+    for a, b in zip(ours, theirs, strict=True):
+        assert a.shape == b.shape
+        assert torch.equal(a.float().nan_to_num(7.0), b.float().nan_to_num(7.0))
+    assert torch.equal(records[0], records[1])
+
+
+def test_what_keeps_its_own_amax_kernel() -> None:
+    x = elsewhere(torch.ones(4, 8))
+    rows = SPEC.replace("tensor", "row")
+    for given, spec, role in ((x, SPEC, "weight"), (x, rows, "input"), (x.half(), SPEC, "input"), (x[:0], SPEC, "input")):
+        assert inductor._cast_current(given, spec, None, "fc", role, None, "rows") is NotImplemented
+    assert inductor._cast_current(torch.ones(4, 8), SPEC, None, "fc", "input", None, "rows") is NotImplemented
+
+
+@pytest.mark.parametrize("output", ["", f"output={OTHER};"])
+def test_a_linear_that_cublas_does_not_have_is_a_product_without_anchors(output: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """e5m2 x e5m2: the codes are multiplied, with the ending that the site's output asks for; x and w are not read."""
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (9, 0))
+    x, w, one = torch.randn(2, 3, 16), torch.randn(32, 16), torch.ones(())
+    codes = [x.to(torch.float8_e5m2), one], [w.to(torch.float8_e5m2), one]
+    backward = f"{output}grad_output={OTHER};gemms=output,grad_input,grad_weight;columns=yes"
+    tail = (None, None, RNG, "fc", OTHER, OTHER, backward, torch.bfloat16)
+    ours = inductor._linear(elsewhere(torch.full_like(x, math.nan)), torch.full_like(w, math.nan), None, *codes, *tail)
+    assert torch.equal(ours, ops.linear(x, w, None, *codes, *tail))
