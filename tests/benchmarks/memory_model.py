@@ -34,7 +34,7 @@ from transformer_blocks import Blocks, Size, make, tokens
 import fp8fx
 from fp8fx import inner as inner_module
 from fp8fx import runtime
-from fp8fx.ops import inductor
+from fp8fx.ops import act_linear, inductor
 
 SIZE = Size(width=256, heads=8, kv_heads=2, hidden=896, layers=2, length=128)
 GUARDS: Any = torch._C._dynamo.guards
@@ -107,6 +107,7 @@ def _as_on_a_gpu() -> Iterator[None]:
     by_inductor = inner_module._by_inductor
     with (
         mock.patch.object(runtime, "Context", on_gpu),
+        mock.patch.object(act_linear, "APART", act_linear.APART * (SIZE.width * SIZE.length) // (4096 * 2048)),
         mock.patch.object(inductor, "on_gpu", return_value=True),
         mock.patch.object(inner_module, "_by_inductor", lambda module, inputs, mode, cuda: by_inductor(module, inputs, mode, True)),
     ):
