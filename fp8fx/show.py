@@ -30,6 +30,7 @@ _OUTPUTS: dict[str, tuple[str, ...]] = {
     "quantize": ("q_", "s_", "amax_"),
     "layer_norm_quantize": ("", "q_", "s_", "amax_", "mean_", "rstd_"),
     "linear_quantize": ("y_", "q_y_", "s_y_", "amax_y_"),
+    "act": ("y_", "q_gate_", "s_gate_", "q_up_", "s_up_"),
     "mlp": ("y_", "h_", "q_", "s_", "amax_"),
 }
 # Arguments that other lines say already: an operand's spec stands where it is quantized.

@@ -131,6 +131,8 @@ class SiteSpec:
         parts.append("gemms=" + ",".join(self.gemms))
         if self.save_for_backward != "fp8":
             parts.append("save_for_backward=" + self.save_for_backward)
+        if self.save_activation_inputs != "model":
+            parts.append("save_activation_inputs=" + self.save_activation_inputs)
         if self.accumulate != SiteSpec.accumulate:
             parts.append("accumulate=" + ",".join(self.accumulate))
         parts += [f"{flag}=yes" for flag in ("columns", "calibrating") if getattr(self, flag)]
@@ -149,5 +151,5 @@ class SiteSpec:
             elif key in ("columns", "calibrating"):
                 fields[key] = True
             else:
-                fields[key] = value if key == "save_for_backward" else TensorSpec.parse(value)
+                fields[key] = value if key.startswith("save_") else TensorSpec.parse(value)
         return SiteSpec(**fields)  # type: ignore[arg-type]

@@ -17,7 +17,7 @@ import triton.language as tl
 from torch import Tensor
 
 from fp8fx.errors import KernelError
-from fp8fx.kernels.activations import ACTIVATIONS, backward, check_operands, forward
+from fp8fx.kernels.activations import ACTIVATIONS, Kept, backward, check_operands, forward, pointers, values
 from fp8fx.kernels.amax import part_count
 from fp8fx.kernels.codes import finite_magnitude
 from fp8fx.kernels.launch import launch
@@ -44,15 +44,17 @@ def _activation_amax_kernel(
     stride_hm,
     stride_ub,
     stride_um,
+    block_h_ptr,
+    block_u_ptr,
     BACKWARD: tl.constexpr,
-    ACT: tl.constexpr,
-    GATED: tl.constexpr,
+    WHAT: tl.constexpr,  # as `activations` says
     MERGE: tl.constexpr,  # into one amax, not parts
     PARTS: tl.constexpr,
     BLOCK_M: tl.constexpr,
     BLOCK_K: tl.constexpr,
 ):
-    dys, hs, us = (stride_db, stride_dm, 1), (stride_hb, stride_hm, 1), (stride_ub, stride_um, 1)
+    strides = (stride_db, stride_dm, 1), (stride_hb, stride_hm, 1), (stride_ub, stride_um, 1)
+    inputs = (dy_ptr, h_ptr, u_ptr, block_h_ptr, block_u_ptr)
     largest = tl.zeros([BLOCK_M, BLOCK_K], tl.float32)
     largest_u = largest
     pid = tl.program_id(0)
@@ -60,14 +62,14 @@ def _activation_amax_kernel(
         place, _, _, columns = locate_tile(tiles - 1 - i, M, K, BLOCK_M, BLOCK_K)
         rows = place[1] * BLOCK_M + tl.arange(0, BLOCK_M)
         if BACKWARD:
-            y, du = backward(dy_ptr, h_ptr, u_ptr, place, rows, columns, dys, hs, us, ACT, GATED)
-            if GATED:
+            y, du = backward(inputs, strides, place, rows, columns, WHAT)
+            if WHAT[1]:
                 largest_u = tl.maximum(largest_u, finite_magnitude(du))
         else:
-            y = forward(h_ptr, u_ptr, place, rows, columns, hs, us, ACT, GATED)
+            y, _, _ = forward(inputs, strides, place, rows, columns, WHAT)
         largest = tl.maximum(largest, finite_magnitude(y))
     _leave(amax_ptr, largest, pid, MERGE)
-    if BACKWARD and GATED:
+    if BACKWARD and WHAT[1]:
         _leave(amax_u_ptr, largest_u, pid, MERGE)
 
 
@@ -89,31 +91,31 @@ def activation_amax(h: Tensor, u: Tensor | None, activation: str, amax: Tensor |
 
 
 def activation_backward_amax(
-    dy: Tensor, h: Tensor, u: Tensor | None, activation: str, amax: Tensor | None = None, amax_u: Tensor | None = None
+    dy: Tensor, h: Tensor | Kept, u: Tensor | Kept | None, activation: str, amax: Tensor | None = None, amax_u: Tensor | None = None
 ) -> tuple[Tensor, Tensor | None]:
     """The amaxes of dh and du, the second None where u is None; each as `activation_amax` returns it, both given or none."""
     return _measure(dy, h, u, activation, amax, amax_u)
 
 
 def _measure(
-    dy: Tensor | None, h: Tensor, u: Tensor | None, activation: str, amax: Tensor | None, amax_u: Tensor | None
+    dy: Tensor | None, h: Tensor | Kept, u: Tensor | Kept | None, activation: str, amax: Tensor | None, amax_u: Tensor | None
 ) -> tuple[Tensor, Tensor | None]:
     two = dy is not None and u is not None
-    check_operands("activation_amax", dy, h, u, activation)
+    first = check_operands("activation_amax", dy, h, u, activation)
     if two and (amax is None) != (amax_u is None):
         raise KernelError("activation_backward_amax: the amaxes of dh and du are given together")
-    seen = [plain_matrices(h if x is None else x) for x in (dy, h, u)]
+    seen = [plain_matrices(first if x is None else x) for x in (dy, values(h), values(u))]
     block_m, block_k, warps = _FORWARD if dy is None else _BACKWARD
     tiles = seen[1].tiles(block_m, block_k)
     parts = part_count(tiles)
     if amax is None:
-        made = torch.empty((2 if two else 1, parts), dtype=torch.float32, device=h.device)
+        made = torch.empty((2 if two else 1, parts), dtype=torch.float32, device=first.device)
         into = (made[0], made[1] if two else None)
     else:
         check_record("activation_amax", None, amax, False)
         check_record("activation_amax", None, amax_u, False)
         into = (amax, amax_u if two else None)
-    if h.numel() == 0:
+    if first.numel() == 0:
         return (into[0], into[1]) if amax is not None else (into[0].zero_(), None if into[1] is None else into[1].zero_())
     launch(
         _activation_amax_kernel,
@@ -126,11 +128,11 @@ def _measure(
             seen[1].m,
             seen[1].k,
             *(stride for x in seen for stride in x.strides[:2]),
+            *pointers(first, h, u),
         ),
         {
             "BACKWARD": dy is not None,
-            "ACT": ACTIVATIONS[activation],
-            "GATED": u is not None,
+            "WHAT": (ACTIVATIONS[activation], u is not None, isinstance(h, Kept), isinstance(u, Kept)),
             "MERGE": amax is not None,
             "PARTS": parts,
             "BLOCK_M": block_m,

@@ -9,6 +9,10 @@ act: silu, gelu (erf), gelu_tanh or relu; silu with u is SwiGLU, gelu with u GeG
 unfused operators round it, so that codes differ from theirs only where the exponential's last bit does. One read of h, u and dy, in
 quarters (see `quarters`). A tile cannot know the amax of the whole: scales are given (delayed scaling), or made from an amax that
 `activation_amax` measured (current scaling), or there is none.
+
+h and u can be kept for the backward in FP8 (`Kept`): forward writes their codes beside q and qT, and backward reads those. The two results
+of a gated backward can be written by two launches, so that u is free before the second: `only` dh, and then du as the forward's
+act(h) * dy, which it is to the bit.
 """
 
 from __future__ import annotations
@@ -19,7 +23,7 @@ from torch import Tensor
 
 from fp8fx.errors import KernelError
 from fp8fx.formats import Format
-from fp8fx.kernels.activations import ACTIVATIONS, backward, check_operands, forward
+from fp8fx.kernels.activations import ACTIVATIONS, Kept, backward, check_operands, forward, keep, pointers, values
 from fp8fx.kernels.codes import hardware_format
 from fp8fx.kernels.column_sums import check_sum, partials, sum_partials
 from fp8fx.kernels.launch import launch
@@ -61,9 +65,14 @@ def _activation_kernel(
     stride_hm,
     stride_ub,
     stride_um,
+    block_h_ptr,
+    block_u_ptr,
+    kept_h_ptr,
+    kept_u_ptr,
     BACKWARD: tl.constexpr,
-    ACT: tl.constexpr,
-    GATED: tl.constexpr,
+    WHAT: tl.constexpr,  # as `activations` says
+    TWO: tl.constexpr,  # du too
+    KEEP: tl.constexpr,  # write codes of h and u
     HOW: tl.constexpr,
     HOW_U: tl.constexpr,
     BLOCK_M: tl.constexpr,
@@ -71,27 +80,40 @@ def _activation_kernel(
 ):
     place, rows, words, columns = locate(M, K, BLOCK_M, BLOCK_K)
     at = (rows, words, columns)
-    dys, hs, us = (stride_db, stride_dm, 1), (stride_hb, stride_hm, 1), (stride_ub, stride_um, 1)
+    strides = (stride_db, stride_dm, 1), (stride_hb, stride_hm, 1), (stride_ub, stride_um, 1)
+    inputs = (dy_ptr, h_ptr, u_ptr, block_h_ptr, block_u_ptr)
     into = (q_ptr, t_ptr, scale_ptr, made_ptr, record_ptr, sums_ptr)
     # Scales come after what is rounded: making one from partial amaxes ends in a barrier, behind which no load would start.
     if BACKWARD:
-        a0, b0 = backward(dy_ptr, h_ptr, u_ptr, place, rows, columns, dys, hs, us, ACT, GATED)
-        a1, b1 = backward(dy_ptr, h_ptr, u_ptr, place, rows + 1, columns, dys, hs, us, ACT, GATED)
-        a2, b2 = backward(dy_ptr, h_ptr, u_ptr, place, rows + 2, columns, dys, hs, us, ACT, GATED)
-        a3, b3 = backward(dy_ptr, h_ptr, u_ptr, place, rows + 3, columns, dys, hs, us, ACT, GATED)
-        if GATED:
+        a0, b0 = backward(inputs, strides, place, rows, columns, WHAT)
+        a1, b1 = backward(inputs, strides, place, rows + 1, columns, WHAT)
+        a2, b2 = backward(inputs, strides, place, rows + 2, columns, WHAT)
+        a3, b3 = backward(inputs, strides, place, rows + 3, columns, WHAT)
+        if TWO:
             into_u = (q_u_ptr, t_u_ptr, scale_u_ptr, made_u_ptr, record_u_ptr, sums_u_ptr)
             write_result(b0, b1, b2, b3, into_u, (rng_ptr, key_u), place, at, tensor_inverse(into_u, HOW_U), BLOCK_M, HOW_U)
     else:
-        a0 = forward(h_ptr, u_ptr, place, rows, columns, hs, us, ACT, GATED)
-        a1 = forward(h_ptr, u_ptr, place, rows + 1, columns, hs, us, ACT, GATED)
-        a2 = forward(h_ptr, u_ptr, place, rows + 2, columns, hs, us, ACT, GATED)
-        a3 = forward(h_ptr, u_ptr, place, rows + 3, columns, hs, us, ACT, GATED)
+        a0, b0, c0 = forward(inputs, strides, place, rows, columns, WHAT)
+        a1, b1, c1 = forward(inputs, strides, place, rows + 1, columns, WHAT)
+        a2, b2, c2 = forward(inputs, strides, place, rows + 2, columns, WHAT)
+        a3, b3, c3 = forward(inputs, strides, place, rows + 3, columns, WHAT)
+        if KEEP:
+            _keep(b0, b1, b2, b3, kept_h_ptr, block_h_ptr, place, rows, columns)
+            if WHAT[1]:
+                _keep(c0, c1, c2, c3, kept_u_ptr, block_u_ptr, place, rows, columns)
     write_result(a0, a1, a2, a3, into, (rng_ptr, key), place, at, tensor_inverse(into, HOW), BLOCK_M, HOW)
 
 
+@triton.jit
+def _keep(x0, x1, x2, x3, q_ptr, scale_ptr, place, rows, columns):
+    keep(x0, q_ptr, scale_ptr, place, rows, columns)
+    keep(x1, q_ptr, scale_ptr, place, rows + 1, columns)
+    keep(x2, q_ptr, scale_ptr, place, rows + 2, columns)
+    keep(x3, q_ptr, scale_ptr, place, rows + 3, columns)
+
+
 def activation_cast(
-    h: Tensor,
+    h: Tensor | Kept,
     u: Tensor | None,
     activation: str,
     format: str | Format,
@@ -105,21 +127,24 @@ def activation_cast(
     made_scale: Tensor | None = None,
     power_of_two: bool = False,
     eps: float = 1e-12,
+    bias_grad: Tensor | None = None,
+    kept: tuple[Kept, Kept | None] | None = None,
 ) -> Pair:
     """(q [..., M, K], qT [..., K, M]) of act(h), or act(h) * u; h and u bf16, fp16 or fp32 [..., M, K].
 
     scale: float32 with one element, or None. from_amax: `scale` is what `activation_amax` returned instead, and the scale made from it
     with `power_of_two` and `eps` goes to `made_scale`, float32 with one element; of two, the second gets the amax.
-    record: float32 [3], see `records`; counts: also of zeros; amax: a record of one element, amax alone.
+    record: float32 [3], see `records`; counts: also of zeros; amax: a record of one element, amax alone. bias_grad: float [K], set to
+    the sum over the rows. kept: room for the codes of h and u, which are written too (`Kept.empty`).
     """
-    scaling = Scaling(scale, from_amax, made_scale, power_of_two, eps)
-    return _launch(None, (h, u), activation, format, (scaling, scaling), layout, (how, how), ((record, amax), (None, None)), counts)[0]
+    scaling, records, sums = Scaling(scale, from_amax, made_scale, power_of_two, eps), ((record, amax), (None, None)), (bias_grad, None)
+    return _launch(None, (h, u), activation, format, (scaling, scaling), layout, (how, how), records, counts, sums, kept)[0]
 
 
 def activation_backward_cast(
     dy: Tensor,
-    h: Tensor,
-    u: Tensor | None,
+    h: Tensor | Kept,
+    u: Tensor | Kept | None,
     activation: str,
     format: str | Format,
     scale: Tensor | None = None,
@@ -139,19 +164,22 @@ def activation_backward_cast(
     made_scale_u: Tensor | None = None,
     power_of_two: bool = False,
     eps: float = 1e-12,
+    only: bool = False,
 ) -> tuple[Pair, Pair]:
-    """((q, qT) of dh, (q, qT) of du), the second (None, None) where u is None. Both scales or none; `how_u` may differ in its key only.
+    """((q, qT) of dh, (q, qT) of du), the second (None, None) where u is None, or `only` dh is wanted: du is activation_cast(h, dy) then.
+
+    Both scales or none; `how_u` may differ in its key only.
 
     bias_grad, bias_grad_u: float [K], set to the sums of dh and du over the rows. The rest as for `activation_cast`, `*_u` for du.
     """
     scalings = (Scaling(scale, from_amax, made_scale, power_of_two, eps), Scaling(scale_u, from_amax, made_scale_u, power_of_two, eps))
     records, sums = ((record, amax), (record_u, amax_u)), (bias_grad, bias_grad_u)
-    return _launch(dy, (h, u), activation, format, scalings, layout, (how, how_u or how), records, counts, sums)
+    return _launch(dy, (h, u), activation, format, scalings, layout, (how, how_u or how), records, counts, sums, only=only)
 
 
 def _launch(
     dy: Tensor | None,
-    inputs: tuple[Tensor, Tensor | None],
+    inputs: tuple[Tensor | Kept, Tensor | Kept | None],
     activation: str,
     format: str | Format,
     scalings: tuple[Scaling, Scaling],
@@ -160,28 +188,30 @@ def _launch(
     records: tuple[Pair, Pair],
     counts: bool,
     sums: Pair = (None, None),
+    kept: tuple[Kept, Kept | None] | None = None,
+    only: bool = False,
 ) -> tuple[Pair, Pair]:
     where = "activation_cast" if dy is None else "activation_backward_cast"
     h, u = inputs
-    check_operands(where, dy, h, u, activation)
-    two = dy is not None and u is not None
+    first = check_operands(where, dy, h, u, activation)
+    two = dy is not None and u is not None and not only
     if two and (scalings[0].scale is None) != (scalings[1].scale is None):
         raise KernelError("activation_backward_cast: scales of dh and du come together")
     fp8, (block_m, block_k, warps) = hardware_format(format), _FORWARD if dy is None else _BACKWARD
-    seen = [plain_matrices(h if x is None else x) for x in (dy, h, u)]
+    seen = [plain_matrices(first if x is None else x) for x in (dy, values(h), values(u))]
     _, _, m, k, _ = seen[1]
     outs = [out for out in sums[: 2 if two else 1] if out is not None]
-    parts = partials(h, seen[1].tile_rows(block_m), k, len(outs)) if outs else None
+    parts = partials(first, seen[1].tile_rows(block_m), k, len(outs)) if outs else None
     left = iter(()) if parts is None else iter(parts.unbind(1))
     results, flags = [], []
     for i in range(2 if two else 1):
         scalings[i].check(where)
         check_sum(where, sums[i], k)
         record, recording = check_record(where, *records[i], counts)
-        results.append(Result.empty(h, fp8, layout, scalings[i], record, None if sums[i] is None else next(left)))
+        results.append(Result.empty(first, fp8, layout, scalings[i], record, None if sums[i] is None else next(left)))
         flags.append(results[i].how(fp8, hows[i], seen[1], recording))
     pairs = (results[0].pair, results[1].pair if two else (None, None))
-    if h.numel() == 0:
+    if first.numel() == 0:
         for result in results:
             result.scaling.of_nothing(fp8)
         for out in outs:
@@ -193,19 +223,23 @@ def _launch(
         (seen[1].tiles(block_m, block_k),),
         (
             *(x.x for x in seen),
-            *results[0].pointers(h),
-            *results[-1].pointers(h),
-            h if rng is None else rng,
+            *results[0].pointers(first),
+            *results[-1].pointers(first),
+            first if rng is None else rng,
             hows[0].signed_key,
             hows[1].signed_key,
             m,
             k,
             *(stride for x in seen for stride in x.strides[:2]),
+            *(pointers(first, h, u) if kept is None else pointers(first, *kept)),
+            first if kept is None else kept[0].q,
+            first if kept is None or kept[1] is None else kept[1].q,
         ),
         {
             "BACKWARD": dy is not None,
-            "ACT": ACTIVATIONS[activation],
-            "GATED": u is not None,
+            "WHAT": (ACTIVATIONS[activation], u is not None, isinstance(h, Kept), isinstance(u, Kept)),
+            "TWO": two,
+            "KEEP": kept is not None,
             "HOW": flags[0],
             "HOW_U": flags[-1],
             "BLOCK_M": block_m,

@@ -4,18 +4,40 @@
     forward    y  = act(h)           or act(h) * u
     backward   dh = dy * act'(h)     or dy * u * act'(h);      du = dy * act(h)
 
-Each intermediate is rounded to h's dtype where the unfused operators round it.
+Each intermediate is rounded to h's dtype where the unfused operators round it. h and u may be `Kept` instead: e4m3fn codes with a power of
+two per row of 128 columns. The dtype is that of the others then.
 """
 
 from __future__ import annotations
 
+from typing import NamedTuple
+
+import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
 from fp8fx.errors import KernelError
-from fp8fx.kernels.layout import check_input
-from fp8fx.kernels.quarters import load_quarter
+from fp8fx.kernels.codes import decode, encode, finite_magnitude
+from fp8fx.kernels.layout import cdiv, check_input
+from fp8fx.kernels.quarters import load_quarter, store_quarter
+from fp8fx.kernels.scale import current_scale, inverse
+
+SIDE = 128  # columns that share a scale of what is kept: the width of a tile of the kernels
+
+
+class Kept(NamedTuple):
+    """A tensor [..., M, K] as it is kept for backward: q uint8 of its shape, codes of e4m3fn, scale float32 [..., M, ceil(K / 128)]."""
+
+    q: Tensor
+    scale: Tensor
+
+    @classmethod
+    def empty(cls, x: Tensor) -> Kept:
+        """Room for what is kept of x."""
+        scale = torch.empty((*x.shape[:-1], cdiv(x.shape[-1], SIDE)), dtype=torch.float32, device=x.device)
+        return cls(torch.empty(x.shape, dtype=torch.uint8, device=x.device), scale)
+
 
 ACTIVATIONS = {"silu": 0, "gelu": 1, "gelu_tanh": 2, "relu": 3}
 
@@ -75,36 +97,107 @@ def _both(h, ACT: tl.constexpr):
 
 
 @triton.jit
-def forward(h_ptr, u_ptr, place, rows, columns, strides, strides_u, ACT: tl.constexpr, GATED: tl.constexpr):
-    """y of some rows, float32 with the values that h's dtype holds; 0 outside of the matrix."""
-    dtype = h_ptr.dtype.element_ty
-    y = activate(load_quarter(h_ptr, place, rows, columns, strides), ACT).to(dtype).to(tl.float32)
-    if GATED:
-        y = (y * load_quarter(u_ptr, place, rows, columns, strides_u)).to(dtype).to(tl.float32)
-    return y
+def _load(x_ptr, scale_ptr, place, rows, columns, strides, KEPT: tl.constexpr, DTYPE: tl.constexpr):
+    """float32 of some rows of h or u, from codes if KEPT, with the values that DTYPE holds; 0 outside of the matrix."""
+    if KEPT:
+        b, _, _, M, K = place
+        stride_b, stride_m, stride_k = strides
+        at = b * stride_b + rows.to(tl.int64)[:, None] * stride_m + columns.to(tl.int64)[None, :] * stride_k
+        codes = tl.load(x_ptr + at, mask=(rows < M)[:, None] & (columns < K)[None, :], other=0)
+        scale = tl.load(scale_ptr + _scale_at(place, rows, K, columns.shape[0]), mask=rows < M, other=1.0)
+        return (decode(codes, False) * scale[:, None]).to(DTYPE).to(tl.float32)
+    else:
+        return load_quarter(x_ptr, place, rows, columns, strides)
 
 
 @triton.jit
-def backward(dy_ptr, h_ptr, u_ptr, place, rows, columns, strides_dy, strides, strides_u, ACT: tl.constexpr, GATED: tl.constexpr):
-    """(dh, du) of some rows, float32 with the values that h's dtype holds; du is dh where there is no u."""
-    dtype = h_ptr.dtype.element_ty
-    h = load_quarter(h_ptr, place, rows, columns, strides)
-    dy = load_quarter(dy_ptr, place, rows, columns, strides_dy)
-    if GATED:
-        u = load_quarter(u_ptr, place, rows, columns, strides_u)
-        act, derivative = _both(h, ACT)
+def _scale_at(place, rows, K, WIDTH: tl.constexpr):
+    b, _, tile_k, M, _ = place
+    return (b * M + rows.to(tl.int64)) * tl.cdiv(K, 128) + tile_k * WIDTH // 128
+
+
+@triton.jit
+def keep(x, q_ptr, scale_ptr, place, rows, columns):
+    """Write codes and scales of some rows of a tile of 128 columns; current scaling by powers of two."""
+    _, _, _, M, K = place
+    scale = current_scale(tl.max(finite_magnitude(x), 1), 1e-12, 448.0, True)
+    codes = encode(x * inverse(scale)[:, None], x, x.to(tl.int32, bitcast=True), False, False, False)
+    store_quarter(q_ptr, codes, place, rows, columns)
+    tl.store(scale_ptr + _scale_at(place, rows, K, 128), scale, mask=rows < M)
+
+
+# inputs = (dy, h, u, scale of kept h, scale of kept u), all pointers; strides = a triple for each of dy, h and u;
+# WHAT = (ACT, GATED, h is kept, u is kept).
+
+
+@triton.jit
+def forward(inputs, strides, place, rows, columns, WHAT: tl.constexpr):
+    """(y, h, u) of some rows, float32 with the values that h's dtype holds; 0 outside of the matrix. u is h where there is none."""
+    _, h_ptr, u_ptr, scale_h_ptr, scale_u_ptr = inputs
+    dtype: tl.constexpr = u_ptr.dtype.element_ty if WHAT[2] else h_ptr.dtype.element_ty
+    h = _load(h_ptr, scale_h_ptr, place, rows, columns, strides[1], WHAT[2], dtype)
+    y = activate(h, WHAT[0]).to(dtype).to(tl.float32)
+    if WHAT[1]:
+        u = _load(u_ptr, scale_u_ptr, place, rows, columns, strides[2], WHAT[3], dtype)
+        y = (y * u).to(dtype).to(tl.float32)
+        return y, h, u
+    else:
+        return y, h, h
+
+
+@triton.jit
+def backward(inputs, strides, place, rows, columns, WHAT: tl.constexpr):
+    """(dh, du) of some rows, float32 with the values that dy's dtype holds; du is dh where there is no u."""
+    dy_ptr, h_ptr, u_ptr, scale_h_ptr, scale_u_ptr = inputs
+    dtype: tl.constexpr = dy_ptr.dtype.element_ty
+    h = _load(h_ptr, scale_h_ptr, place, rows, columns, strides[1], WHAT[2], dtype)
+    dy = load_quarter(dy_ptr, place, rows, columns, strides[0])
+    if WHAT[1]:
+        u = _load(u_ptr, scale_u_ptr, place, rows, columns, strides[2], WHAT[3], dtype)
+        act, derivative = _both(h, WHAT[0])
         du = (dy * act.to(dtype).to(tl.float32)).to(dtype).to(tl.float32)
         dh = ((dy * u).to(dtype).to(tl.float32) * derivative).to(dtype).to(tl.float32)
         return dh, du
     else:
-        dh = (dy * _derivative(h, ACT)).to(dtype).to(tl.float32)
+        dh = (dy * _derivative(h, WHAT[0])).to(dtype).to(tl.float32)
         return dh, dh
 
 
-def check_operands(where: str, dy: Tensor | None, h: Tensor, u: Tensor | None, activation: str) -> None:
-    check_input(h, where)
-    read = [x for x in (dy, h, u) if x is not None]
+def check_operands(where: str, dy: Tensor | None, h: Tensor | Kept, u: Tensor | Kept | None, activation: str) -> Tensor:
+    """The first of them in high precision, which has the shape and dtype of all. KernelError for what no kernel takes."""
     if activation not in ACTIVATIONS:
         raise KernelError(f"{where}: no kernel for {activation!r}; there is one for {', '.join(ACTIVATIONS)}")
-    if any(x.shape != h.shape or x.dtype != h.dtype for x in read):
-        raise KernelError(f"{where}: dy, h and u must agree in shape and dtype, got {[(tuple(x.shape), x.dtype) for x in read]}")
+    plain = [x for x in (dy, h, u) if isinstance(x, Tensor)]
+    if not plain:
+        raise KernelError(
+            f"{where}: h and u are both codes: one of its inputs must be in high precision, whose dtype the result is rounded to"
+        )
+    first = plain[0]
+    for x in plain:
+        check_input(x, where)
+    if any(x.shape != first.shape or x.dtype != first.dtype for x in plain):
+        raise KernelError(f"{where}: dy, h and u must agree in shape and dtype, got {[(tuple(x.shape), x.dtype) for x in plain]}")
+    for x in (h, u):
+        if isinstance(x, Kept):
+            _check_kept(where, x, first.shape)
+    return first
+
+
+def _check_kept(where: str, x: Kept, shape: torch.Size) -> None:
+    wanted = [*shape[:-1], cdiv(shape[-1], SIDE)]
+    if x.q.shape != shape or x.q.dtype != torch.uint8 or x.scale.dtype != torch.float32 or list(x.scale.shape) != wanted:
+        raise KernelError(
+            f"{where}: kept codes must be uint8 {list(shape)} with float32 scales {wanted}, got {x.q.dtype} {list(x.q.shape)} with "
+            f"{x.scale.dtype} {list(x.scale.shape)}"
+        )
+    if not x.scale.is_contiguous():
+        raise KernelError(f"{where}: the scales of kept codes must be contiguous, got strides {x.scale.stride()}")
+
+
+def pointers(first: Tensor, h: Tensor | Kept, u: Tensor | Kept | None) -> tuple[Tensor, Tensor]:
+    """The scales of kept h and u, for the kernels' pointers; any tensor stands in where there is none."""
+    return h.scale if isinstance(h, Kept) else first, u.scale if isinstance(u, Kept) else first
+
+
+def values(x: Tensor | Kept | None) -> Tensor | None:
+    return x.q if isinstance(x, Kept) else x

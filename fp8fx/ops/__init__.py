@@ -7,11 +7,27 @@
     grouped_mm, scaled_grouped_mm                                      grouped.py
     layer_norm_quantize, linear_quantize                               producers.py   (made by fuse)
     mlp                                                                mlp.py         (made by fuse)
-    act_linear, act_backward_cast                                      act_linear.py  (made by lower)
+    act                                                                act.py         (made by insert_qdq)
+    act_linear                                                         act_linear.py  (made by lower)
+    act_backward_cast, act_backward_gate, act_backward_up              act_gradients.py
 
 Importing this package registers all of them.
 """
 
-from fp8fx.ops import act_linear, casts, conv, embedding, grouped, linear, matmul, mlp, producers, quantize, scaled_mm
+from fp8fx.ops import act, act_gradients, act_linear, casts, conv, embedding, grouped, linear, matmul, mlp, producers, quantize, scaled_mm
 
-__all__ = ["act_linear", "casts", "conv", "embedding", "grouped", "linear", "matmul", "mlp", "producers", "quantize", "scaled_mm"]
+__all__ = [
+    "act",
+    "act_gradients",
+    "act_linear",
+    "casts",
+    "conv",
+    "embedding",
+    "grouped",
+    "linear",
+    "matmul",
+    "mlp",
+    "producers",
+    "quantize",
+    "scaled_mm",
+]

@@ -24,6 +24,7 @@ from fp8fx.capture.graph import ALIASES, MODULE, SITE, VAL, tensor
 from fp8fx.capture.naming import weight_source
 from fp8fx.capture.sites import CONVOLUTIONS, SiteCall, read_site, unsupported
 from fp8fx.passes.contract import DECISION, Context, PassResult, SiteDecision, Skip
+from fp8fx.passes.kept import NO_ACTIVATION, Activation, activation_after
 from fp8fx.passes.profit import without_gain
 from fp8fx.recipe import Decision, Site
 from fp8fx.spec import ROLES, SiteSpec
@@ -51,10 +52,29 @@ def annotate(module: fx.GraphModule, context: Context) -> PassResult:
     keep = [wanted.when_not_faster == "emulate" for wanted in resolution.decisions]
     for i, reason in without_gain(decisions, calls, keep, context).items():
         decisions[i] = SiteDecision(sites[i].name, sites[i].op, "high_precision", reason)
+    kept = _keeping(nodes, decisions)
     for node, made in zip(nodes, decisions, strict=True):
         modified |= node.meta.get(DECISION) != made
         node.meta[DECISION] = made
-    return PassResult(module, modified, [Skip("recipe", "", note) for note in resolution.notes])
+    return PassResult(module, modified, [Skip("recipe", "", note) for note in [*resolution.notes, *kept]])
+
+
+def _keeping(nodes: list[fx.Node], decisions: list[SiteDecision]) -> list[str]:
+    """Settle `save_activation_inputs: fp8` of every site: its reason says what keeps its output. Notes where that has no effect at all."""
+    asks = {node: i for i, node in enumerate(nodes) if (spec := decisions[i].spec) is not None and spec.save_activation_inputs == "fp8"}
+    found = {i: activation_after(node, asks) for node, i in asks.items()}
+    for i, activation in found.items():
+        made, reason = decisions[i], decisions[i].reason
+        assert made.spec is not None
+        if isinstance(activation, Activation):
+            decisions[i] = dataclasses.replace(made, reason=f"{reason}; {activation.name} keeps its output as e4m3fn/1x128")
+            continue
+        if activation != NO_ACTIVATION:
+            reason = f"{reason}; save_activation_inputs: fp8 has no effect: {activation}"
+        decisions[i] = dataclasses.replace(made, reason=reason, spec=made.spec.replace(save_activation_inputs="model"))
+    if asks and all(activation == NO_ACTIVATION for activation in found.values()):
+        return [f"save_activation_inputs: fp8 has no effect here: for every layer that asks for it, {NO_ACTIVATION}"]
+    return []
 
 
 def _site(node: fx.Node, call: SiteCall | None, context: Context) -> Site:

@@ -2,6 +2,7 @@
 
 cast(act(linear(x, w1)))                    ->  act_linear(x, w1)          its output is only ever FP8, and so is its gradient
 cast(act(linear(x, w1)) * linear(x, w2))    ->  act_linear(x, w1, w2)      SwiGLU, GeGLU
+cast(fp8fx.act(linear, linear)[0])          ->  the same, keeping the linear layers' outputs in FP8
 """
 
 from __future__ import annotations
@@ -14,7 +15,7 @@ from torch import fx
 
 from fp8fx.capture.graph import VAL, tensor
 from fp8fx.passes.activations import activation_of
-from fp8fx.passes.contract import Skip, emit, item, same_region
+from fp8fx.passes.contract import Skip, emit, is_item, item, same_region
 from fp8fx.passes.effects import Effects
 from fp8fx.passes.reads import read_only_as_anchor
 from fp8fx.spec import SiteSpec, TensorSpec
@@ -40,14 +41,19 @@ def fuse_activations(graph: fx.Graph) -> tuple[bool, list[Skip]]:
 def _fuse(graph: fx.Graph, cast: fx.Node, effects: Effects) -> str | None:
     """None: rewritten; "": no such pattern; else why it does not apply."""
     a: Any = cast.args[0]
-    act, up = _parts(a)
-    name = activation_of(act)
-    gate = act.args[0] if name is not None and isinstance(act, fx.Node) else None
+    keeps = is_item(a, ops.act.default, 0)
+    if keeps:
+        act = a.args[0]
+        gate, up, name = act.args
+    else:
+        act, up = _parts(a)
+        name = activation_of(act)
+        gate = act.args[0] if name is not None and isinstance(act, fx.Node) else None
     if not isinstance(gate, fx.Node) or gate.target is not LINEAR or (up is not None and up.target is not LINEAR):
         return ""
     if reason := _obstacle(cast, a, act, gate, up, effects):
         return reason
-    made = _emit(graph, cast, name, gate, up)
+    made = _emit(graph, cast, name, gate, up, keeps)
     anchor = item(graph, made, 0)
     anchor.meta[VAL] = a.meta.get(VAL)
     for user in list(cast.users):
@@ -91,10 +97,8 @@ def _obstacle(cast: fx.Node, a: fx.Node, act: fx.Node, gate: fx.Node, up: fx.Nod
         return "its linear layers differ in width"
     if up is not None and (gate.args[0] is not up.args[0] or list(gate.args[3]) != list(up.args[3])):  # type: ignore[arg-type]
         return "its linear layers read different inputs"
-    chain = [gate, act] if up is None else [gate, act, up]
-    if any(set(node.users) != {act if node is gate and act is not a else a} for node in chain if node is not a and node is not gate):
-        return "a tensor in between is read elsewhere"
-    if set(gate.users) != {act}:
+    up_reader = act if act.target is ops.act.default else a
+    if set(gate.users) != {act} or (act is not a and set(act.users) != {a}) or (up is not None and set(up.users) != {up_reader}):
         return "a tensor in between is read elsewhere"
     if not read_only_as_anchor(a, but=(cast,)):
         return "the activation's output is also read in high precision"
@@ -106,7 +110,7 @@ def _obstacle(cast: fx.Node, a: fx.Node, act: fx.Node, gate: fx.Node, up: fx.Nod
     return ""
 
 
-def _emit(graph: fx.Graph, cast: fx.Node, name: str | None, gate: fx.Node, up: fx.Node | None) -> fx.Node:
+def _emit(graph: fx.Graph, cast: fx.Node, name: str | None, gate: fx.Node, up: fx.Node | None, keeps: bool) -> fx.Node:
     x, w1, b1, input, weight1, record1, scales1, rng, site1, in_spec, w1_spec, back1, dtype = gate.args
     w2 = b2 = record2 = scales2 = None
     weight2: Any = []
@@ -114,6 +118,8 @@ def _emit(graph: fx.Graph, cast: fx.Node, name: str | None, gate: fx.Node, up: f
     back2: Any = back1
     if up is not None:
         _, w2, b2, _, weight2, record2, scales2, _, site2, _, w2_spec, back2, _ = up.args  # type: ignore[assignment]
+    if keeps:
+        back1, back2 = (SiteSpec.parse_backward(str(text)).replace(save_activation_inputs="fp8").backward_text for text in (back1, back2))
     spec, own_rng, site = cast.args[1], cast.args[2], cast.args[3]
     current = cast.target is ops.cast_current.default
     scale, record = (None, cast.args[5]) if current else (cast.args[5], cast.args[6])

@@ -1,7 +1,8 @@
 """insert_qdq: make the numbers visible. Every site with an FP8 decision becomes quantize nodes and an fp8fx operator.
 
     enters   an annotated graph
-    leaves   quantize(x), quantize(w), fp8fx.linear(x, w, b, [q_x, s_x], [q_w, s_w], ...); dequantize where a role rounds the output
+    leaves   quantize(x), quantize(w), fp8fx.linear(x, w, b, [q_x, s_x], [q_w, s_w], ...); dequantize where a role rounds the output;
+             fp8fx.act in place of activations that keep their inputs in FP8 (passes/kept.py)
     holds    no site is left undone; x and w stay as the anchors that carry the gradient
 
         y = linear(x, w, b)    ->    q_x, s_x, _ = quantize(x, 'e4m3fn/...', [-1])
@@ -26,6 +27,7 @@ from fp8fx.errors import PassError
 from fp8fx.ops.operands import needs_two, turned
 from fp8fx.passes.contract import SLOT, Context, PassResult, SiteDecision, decision, emit, finish, item
 from fp8fx.passes.inputs import FurtherInputs, slot_of
+from fp8fx.passes.kept import write_kept
 from fp8fx.spec import GEMMS, ROLES, SiteSpec, TensorSpec
 
 ops = torch.ops.fp8fx
@@ -36,13 +38,15 @@ def insert_qdq(module: fx.GraphModule, context: Context) -> PassResult:
     sites = [(node, made) for node in module.graph.nodes if (made := decision(node)) is not None and made.mode == "fp8"]
     if not sites:
         return finish(module, False)
+    if not context.calibrating:
+        write_kept(module.graph, dict(sites))
     writer = _Writer(module, context, sites)
     for node, made in sites:
         call = read_site(node)
         if call is None or made.spec is None:
             raise PassError(f"insert_qdq: {made.name}: the node {node.format_node()} has an FP8 decision but is not a site")
         with module.graph.inserting_before(node):
-            result = writer.rewrite(call, made, made.spec)
+            result = writer.rewrite(call, made, made.spec.replace(save_activation_inputs="model"))  # written already
         result.meta[VAL] = node.meta.get(VAL)
         node.replace_all_uses_with(result)
         module.graph.erase_node(node)

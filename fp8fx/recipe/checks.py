@@ -7,11 +7,10 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 
-from fp8fx.errors import RecipeError
 from fp8fx.recipe.grammar import Document, Layer, Match, Role, Rule
 from fp8fx.recipe.merge import GRADIENT
 from fp8fx.recipe.source import KeyPath
-from fp8fx.spec import ROLES, SiteSpec
+from fp8fx.spec import ROLES
 
 Problem = tuple[KeyPath, str]
 
@@ -87,12 +86,3 @@ SATURATED_GRADIENT = (
     "got 'saturate', impossible with loss_scaling.mode dynamic: a saturating gradient never becomes inf, so the scaler would "
     "never back off; allowed: nonfinite, or loss_scaling: {mode: static} or {mode: none}"
 )
-
-
-def refuse_unavailable(spec: SiteSpec, where: str) -> None:
-    """What the grammar has and this version has not: delete a paragraph when its feature comes."""
-    if spec.save_activation_inputs == "fp8":
-        raise RecipeError(
-            f"{where}: save_activation_inputs: got 'fp8'; keeping the inputs of activations in FP8 needs fused activations that this "
-            "version of fp8fx does not have yet; allowed: model"
-        )

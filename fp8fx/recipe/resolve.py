@@ -12,7 +12,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from fp8fx.recipe import match as matching
-from fp8fx.recipe.checks import refuse_unavailable, role_conflict
+from fp8fx.recipe.checks import role_conflict
 from fp8fx.recipe.grammar import Document, Layer, Match, Role, Rule, Scale
 from fp8fx.recipe.load import Merged, complain, sugar_rule
 from fp8fx.recipe.match import Modules, Site
@@ -190,7 +190,6 @@ def _decide(document: Document, applied: list[Step], notes: list[str]) -> Decisi
     spec = _site_spec(layer, document)
     if all(getattr(spec, role) is None for role in ROLES):
         return Decision(mode="exempt", spec=None, reason=f"{by}; every role is none")
-    refuse_unavailable(spec, where)
     if fused:
         spec = spec.replace(output=None)
     return Decision(mode="fp8", spec=spec, output_fused=fused, reason=by, attention=layer.attention, when_not_faster=layer.when_not_faster)

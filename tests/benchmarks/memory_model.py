@@ -5,7 +5,8 @@
 Two Llama blocks of width 256, 128 tokens per sequence: rows, widths and weights keep the ratios of width 4096 and 2048 tokens, so the
 ratio of two peaks does too, but for statistics per row (1% of an activation here). Counted is what a GPU's allocator would see: every
 buffer that Inductor's code makes and every result of an operator, from its making until its last reference dies; what a reference makes
-inside is not counted, as kernels do not make it. Not counted either: cuBLAS's workspaces, the allocator's rounding.
+inside is not counted, as kernels do not make it (but for h and u where `act_linear` keeps them in FP8). Not counted either: cuBLAS's
+workspaces, the allocator's rounding.
 
 --top N prints the N largest tensors that live at the peak, and which line of the generated code made them.
 """
@@ -34,9 +35,10 @@ from transformer_blocks import Blocks, Size, make, tokens
 import fp8fx
 from fp8fx import inner as inner_module
 from fp8fx import runtime
-from fp8fx.ops import inductor
+from fp8fx.ops import act_linear, inductor
 
 SIZE = Size(width=256, heads=8, kv_heads=2, hidden=896, layers=2, length=128)
+ACT_LINEAR = torch.ops.fp8fx.act_linear.default
 GUARDS: Any = torch._C._dynamo.guards
 
 
@@ -55,13 +57,19 @@ class Live:
         if reference.cdata in self.found or not storage.nbytes():
             return
         self.found[reference.cdata] = (reference, storage.nbytes(), f"{label}  {str(x.dtype).removeprefix('torch.')}{list(x.shape)}")
-        total = sum(size for _, size, _ in self.found.values())
+        self.look()
+
+    def look(self, inside: int = 0) -> None:
+        """Is this the highest point so far? inside: bytes that an operator held for itself."""
+        total = inside + sum(size for _, size, _ in self.found.values())
         if total > self.peak:
-            self.peak, self.at_peak = total, sorted(((size, name) for _, size, name in self.found.values()), reverse=True)
+            here = [(size, name) for _, size, name in self.found.values()]
+            self.peak, self.at_peak = total, sorted([*here, *([(inside, "inside of an operator")] if inside else [])], reverse=True)
 
 
 class _Watch(TorchDispatchMode):
-    """Adds every result of an operator; operators called inside of another are not seen."""
+    """Adds every result of an operator. Those called inside of another are not seen: of what a kernel needs besides its results, only
+    the high-precision h and u of `act_linear` are large."""
 
     def __init__(self, live: Live) -> None:
         super().__init__()
@@ -77,6 +85,8 @@ class _Watch(TorchDispatchMode):
         for x in tree_iter(result):
             if isinstance(x, Tensor):
                 self.live.add(x, str(func))
+        if func is ACT_LINEAR and result[4].dtype == torch.uint8:
+            self.live.look(2 * (result[4].numel() + result[5].numel()))
         return result
 
 
@@ -107,6 +117,7 @@ def _as_on_a_gpu() -> Iterator[None]:
     by_inductor = inner_module._by_inductor
     with (
         mock.patch.object(runtime, "Context", on_gpu),
+        mock.patch.object(act_linear, "APART", act_linear.APART * (SIZE.width * SIZE.length) // (4096 * 2048)),
         mock.patch.object(inductor, "on_gpu", return_value=True),
         mock.patch.object(inner_module, "_by_inductor", lambda module, inputs, mode, cuda: by_inductor(module, inputs, mode, True)),
     ):

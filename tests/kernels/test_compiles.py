@@ -17,6 +17,7 @@ import triton
 from fp8fx.kernels import scaled_mm as mm
 from fp8fx.kernels.activation_amax import activation_amax, activation_backward_amax
 from fp8fx.kernels.activation_cast import activation_backward_cast, activation_cast
+from fp8fx.kernels.activations import Kept
 from fp8fx.kernels.add_norm import add_norm_cast
 from fp8fx.kernels.amax import amax, amax_each
 from fp8fx.kernels.cast import Rounding, cast, cast_current
@@ -66,6 +67,17 @@ ELEMENTWISE: dict[str, Callable[[], Any]] = {
         *(X, X, X, "gelu", "e5m2", PARTS, PARTS),
         **{"record": RECORD, "record_u": RECORD, "counts": True, "bias_grad": X[0], "bias_grad_u": X[0]},
         **{"from_amax": True, "made_scale": ONE, "made_scale_u": ONE},
+    ),
+    "swiglu keeps": lambda: activation_cast(X, X, "silu", "e4m3fn", ONE, record=RECORD, kept=(Kept.empty(X), Kept.empty(X))),
+    "gelu keeps": lambda: activation_cast(X, None, "gelu", "e4m3fn", ONE, layout="rows", kept=(Kept.empty(X), None)),
+    "swiglu backward, kept": lambda: activation_backward_cast(
+        X, Kept.empty(X), Kept.empty(X), "silu", "e5m2", ONE, ONE, record=RECORD, record_u=RECORD, counts=True
+    ),
+    "swiglu backward, kept amax": lambda: activation_backward_amax(X, Kept.empty(X), Kept.empty(X), "silu"),
+    "dh of swiglu": lambda: activation_backward_cast(X, X, X, "silu", "e5m2", ONE, record=RECORD, counts=True, only=True),
+    "dh of swiglu, kept": lambda: activation_backward_cast(X, Kept.empty(X), Kept.empty(X), "silu", "e5m2", ONE, record=RECORD, only=True),
+    "du of swiglu, kept": lambda: activation_cast(
+        Kept.empty(X), X, "silu", "e5m2", PARTS, record=RECORD, counts=True, from_amax=True, made_scale=ONE, bias_grad=X[0]
     ),
     "layer norm current": lambda: norm_cast(
         X, X[0], X[1], "e4m3fn", "layer", record=RECORD, counts=True, current=True, made_scale=torch.ones(2)

@@ -119,8 +119,8 @@ def test_gradients_of_activations(spec: str, activation: str, gated: bool) -> No
         u = u if gated else values(0)
         tail = (spec, scale, scale, None, None, "both", True)
         there = [t.cuda() if isinstance(t, Tensor) else t for t in tail]
-        ours = ops.act_backward_cast(grad.cuda(), h.cuda(), u.cuda(), activation, None, "gate", "up", *there)
-        theirs = REFERENCES["act_backward_cast"](grad, h, u, activation, None, "gate", "up", *tail)
+        ours = ops.act_backward_cast(grad.cuda(), h.cuda(), u.cuda(), None, None, activation, None, "gate", "up", *there)
+        theirs = REFERENCES["act_backward_cast"](grad, h, u, None, None, activation, None, "gate", "up", *tail)
         for a, b in zip(ours, theirs, strict=True):
             assert a.shape == b.shape
             assert a.dtype == b.dtype

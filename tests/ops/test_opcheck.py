@@ -64,11 +64,11 @@ def recorded_args(backward: str) -> tuple[Any, ...]:
     return *args[:5], torch.zeros(3, RECORD), *args[6:]
 
 
-def act_linear_args(activation: str, gated: bool, scaling: str = "current") -> tuple[Any, ...]:
+def act_linear_args(activation: str, gated: bool, scaling: str = "current", kept: str = "") -> tuple[Any, ...]:
     spec = SPEC.replace("current", scaling)
     x, w1, w2, bias = learned(2, 3, 8), learned(6, 8, seed=2), learned(6, 8, seed=3) if gated else None, learned(6, seed=4)
     q, qt, scale, _ = ops.cast_current(x.detach(), SPEC, None, "fc", "input", None, "both")
-    backward = f"grad_output={spec};gemms=output,grad_input,grad_weight;columns=yes"
+    backward = f"grad_output={spec};gemms=output,grad_input,grad_weight;columns=yes{kept}"
     weight2 = codes(w2) if w2 is not None else []
     return (
         x, w1, w2, bias, None, [q, scale, qt, scale], codes(w1), weight2, torch.zeros(3, RECORD), torch.zeros(3, RECORD), scales(),
@@ -140,6 +140,23 @@ def gradient_args(of_input: bool) -> tuple[Any, ...]:
     return *grad, "e4m3ieee", *other, "e4m3ieee", size, of_input, *GEOMETRY, torch.float32
 
 
+IN_FP8 = ";save_activation_inputs=fp8"
+
+
+def hidden() -> tuple[Tensor, Tensor, Tensor]:
+    return randn(3, 8), randn(3, 8, seed=2), randn(3, 8, seed=3)
+
+
+def kept(m: int, k: int) -> tuple[Tensor, Tensor]:
+    """Codes and scales of h, as `act` keeps them."""
+    return ops.act(randn(m, k, seed=2), None, "silu")[1:3]  # type: ignore[no-any-return]
+
+
+def hidden_kept() -> tuple[Tensor, ...]:
+    q, scale = kept(3, 8)
+    return randn(3, 8), q, q.clone(), scale, scale.clone()
+
+
 def meter_row_args() -> tuple[Any, ...]:
     x = randn(3, 8)
     q, _, amax = ops.quantize(x, SPEC, [-1])
@@ -190,10 +207,26 @@ SAMPLES: dict[str, list[Callable[[], tuple[Any, ...]]]] = {
         lambda: act_linear_args("silu", True),
         lambda: act_linear_args("gelu", False, "delayed"),
         lambda: act_linear_args("relu", True, "delayed"),
+        lambda: act_linear_args("silu", True, "delayed", IN_FP8),
+        lambda: act_linear_args("gelu", False, "current", IN_FP8),
+    ],
+    "act": [lambda: (learned(2, 3, 130), learned(2, 3, 130, seed=2), "silu"), lambda: (learned(3, 8), None, "gelu")],
+    "act_backward": [
+        lambda: (randn(2, 3, 130), *kept(6, 130), *kept(6, 130), "silu"),
+        lambda: (randn(3, 8), *kept(3, 8), None, None, "gelu"),
     ],
     "act_backward_cast": [
-        lambda: (randn(3, 8), randn(3, 8), randn(3, 8), "silu", None, "gate", "up", SPEC, None, None, None, None, "both", True),
-        lambda: (randn(3, 8), randn(3, 8), randn(0), "gelu", None, "fc", "", DELAYED, SCALE, None, None, None, "transposed", False),
+        lambda: (*hidden(), None, None, "silu", None, "gate", "up", SPEC, None, None, None, None, "both", True),
+        lambda: (*hidden()[:2], randn(0), None, None, "gelu", None, "fc", "", DELAYED, SCALE, None, None, None, "transposed", False),
+        lambda: (*hidden_kept(), "silu", None, "gate", "up", DELAYED, SCALE, SCALE, None, None, "both", True),
+    ],
+    "act_backward_gate": [
+        lambda: (*hidden(), None, None, "silu", None, "gate", SPEC, None, None, "both", True),
+        lambda: (*hidden_kept(), "silu", None, "gate", DELAYED, SCALE, None, "transposed", False),
+    ],
+    "act_backward_up": [
+        lambda: (*hidden()[:2], None, "silu", None, "up", SPEC, None, torch.ones(1), None, "both", True),
+        lambda: (randn(3, 8), *kept(3, 8), "silu", None, "up", DELAYED, SCALE, None, None, "transposed", False),
     ],
     "matmul": [lambda: matmul_args(BACKWARD), lambda: matmul_args("gemms=output"), lambda: matmul_args(KEPT)],
     "grouped_mm": [lambda: grouped_args(BACKWARD), lambda: grouped_args("gemms=grad_weight"), lambda: grouped_args(KEPT)],

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+from typing import Any
 
 import pytest
 import torch
@@ -15,6 +16,7 @@ import fp8fx
 from fp8fx import pipeline
 from fp8fx.clone import runtime_of
 from fp8fx.graph_call import GraphCall
+from fp8fx.ops import act_linear
 from fp8fx.passes.lower import WEIGHTS, WeightInput
 from fp8fx.state import quantize_weight
 
@@ -145,11 +147,36 @@ def test_weights_are_kept_in_evaluation_and_follow_their_parameter(feed: Trace) 
 @pytest.mark.parametrize("recipe", ["hybrid", "delayed", "direct", "rowwise", "blockwise"])
 @pytest.mark.parametrize("name", ["feed gelu", "gated silu", "gated gelu", "shared", "chain"])
 def test_the_graph_for_kernels_has_the_same_numbers(name: str, recipe: str, inside: bool) -> None:
+    text = same_on_kernels(together(name, recipe), recipe, inside)
+    one_scale = {"hybrid", "delayed", "direct"}
+    assert ("fp8fx.act_linear" in text) == (name not in ("shared", "chain") and recipe in one_scale)
+
+
+@pytest.mark.parametrize("apart", [False, True], ids=["at once", "du after dh"])
+@pytest.mark.parametrize("recipe", ["hybrid", "delayed", "rowwise"])
+@pytest.mark.parametrize("name", ["feed gelu", "gated silu"])
+def test_activation_inputs_kept_in_fp8(name: str, recipe: str, apart: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Kernels take the activation in where their scales are one per tensor; elsewhere it stays an operator of its own."""
+    monkeypatch.setattr(act_linear, "APART", 0 if apart else act_linear.APART)
+    kept = {"extends": recipe, "defaults": {"save_activation_inputs": "fp8"}}
+    text = same_on_kernels(together(name, kept), kept, True)
+    assert ("save_activation_inputs=fp8" in text) == (recipe != "rowwise")
+    assert ("fp8fx.act_linear" in text) == (recipe != "rowwise")
+    assert ("fp8fx.act.default" in text) == (recipe == "rowwise")
+
+
+@pytest.mark.parametrize("recipe", ["hybrid", "delayed"])
+def test_du_after_dh(recipe: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(act_linear, "APART", 0)
+    same_on_kernels(together("gated silu", recipe), recipe, True)
+
+
+def same_on_kernels(trace: Trace, recipe: Any, inside: bool) -> str:
     """The graph that a GPU gets, run on the reference: outputs, gradients and what is measured are those of the CPU's, bit for bit."""
-    trace = together(name, recipe)
+    base, changes_of = (recipe["extends"], recipe["defaults"]) if isinstance(recipe, dict) else (recipe, {})
     runtime = runtime_of(trace.fast)
     found, measured = [], []
-    kept = fp8fx.Recipe.load({"extends": recipe, "defaults": {"when_not_faster": "emulate"}})
+    kept = fp8fx.Recipe.load({"extends": base, "defaults": {**changes_of, "when_not_faster": "emulate"}})
     for changes in ({}, {"device": "cuda", "weights_inside": inside, "recipe": kept}):
         module = pipeline.run(trace.record.captured, dataclasses.replace(trace.record.context, **changes)).module
         trace.model.zero_grad()
@@ -169,8 +196,8 @@ def test_the_graph_for_kernels_has_the_same_numbers(name: str, recipe: str, insi
     assert "columns=yes" in text
     assert ("fp8_weight" in text) != inside
     assert "fp8_meter" not in text
-    assert ("fp8fx.act_linear" in text) == (name not in ("shared", "chain") and recipe in ("hybrid", "delayed", "direct"))
-    assert (", output=e5m2" in text) == (recipe == "direct")  # the products round it
+    assert (", output=e5m2" in text) == (base == "direct")  # the products round it
     assert "fp8fx.dequantize" not in text
     assert "fp8fx.quantize" not in text
-    assert ("fp8_records" in text) == (recipe == "delayed")
+    assert ("fp8_records" in text) == (base == "delayed")
+    return text

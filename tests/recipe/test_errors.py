@@ -139,23 +139,6 @@ def test_overrides_say_where_they_come_from() -> None:
         Recipe.load("hybrid").with_overrides(exempt=["fc", 7])  # type: ignore[list-item]
 
 
-@pytest.mark.parametrize(
-    ("keys", "part"),
-    [
-        ({"save_activation_inputs": "fp8"}, "save_activation_inputs: got 'fp8'; .*; allowed: model"),
-    ],
-)
-def test_what_this_version_cannot_do(keys: dict[str, Any], part: str) -> None:
-    """Grammatical, hence loaded, shown and dumped; refused when a layer would need it."""
-    site = Site(name="fc", op="linear", numel=4, has_weight=True)
-    with pytest.raises(RecipeError, match=f"^defaults: {part}"):
-        Recipe.load({"defaults": keys}).resolve([site])
-    recipe = Recipe.load({"rules": [{"match": "fc", **keys}]})
-    with pytest.raises(RecipeError, match=rf"^<dict>: rules\[0\]: {part}"):
-        recipe.resolve([site])
-    assert recipe.with_overrides(exempt="fc").resolve([site]).decisions[0].mode == "exempt"
-
-
 def test_conflict_that_only_rules_make() -> None:
     rules = [{"match": "fc", "input": {"scaling": "delayed"}}, {"match": "f*", "input": {"granularity": "row"}}]
     site = Site(name="fc", op="linear", numel=4, has_weight=True)

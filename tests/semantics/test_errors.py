@@ -45,10 +45,6 @@ def test_mode_and_options_are_torchs_own_refusal_and_a_mode_alone_is_ours() -> N
 @pytest.mark.parametrize(
     ("recipe", "message"),
     [
-        (
-            {"extends": "hybrid", "defaults": {"save_activation_inputs": "fp8"}},
-            r"save_activation_inputs: got 'fp8'.*allowed: model",
-        ),
         ({"extends": "hybrid", "rules": [{"match": {"op": "conv2d"}, "mode": "direct"}]}, r"op: conv2d.*matches nothing"),
         (
             {"extends": "direct", "defaults": {"grad_output": {"overflow": "saturate"}}},
