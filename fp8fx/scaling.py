@@ -26,6 +26,7 @@ from torch import Tensor
 from fp8fx import formats
 from fp8fx.errors import FP8Warning, ModelError
 from fp8fx.numerics.delayed import delayed_scale, delayed_update
+from fp8fx.ops.available import triton_works
 from fp8fx.ops.quantize import UNMEASURED
 from fp8fx.passes.contract import Slot
 from fp8fx.recipe.grammar import Delayed
