@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import dataclasses
+from typing import Any
 
 import pytest
 import torch
 from passes.models import SINGLE, Call, together
 from passes.trace import Trace, randn, seeded
-from torch import Tensor, nn
+from torch import Tensor, fx, nn
 from torch.nn import functional as F
 
 import fp8fx
@@ -141,15 +142,11 @@ def test_weights_are_kept_in_evaluation_and_follow_their_parameter(feed: Trace) 
     fast.train()
 
 
-@pytest.mark.parametrize("inside", [True, False], ids=["weights inside", "weights outside"])
-@pytest.mark.parametrize("recipe", ["hybrid", "delayed", "direct", "rowwise", "blockwise"])
-@pytest.mark.parametrize("name", ["feed gelu", "gated silu", "gated gelu", "shared", "chain"])
-def test_the_graph_for_kernels_has_the_same_numbers(name: str, recipe: str, inside: bool) -> None:
-    """The graph that a GPU gets, run on the reference: outputs, gradients and what is measured are those of the CPU's, bit for bit."""
-    trace = together(name, recipe)
+def on_both(trace: Trace, recipe: Any, inside: bool) -> tuple[fx.Graph, list[list[Tensor]], list[Tensor]]:
+    """The graph for kernels; and, as the CPU's graph and this one give them, output and gradients, and what is measured."""
     runtime = runtime_of(trace.fast)
     found, measured = [], []
-    kept = fp8fx.Recipe.load({"extends": recipe, "defaults": {"when_not_faster": "emulate"}})
+    kept = fp8fx.Recipe.load(recipe)
     for changes in ({}, {"device": "cuda", "weights_inside": inside, "recipe": kept}):
         module = pipeline.run(trace.record.captured, dataclasses.replace(trace.record.context, **changes)).module
         trace.model.zero_grad()
@@ -160,11 +157,21 @@ def test_the_graph_for_kernels_has_the_same_numbers(name: str, recipe: str, insi
         runtime._fold()
         found.append([y, *(p.grad.clone() for p in trace.model.parameters() if p.grad is not None)])
         measured.append(runtime.scaling.amax.clone())
+    return module.graph, found, measured
+
+
+@pytest.mark.parametrize("inside", [True, False], ids=["weights inside", "weights outside"])
+@pytest.mark.parametrize("recipe", ["hybrid", "delayed", "direct", "rowwise", "blockwise"])
+@pytest.mark.parametrize("name", ["feed gelu", "gated silu", "gated gelu", "shared", "chain"])
+def test_the_graph_for_kernels_has_the_same_numbers(name: str, recipe: str, inside: bool) -> None:
+    """The graph that a GPU gets, run on the reference: outputs, gradients and what is measured are those of the CPU's, bit for bit."""
+    kept = {"extends": recipe, "defaults": {"when_not_faster": "emulate"}}
+    graph, found, measured = on_both(together(name, recipe), kept, inside)
     assert len(found[0]) > 2
     for ours, theirs in zip(*found, strict=True):
         assert torch.equal(ours, theirs)
     assert torch.equal(*measured)
-    text = str(module.graph)
+    text = str(graph)
     assert "fp8fx.cast" in text
     assert "columns=yes" in text
     assert ("fp8_weight" in text) != inside
@@ -172,3 +179,28 @@ def test_the_graph_for_kernels_has_the_same_numbers(name: str, recipe: str, insi
     one_scale = {"hybrid", "delayed"} if name.startswith("gated") else {"hybrid", "delayed", "direct"}  # direct rounds the output of `up`
     assert ("fp8fx.act_linear" in text) == (name not in ("shared", "chain") and recipe in one_scale)
     assert ("fp8_records" in text) == (recipe == "delayed")
+
+
+class Tied(nn.Module):
+    """Two layers of one weight; the second is called twice, once behind an activation."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.first, self.second = nn.Linear(8, 8), nn.Linear(8, 8)
+        self.second.weight = self.first.weight
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.second(F.gelu(self.first(x)) * 2.0) + self.second(x)
+
+
+@pytest.mark.parametrize("inside", [True, False], ids=["weights inside", "weights outside"])
+@pytest.mark.parametrize("recipe", ["hybrid", "direct", "rowwise"])
+def test_a_shared_weight_that_is_rounded_stochastically_has_one_set_of_bits(recipe: str, inside: bool) -> None:
+    """The second layer's backward reads the codes of forward, whose bits are named after the first, and makes none of its own."""
+    kept: dict[str, Any] = {"extends": recipe, "defaults": {"when_not_faster": "emulate", "weight": {"rounding": "stochastic"}}}
+    trace = Trace(seeded(Tied), kept, randn(3, 8))
+    graph, found, _ = on_both(trace, kept, inside)
+    for ours, theirs in zip(*found, strict=True):
+        assert torch.equal(ours, theirs)
+    layers = graph.find_nodes(op="call_function", target=torch.ops.fp8fx.linear.default)
+    assert [len(layer.args[4]) for layer in layers if layer.args[8] == "second"] == [4, 4]
