@@ -157,8 +157,8 @@ class Runtime:
         where = next((x.device for x in example_inputs if isinstance(x, Tensor) and x.is_cuda), torch.device("cpu"))
         context = Context(recipe, module_types(self.root), complete, add_input, False, where.type)
         if where.type == "cuda":
-            gpu = {"device_name": torch.cuda.get_device_name(where), "capability": torch.cuda.get_device_capability(where)}
-            context = dataclasses.replace(context, weights_inside=self.trains(), **gpu)
+            name, capability = torch.cuda.get_device_name(where), torch.cuda.get_device_capability(where)
+            context = dataclasses.replace(context, weights_inside=self.trains(), device_name=name, capability=capability)
         compiled = pipeline.run(captured, context, "annotate" if self.options.plan_only else "lower")
         record = GraphRecord(captured, context, compiled, site_rows(compiled.annotated), bool(layers))
         if self.options.plan_only:

@@ -109,7 +109,7 @@ def test_help_and_version() -> None:
 
 
 def test_the_installed_command_prints_one_message_and_no_traceback() -> None:
-    command = [sys.executable, "-c", "from fp8fx.cli import main; main()", "recipe", "show", "hybird"]
+    command = [sys.executable, "-P", "-c", "from fp8fx.cli import main; main()", "recipe", "show", "hybird"]
     done = subprocess.run(command, capture_output=True, text=True, timeout=120, check=False)
     assert done.returncode == 2
     assert done.stdout == ""

@@ -106,12 +106,18 @@ class _Writer:
         wanted = "both" if node.args[5] is not None else "rows"  # without a meter there is no gradient
         node.update_arg(3, self.operand(x_codes, wanted))
         weights: Any = list(node.args[4])  # type: ignore[arg-type]
-        node.update_arg(4, weights[:2])  # the other layout is made from the parameter in backward
         quantize = _quantize_of(weights)
-        if quantize is not None and self.context.weights_inside and quantize.meta.get("weight_cache", "none") == "none":
-            self.cast(quantize)
+        if _drawn_for_another(weights, node):
+            node.update_arg(4, self.operand(weights, wanted))
+        else:
+            node.update_arg(4, weights[:2])  # the other layout is made from the parameter in backward
+            self.own_weight(quantize)
         if node.args[5] is not None:
             node.update_arg(5, self.grad_record(node.args[5]))
+
+    def own_weight(self, quantize: fx.Node | None) -> None:
+        if quantize is not None and self.context.weights_inside and quantize.meta.get("weight_cache", "none") == "none":
+            self.cast(quantize)
 
     def operand(self, codes: list[Any], layout: str) -> list[Any]:
         """[q, scale] or [q, scale, qt, scale_t] with those of one cast."""
@@ -226,6 +232,15 @@ def _erase_unread(graph: fx.Graph, placeholder: fx.Node) -> None:
             graph.erase_node(unbound)
     if not placeholder.users:
         graph.erase_node(placeholder)
+
+
+def _drawn_for_another(weights: list[Any], node: fx.Node) -> bool:
+    """A weight that layers share is rounded stochastically, with the bits of its first reader: another could not make the codes again."""
+    source: Any = weights[0].args[0] if weights and weights[0].target is operator.getitem else None
+    if source is None or source.target not in (QUANTIZE, ops.cast.default, ops.cast_current.default):
+        return False
+    site = source.args[4] if source.target is QUANTIZE else source.args[3]
+    return TensorSpec.parse(str(source.args[1])).stochastic and site != node.args[8]
 
 
 def _quantize_of(codes: list[Any]) -> fx.Node | None:

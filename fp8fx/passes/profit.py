@@ -1,8 +1,8 @@
 """Does FP8 pay? *annotate* asks for a graph on a GPU, and leaves in high precision what FP8 would not make faster.
 
 A linear layer's gain is that of the measured cost model (fp8fx.costs): three GEMMs against three, and the casts. What has no kernel would
-be emulated, which is never faster: everything on a GPU without FP8, or where Triton is not there. `when_not_faster: emulate` keeps
-FP8 there, for its numbers; so do convolutions, which have no other form on a GPU yet, and formats that only an emulation has.
+be emulated, which is never faster: everything, on a GPU without FP8 or where Triton is not to be had. `when_not_faster: emulate` keeps FP8
+there, for its numbers; so do convolutions, which have no other form on a GPU yet, and formats that only an emulation has.
 """
 
 from __future__ import annotations

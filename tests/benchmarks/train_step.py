@@ -40,7 +40,8 @@ class Group:
     candidates: tuple[str, ...]  # the first is what the others are compared with
 
 
-FURTHER = ("hybrid-saved", "delayed-fast", "delayed-graphs", "delayed-fast-graphs", "hybrid-graphs", "hybrid-fast-graphs", "bf16-graphs")
+FURTHER = ("hybrid-saved", "delayed-fast", "delayed-graphs", "delayed-fast-graphs", "hybrid-graphs", "hybrid-fast-graphs", "bf16-graphs",
+           "direct-fast-graphs", "direct-graphs", "delayed-saved")  # fmt: skip
 PEERS = ("torchao-tensorwise", "torchao-rowwise")
 GROUPS = {
     "4x2048": Group(Blocks, LLAMA, TINY, 4, ("bf16", "delayed", "hybrid", "rowwise", "direct-fast", "direct", *FURTHER, *PEERS)),

@@ -9,7 +9,7 @@ import pytest
 import torch
 from passes.models import SINGLE, Call, together
 from passes.trace import Trace, randn, seeded
-from torch import Tensor, nn
+from torch import Tensor, fx, nn
 from torch.nn import functional as F
 
 import fp8fx
@@ -143,6 +143,45 @@ def test_weights_are_kept_in_evaluation_and_follow_their_parameter(feed: Trace) 
     fast.train()
 
 
+def on_both(trace: Trace, recipe: Any, inside: bool) -> tuple[fx.Graph, list[list[Tensor]], list[Tensor]]:
+    """The graph for kernels; and, as the CPU's graph and this one give them, output and gradients, and what is measured."""
+    runtime = runtime_of(trace.fast)
+    found, measured = [], []
+    kept = fp8fx.Recipe.load(recipe)
+    for changes in ({}, {"device": "cuda", "weights_inside": inside, "recipe": kept}):
+        module = pipeline.run(trace.record.captured, dataclasses.replace(trace.record.context, **changes)).module
+        trace.model.zero_grad()
+        runtime.stream.call = 0
+        runtime.scaling.amax.fill_(-1.0)
+        y = GraphCall(runtime, module)(*trace.values)[0]
+        y.square().sum().backward()
+        runtime._fold()
+        found.append([y, *(p.grad.clone() for p in trace.model.parameters() if p.grad is not None)])
+        measured.append(runtime.scaling.amax.clone())
+    return module.graph, found, measured
+
+
+def same_on_kernels(trace: Trace, recipe: Any, inside: bool) -> str:
+    """The graph that a GPU gets, run on the reference: outputs, gradients and what is measured are those of the CPU's, bit for bit."""
+    base, changes = (recipe["extends"], recipe["defaults"]) if isinstance(recipe, dict) else (recipe, {})
+    kept = {"extends": base, "defaults": {**changes, "when_not_faster": "emulate"}}
+    graph, found, measured = on_both(trace, kept, inside)
+    assert len(found[0]) > 2
+    for ours, theirs in zip(*found, strict=True):
+        assert torch.equal(ours, theirs)
+    assert torch.equal(*measured)
+    text = str(graph)
+    assert "fp8fx.cast" in text
+    assert "columns=yes" in text
+    assert ("fp8_weight" in text) != inside
+    assert "fp8_meter" not in text
+    assert (", output=e5m2" in text) == (base == "direct")  # the products round it
+    assert "fp8fx.dequantize" not in text
+    assert "fp8fx.quantize" not in text
+    assert ("fp8_records" in text) == (base == "delayed")
+    return text
+
+
 @pytest.mark.parametrize("inside", [True, False], ids=["weights inside", "weights outside"])
 @pytest.mark.parametrize("recipe", ["hybrid", "delayed", "direct", "rowwise", "blockwise"])
 @pytest.mark.parametrize("name", ["feed gelu", "gated silu", "gated gelu", "shared", "chain"])
@@ -171,33 +210,26 @@ def test_du_after_dh(recipe: str, monkeypatch: pytest.MonkeyPatch) -> None:
     same_on_kernels(together("gated silu", recipe), recipe, True)
 
 
-def same_on_kernels(trace: Trace, recipe: Any, inside: bool) -> str:
-    """The graph that a GPU gets, run on the reference: outputs, gradients and what is measured are those of the CPU's, bit for bit."""
-    base, changes_of = (recipe["extends"], recipe["defaults"]) if isinstance(recipe, dict) else (recipe, {})
-    runtime = runtime_of(trace.fast)
-    found, measured = [], []
-    kept = fp8fx.Recipe.load({"extends": base, "defaults": {**changes_of, "when_not_faster": "emulate"}})
-    for changes in ({}, {"device": "cuda", "weights_inside": inside, "recipe": kept}):
-        module = pipeline.run(trace.record.captured, dataclasses.replace(trace.record.context, **changes)).module
-        trace.model.zero_grad()
-        runtime.stream.call = 0
-        runtime.scaling.amax.fill_(-1.0)
-        y = GraphCall(runtime, module)(*trace.values)[0]
-        y.square().sum().backward()
-        runtime._fold()
-        found.append([y, *(p.grad.clone() for p in trace.model.parameters() if p.grad is not None)])
-        measured.append(runtime.scaling.amax.clone())
-    assert len(found[0]) > 2
+class Tied(nn.Module):
+    """Two layers of one weight; the second is called twice, once behind an activation."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.first, self.second = nn.Linear(8, 8), nn.Linear(8, 8)
+        self.second.weight = self.first.weight
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.second(F.gelu(self.first(x)) * 2.0) + self.second(x)
+
+
+@pytest.mark.parametrize("inside", [True, False], ids=["weights inside", "weights outside"])
+@pytest.mark.parametrize("recipe", ["hybrid", "direct", "rowwise"])
+def test_a_shared_weight_that_is_rounded_stochastically_has_one_set_of_bits(recipe: str, inside: bool) -> None:
+    """The second layer's backward reads the codes of forward, whose bits are named after the first, and makes none of its own."""
+    kept: dict[str, Any] = {"extends": recipe, "defaults": {"when_not_faster": "emulate", "weight": {"rounding": "stochastic"}}}
+    trace = Trace(seeded(Tied), kept, randn(3, 8))
+    graph, found, _ = on_both(trace, kept, inside)
     for ours, theirs in zip(*found, strict=True):
         assert torch.equal(ours, theirs)
-    assert torch.equal(*measured)
-    text = str(module.graph)
-    assert "fp8fx.cast" in text
-    assert "columns=yes" in text
-    assert ("fp8_weight" in text) != inside
-    assert "fp8_meter" not in text
-    assert (", output=e5m2" in text) == (base == "direct")  # the products round it
-    assert "fp8fx.dequantize" not in text
-    assert "fp8fx.quantize" not in text
-    assert ("fp8_records" in text) == (base == "delayed")
-    return text
+    layers = graph.find_nodes(op="call_function", target=torch.ops.fp8fx.linear.default)
+    assert [len(layer.args[4]) for layer in layers if layer.args[8] == "second"] == [4, 4]
