@@ -12,7 +12,7 @@ from typing import Any
 from torch import Tensor
 from torch.fx.experimental import proxy_tensor
 
-MARK = "saved_tensor_with_no_vc_check"  # torch 2.12 and later; earlier ones pass it over
+MARK = "saved_tensor_with_no_vc_check"  # torch 2.13 reads it; one that does not know it passes it over
 
 
 def keep(ctx: Any, *records: Tensor | None) -> None:

@@ -168,9 +168,9 @@ def test_many_sites_are_fast() -> None:
     recipe = Recipe.load({"rules": rules})
 
     def timed() -> float:
-        start = time.perf_counter()
+        start = time.process_time()
         found: Resolution = recipe.resolve(sites, modules)
         assert len(found.decisions) == 1600
-        return time.perf_counter() - start
+        return time.process_time() - start
 
     assert min(timed() for _ in range(5)) < 0.1
