@@ -156,7 +156,9 @@ class Runtime:
         recipe = self.recipe.with_boundary(first=first, last=captured.ends)
         where = next((x.device for x in example_inputs if isinstance(x, Tensor) and x.is_cuda), torch.device("cpu"))
         inside, name = (self.trains(), torch.cuda.get_device_name(where)) if where.type == "cuda" else (False, "")
-        context = Context(recipe, module_types(self.root), complete, add_input, False, where.type, name, inside)
+        context = Context(
+            recipe, module_types(self.root), complete, add_input, False, where.type, name, inside, self.options.inner == "eager"
+        )
         compiled = pipeline.run(captured, context, "annotate" if self.options.plan_only else "lower")
         record = GraphRecord(captured, context, compiled, site_rows(compiled.annotated), bool(layers))
         if self.options.plan_only:

@@ -1,4 +1,4 @@
-"""cast, cast_current, cast_amax: quantize as kernels do it. *lower* writes the first two in place of `quantize` where a graph runs on a CUDA device.
+"""cast, cast_current, cast_amax: quantize as kernels do it; *lower* writes the first two instead of it where a graph runs on CUDA devices.
 
     cast(x, spec, scale, record, layout)        -> q, qt                     under a scale that is known, or none
     cast_current(x, spec, record, layout)       -> q, qt, scale, scale_t     current scaling

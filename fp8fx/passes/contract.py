@@ -77,7 +77,7 @@ class Context:
     modules: dotted name -> class names of the MRO, for all modules of the root. complete: the graph is the whole forward.
     add_input: appends an input placeholder; the front end knows how. calibrating: measure amax only
     (fp8fx.autocast). device: type of device it runs on; device_name: of a GPU, by torch. weights_inside: weights that nobody keeps are
-    quantized in the graph, where it runs on kernels.
+    quantized in the graph, where it runs on kernels. eager: no compiler joins what the rewritten graph leaves apart.
     """
 
     recipe: Recipe
@@ -88,6 +88,7 @@ class Context:
     device: str = "cpu"
     device_name: str = ""
     weights_inside: bool = False
+    eager: bool = False
 
 
 Pass = Callable[[fx.GraphModule, Context], PassResult]
