@@ -88,7 +88,7 @@ def _fuse(graph: fx.Graph, cast: fx.Node, norm: Norm, effects: Effects) -> None:
     y, s = norm.nodes[-1], norm.x
     with graph.inserting_before(cast):
         made = emit(
-            graph, cast, ops.norm_cast.default, x, residual, norm.weight, norm.bias, norm.kind, norm.eps, spec, rng, site, *known,
+            graph, y, ops.norm_cast.default, x, residual, norm.weight, norm.bias, norm.kind, norm.eps, spec, rng, site, *known,
             cast.args[-1],
         )  # fmt: skip
     anchor = item(graph, made, 0)

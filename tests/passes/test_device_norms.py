@@ -105,6 +105,16 @@ def test_the_same_numbers(kind: str, recipe: str, dtype: torch.dtype) -> None:
     assert torch.equal(*measured)
 
 
+def test_a_graph_for_kernels_can_be_listed() -> None:
+    trace = Trace(seeded(Block, nn.LayerNorm), "delayed", randn(2, 6, 16))
+    text = fp8fx.listing(rewritten(trace, "delayed", True).module)
+    assert "norm1, _, q_norm1, qt_norm1 = norm_cast(x_1, weight=norm1_weight" in text
+    assert "norm2, sum_norm2, q_norm2, qt_norm2 = norm_cast(x_1, y_o, " in text
+    assert "q_q_weight, *_ = cast(q_weight, 'e4m3fn/delayed/tensor/power_of_two', " in text
+    assert "y_q = linear(norm1, q_weight, q_bias, input=[q_norm1, fp8_scales[0], qt_norm1, fp8_scales[0]]" in text
+    assert "a_up, q_a_up, qt_a_up = act_linear(norm2, gate_weight, up_weight, " in text
+
+
 class Read(nn.Module):
     """What keeps a norm, or the sum before it, as it is."""
 
