@@ -32,6 +32,10 @@ _OUTPUTS: dict[str, tuple[str, ...]] = {
     "linear_quantize": ("y_", "q_y_", "s_y_", "amax_y_"),
     "act": ("y_", "q_gate_", "s_gate_", "q_up_", "s_up_"),
     "mlp": ("y_", "h_", "q_", "s_", "amax_"),
+    "cast": ("q_", "qt_"),
+    "cast_current": ("q_", "qt_", "s_", "st_"),
+    "act_linear": ("a_", "q_a_", "qt_a_", "s_a_", "h_", "u_"),
+    "norm_cast": ("", "sum_", "q_", "qt_", "s_", "mean_", "rstd_"),
 }
 # Arguments that other lines say already: an operand's spec stands where it is quantized.
 _IMPLIED = ("input_spec", "weight_spec", "left_spec", "right_spec", "input1_spec", "weight1_spec", "weight2_spec", "role")
@@ -82,9 +86,9 @@ class _Printer:
 
     def _subject(self, node: fx.Node) -> str:
         """What the outputs are named after: the quantized tensor, the norm's module, or the site."""
-        if _operator(node) == "quantize":
+        if _operator(node) in ("quantize", "cast", "cast_current"):
             return _identifier(self._text(node.args[0]))
-        if _operator(node) == "layer_norm_quantize":
+        if _operator(node) in ("layer_norm_quantize", "norm_cast"):
             return _identifier(node.meta.get(MODULE, "")) or node.name
         return _identifier(_site(node))
 

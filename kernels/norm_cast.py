@@ -146,7 +146,7 @@ def check_norm(where: str, x: Tensor, weight: Tensor | None, bias: Tensor | None
 def statistics_of(x: Tensor, kind: str) -> tuple[Tensor, Tensor | None]:
     """Room for rstd and mean."""
     rstd = torch.empty((*x.shape[:-1], 1), dtype=torch.float32, device=x.device)
-    return rstd, torch.empty_like(rstd) if kind == "layer" else None
+    return rstd, rstd.new_empty(rstd.shape) if kind == "layer" else None
 
 
 def scaling_of(

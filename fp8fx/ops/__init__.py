@@ -1,8 +1,8 @@
 """The operators of a rewritten graph, `torch.ops.fp8fx.*`: one page each, with schema, reference and autograd formula.
 
     quantize, dequantize, round_values, round_gradient, meter_row      quantize.py
-    cast, cast_current                                                 casts.py       (made by lower)
-    scaled_mm                                                          scaled_mm.py
+    cast, cast_current, cast_amax                                      casts.py       (made by lower)
+    scaled_mm; rounded_mm                                              scaled_mm.py, rounded_mm.py
     linear, matmul, conv, embedding                                    one page each
     grouped_mm, scaled_grouped_mm                                      grouped.py
     layer_norm_quantize, linear_quantize                               producers.py   (made by fuse)
@@ -10,11 +10,28 @@
     act                                                                act.py         (made by insert_qdq)
     act_linear                                                         act_linear.py  (made by lower)
     act_backward_cast, act_backward_gate, act_backward_up              act_gradients.py
+    norm_cast, norm_backward                                           norms.py       (made by lower)
 
 Importing this package registers all of them.
 """
 
-from fp8fx.ops import act, act_gradients, act_linear, casts, conv, embedding, grouped, linear, matmul, mlp, producers, quantize, scaled_mm
+from fp8fx.ops import (
+    act,
+    act_gradients,
+    act_linear,
+    casts,
+    conv,
+    embedding,
+    grouped,
+    linear,
+    matmul,
+    mlp,
+    norms,
+    producers,
+    quantize,
+    rounded_mm,
+    scaled_mm,
+)
 
 __all__ = [
     "act",
@@ -27,7 +44,9 @@ __all__ = [
     "linear",
     "matmul",
     "mlp",
+    "norms",
     "producers",
     "quantize",
+    "rounded_mm",
     "scaled_mm",
 ]

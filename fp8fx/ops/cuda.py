@@ -15,9 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from fp8fx import numerics
 from fp8fx.errors import FP8Warning
-from fp8fx.kernels import cast as kernel
 from fp8fx.kernels import scaled_mm
 from fp8fx.kernels.activation_amax import activation_amax, activation_backward_amax
 from fp8fx.kernels.activation_cast import activation_backward_cast, activation_cast
@@ -25,13 +23,15 @@ from fp8fx.kernels.activations import Kept
 from fp8fx.kernels.cast_block import cast_block
 from fp8fx.kernels.launch import KernelCompileError
 from fp8fx.kernels.replay import taped
-from fp8fx.kernels.round_values import round_values as round_kernel
+from fp8fx.kernels.rounding import NEAREST, Rounding
 from fp8fx.ops import act as act_op
 from fp8fx.ops import casts
 from fp8fx.ops import linear as linear_op
 from fp8fx.ops import quantize as quantize_op
 from fp8fx.ops.act import KEPT
 from fp8fx.ops.act_linear import kept_in_fp8
+from fp8fx.ops.cuda_casts import DTYPES, cast, cast_amax, cast_current, has_kernel, laid_out, quantize, round_values, rounding_of
+from fp8fx.ops.cuda_norms import norm_backward, norm_cast
 from fp8fx.ops.inductor import FORMATS, torch_has
 from fp8fx.ops.library import LIBRARY, REFERENCES, without_autocast
 from fp8fx.ops.mlp import ACTIVATIONS
@@ -42,100 +42,7 @@ from fp8fx.ops.rounded_mm import rounds_in_place
 from fp8fx.ops.scaled_mm import scaled_mm_reference
 from fp8fx.spec import SiteSpec, TensorSpec
 
-DTYPES = (torch.bfloat16, torch.float16, torch.float32)
-NONFINITE = kernel.Rounding(overflow="nonfinite")
 SAMPLED = 256  # rows of a gradient that the underflow counts look at: a share of them is enough for a warning
-
-
-@functools.lru_cache(maxsize=4096)
-def _key(site: str, role: str) -> int:
-    return numerics.producer_key(site, role)
-
-
-def _rounding(spec: TensorSpec, rng: Tensor | None, site: str, role: str) -> kernel.Rounding:
-    if not spec.stochastic:
-        return kernel.NEAREST if spec.overflow == "saturate" else NONFINITE
-    return kernel.Rounding(spec.rounding, spec.overflow, rng, _key(site, role))
-
-
-def _has_kernel(x: Tensor, spec: TensorSpec, dtypes: tuple[torch.dtype, ...] = DTYPES) -> bool:
-    return spec.format in FORMATS and spec.rounding in ("nearest_even", "stochastic") and x.dtype in dtypes
-
-
-def cast(
-    x: Tensor, spec: str, rng: Tensor | None, site: str, role: str, scale: Tensor | None, record: Tensor | None, layout: str
-) -> tuple[Tensor, Tensor]:
-    parsed = TensorSpec.parse(spec)
-    if not _has_kernel(x, parsed):
-        return casts.cast_reference(x, spec, rng, site, role, scale, record, layout)
-    matrix = x if x.dim() == 2 else as_matrix(x)
-    how, counts = _rounding(parsed, rng, site, role), record is not None and role == casts.GRADIENT
-    return _laid_out(x, *kernel.cast(matrix, parsed.format, scale, "tensor", layout, how, None, record, counts))
-
-
-def _laid_out(x: Tensor, q: Tensor | None, q_t: Tensor | None) -> tuple[Tensor, Tensor]:
-    """q in the shape of x and q_t as its transpose; without elements where it was not made."""
-    if q is None:
-        assert q_t is not None
-        return q_t.new_empty(0), q_t.mT
-    return q if q.dim() == x.dim() else q.view(x.shape), q.new_empty(0) if q_t is None else q_t.mT
-
-
-def cast_current(
-    x: Tensor, spec: str, rng: Tensor | None, site: str, role: str, record: Tensor | None, layout: str
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    parsed = TensorSpec.parse(spec)
-    if not _has_kernel(x, parsed):
-        return casts.cast_current_reference(x, spec, rng, site, role, record, layout)
-    matrix = x if x.dim() == 2 else as_matrix(x)
-    how, block = _rounding(parsed, rng, site, role), parsed.granularity
-    if isinstance(block, str):
-        side, other = ("row", "column") if block == "row" else ("tensor", None)
-        counts = record is not None and role == casts.GRADIENT
-        made = kernel.cast_current(matrix, parsed.format, side, other, layout, how, parsed.power_of_two, parsed.eps, record, counts)
-    else:
-        made = cast_block(matrix, parsed.format, block, None, layout, how, parsed.power_of_two, parsed.eps)
-    nothing = x.new_empty(0, dtype=torch.float32)
-    scale = made.scale if made.scale is not None else nothing
-    scale_t = made.scale_t if made.scale_t is not None else nothing
-    if block == "tensor":
-        scale, scale_t = (scale if made.scale is not None else scale_t), nothing
-    elif made.scale is not None:
-        scale = scale.view(casts.scale_shapes(x, parsed, "rows")[0])
-    return *_laid_out(x, made.q, made.q_t), scale, scale_t
-
-
-def cast_amax(
-    x: Tensor, amax: Tensor, spec: str, rng: Tensor | None, site: str, role: str, record: Tensor | None, layout: str
-) -> tuple[Tensor, Tensor, Tensor]:
-    parsed = TensorSpec.parse(spec)
-    if not _has_kernel(x, parsed) or not x.numel():
-        return casts.cast_amax_reference(x, amax, spec, rng, site, role, record, layout)
-    matrix, made = x if x.dim() == 2 else as_matrix(x), x.new_empty(1, dtype=torch.float32)
-    how, counts = _rounding(parsed, rng, site, role), record is not None and role == casts.GRADIENT
-    made_of = (True, made, parsed.power_of_two, parsed.eps)
-    q, q_t = kernel.cast(matrix, parsed.format, amax, "tensor", layout, how, None, record, counts, None, *made_of)
-    return *_laid_out(x, q, q_t), made.view(())
-
-
-def quantize(
-    x: Tensor, spec: str, dims: list[int], rng: Tensor | None = None, site: str = "", role: str = "", scale: Tensor | None = None
-) -> tuple[Tensor, Tensor, Tensor]:
-    parsed = TensorSpec.parse(spec)
-    if not _has_kernel(x, parsed) or parsed.granularity != "tensor":
-        return quantize_op.quantize_reference(x, spec, dims, rng, site, role, scale)
-    how = _rounding(parsed, rng, site, role)
-    if scale is None and parsed.scaling == "current":
-        made = kernel.cast_current(x, parsed.format, how=how, power_of_two=parsed.power_of_two, eps=parsed.eps)
-        assert made.q is not None
-        assert made.scale is not None
-        assert made.amax is not None
-        return made.q, made.scale, made.amax
-    amax = torch.zeros((), dtype=torch.float32, device=x.device)
-    used = torch.ones((), dtype=torch.float32, device=x.device) if scale is None else scale.clone()
-    q, _ = kernel.cast(x, parsed.format, None if scale is None else used, how=how, amax=amax)
-    assert q is not None
-    return q, used, amax
 
 
 @functools.cache
@@ -185,7 +92,7 @@ def _own_product(
 ) -> tuple[Tensor, ...]:
     """The project's own kernel; (y,)."""
     scale_a, scale_b = (_one(a.device) if scale is None else scale for scale in (scale_a, scale_b))
-    how = kernel.Rounding(rounding, overflow, rng, key)
+    how = Rounding(rounding, overflow, rng, key)
     return (scaled_mm.scaled_mm(a, b, scale_a, scale_b, bias, dtype, accumulate, block_a, block_b, round_to=round_to, how=how),)
 
 
@@ -216,22 +123,13 @@ def rounded(
 ) -> Tensor:
     parsed = TensorSpec.parse(spec)
     codes = format_a in FORMATS and format_b in FORMATS and dtype in DTYPES and _has_blocks(block_a, block_b)
-    if not codes or not _has_kernel(a, parsed, (a.dtype,)) or not rounds_in_place(parsed):
+    if not codes or not has_kernel(a, parsed, (a.dtype,)) or not rounds_in_place(parsed):
         sums = scaled(a, scale_a, format_a, block_a, b, scale_b, format_b, block_b, bias, torch.float32, accumulate)
         return round_values(sums, spec, rng, site, role)[0].to(dtype)
-    how = _rounding(parsed, rng, site, role)
+    how = rounding_of(parsed, rng, site, role)
     blocks = tuple(block_a) or None, tuple(block_b) or None
     operands = (a, scale_a, blocks[0], b, scale_b, blocks[1], bias, dtype, accumulate)
     return _OWN_PRODUCT(*operands, parsed.format, how.rng, how.rounding, how.overflow, how.key)[0]
-
-
-def round_values(x: Tensor, spec: str, rng: Tensor | None, site: str, role: str, scale: Tensor | None = None) -> tuple[Tensor, Tensor]:
-    parsed = TensorSpec.parse(spec)
-    if not _has_kernel(x, parsed) or parsed.granularity != "tensor":
-        return quantize_op.round_reference(x, spec, rng, site, role, scale)
-    amax, current = torch.zeros((), dtype=torch.float32, device=x.device), scale is None and parsed.scaling == "current"
-    how = _rounding(parsed, rng, site, role)
-    return round_kernel(x, parsed.format, scale, how, amax, current, parsed.power_of_two, parsed.eps), amax
 
 
 def linear(x: Tensor, w: Tensor, b: Tensor | None, input: list[Tensor], weight: list[Tensor], *rest: Any) -> Tensor:
@@ -313,7 +211,7 @@ def _act_cast(
 ) -> tuple[Tensor, ...]:
     """q, qt and scale (no elements where it is given, or 1) of act(h) * u [M, H]; codes of h and u and their scales, if `keep`."""
     parsed = TensorSpec.parse(spec)
-    how, made = _rounding(parsed, rng, site, "input"), h.new_empty(1 if parsed.scaling == "current" else 0, dtype=torch.float32)
+    how, made = rounding_of(parsed, rng, site, "input"), h.new_empty(1 if parsed.scaling == "current" else 0, dtype=torch.float32)
     current = parsed.scaling == "current"
     given = activation_amax(h, u, activation) if current else scale if parsed.scaling == "delayed" else None
     kept = (Kept.empty(h), None if u is None else Kept.empty(u)) if keep else None
@@ -324,7 +222,7 @@ def _act_cast(
     parts = [(h.new_empty(0), made.new_empty(0)) if part is None else part for part in (kept or (None, None))]
     if keep and u is None:
         parts[1] = h.new_empty(0, dtype=torch.uint8), made.new_empty(0)
-    return *_laid_out(h, q, q_t), made.view(()) if current else made, parts[0][0], parts[1][0], parts[0][1], parts[1][1]
+    return *laid_out(h, q, q_t), made.view(()) if current else made, parts[0][0], parts[1][0], parts[0][1], parts[1][1]
 
 
 def act(h: Tensor, u: Tensor | None, activation: str) -> tuple[Tensor, ...]:
@@ -336,7 +234,7 @@ def act(h: Tensor, u: Tensor | None, activation: str) -> tuple[Tensor, ...]:
 def _keep(x: Tensor | None, like: Tensor) -> tuple[Tensor, Tensor]:
     if x is None or x.dtype not in DTYPES:
         return act_op.keep(x, like)
-    made = cast_block(as_matrix(x), KEPT.format, (1, act_op.SIDE), None, "rows", kernel.NEAREST, KEPT.power_of_two, KEPT.eps)
+    made = cast_block(as_matrix(x), KEPT.format, (1, act_op.SIDE), None, "rows", NEAREST, KEPT.power_of_two, KEPT.eps)
     assert made.q is not None
     assert made.scale is not None
     return made.q.view(torch.uint8), made.scale
@@ -386,7 +284,7 @@ def act_backward_cast(
 ) -> tuple[Tensor, ...]:
     parsed, gated = TensorSpec.parse(spec), u.dim() > 1
     current, gate, other = parsed.scaling == "current", _kept(h, block_h), _kept(u, block_u) if gated else None
-    hows = _rounding(parsed, rng, site1, casts.GRADIENT), _rounding(parsed, rng, site2, casts.GRADIENT)
+    hows = rounding_of(parsed, rng, site1, casts.GRADIENT), rounding_of(parsed, rng, site2, casts.GRADIENT)
     made = [grad.new_empty(1 if current and wanted else 0, dtype=torch.float32) for wanted in (True, gated)]
     totals = [grad.new_empty(h.shape[-1] if sums and wanted else 0, dtype=torch.float32) for wanted in (True, gated)]
     given: Any = (scale1, scale2) if parsed.scaling == "delayed" else (None, None)
@@ -399,8 +297,8 @@ def act_backward_cast(
         from_amax=current, made_scale=made[0] if current else None, made_scale_u=made[1] if current and gated else None,
         power_of_two=parsed.power_of_two, eps=parsed.eps,
     )  # fmt: skip
-    q, qt = _laid_out(grad, *first)
-    q_u, qt_u = _laid_out(grad, *second) if gated else (q.new_empty(0), q.new_empty(0))
+    q, qt = laid_out(grad, *first)
+    q_u, qt_u = laid_out(grad, *second) if gated else (q.new_empty(0), q.new_empty(0))
     scales = [part.view(()) if part.numel() else part for part in made]
     return q, qt, scales[0], q_u, qt_u, scales[1], *totals
 
@@ -421,7 +319,7 @@ def act_backward_gate(
     sums: bool,
 ) -> tuple[Tensor, ...]:
     parsed, gate, other = TensorSpec.parse(spec), _kept(h, block_h), _kept(u, block_u) if u.dim() > 1 else None
-    current, how = parsed.scaling == "current", _rounding(parsed, rng, site, casts.GRADIENT)
+    current, how = parsed.scaling == "current", rounding_of(parsed, rng, site, casts.GRADIENT)
     made = grad.new_empty(1 if current else 0, dtype=torch.float32)
     total = grad.new_empty(h.shape[-1] if sums else 0, dtype=torch.float32)
     given, amax_u = scale if parsed.scaling == "delayed" else None, grad.new_empty(0, dtype=torch.float32)
@@ -435,7 +333,7 @@ def act_backward_gate(
         bias_grad=total if sums else None, from_amax=current, made_scale=made if current else None, power_of_two=parsed.power_of_two,
         eps=parsed.eps, only=True,
     )  # fmt: skip
-    return *_laid_out(grad, *first), made.view(()) if current else made, total, amax_u
+    return *laid_out(grad, *first), made.view(()) if current else made, total, amax_u
 
 
 def act_backward_up(
@@ -454,7 +352,7 @@ def act_backward_up(
 ) -> tuple[Tensor, ...]:
     """du = act(h) * da is what forward makes of h and u, to the bit."""
     parsed, gate = TensorSpec.parse(spec), _kept(h, block_h)
-    current, how = parsed.scaling == "current", _rounding(parsed, rng, site, casts.GRADIENT)
+    current, how = parsed.scaling == "current", rounding_of(parsed, rng, site, casts.GRADIENT)
     made = grad.new_empty(1 if current else 0, dtype=torch.float32)
     total = grad.new_empty(h.shape[-1] if sums else 0, dtype=torch.float32)
     given = amax if current else scale if parsed.scaling == "delayed" else None
@@ -462,7 +360,7 @@ def act_backward_up(
         gate, grad, activation, parsed.format, given, layout, how, record=record, counts=record is not None, from_amax=current,
         made_scale=made if current else None, power_of_two=parsed.power_of_two, eps=parsed.eps, bias_grad=total if sums else None,
     )  # fmt: skip
-    return *_laid_out(grad, *pair), made.view(()) if current else made, total
+    return *laid_out(grad, *pair), made.view(()) if current else made, total
 
 
 _ACT_CAST = taped(_act_cast)
@@ -478,6 +376,8 @@ IMPLEMENTATIONS: dict[str, Callable[..., Any]] = {
     "act_backward_cast": taped(act_backward_cast),
     "act_backward_gate": taped(act_backward_gate),
     "act_backward_up": taped(act_backward_up),
+    "norm_cast": norm_cast,
+    "norm_backward": taped(norm_backward),
     "scaled_mm": scaled,
     "rounded_mm": rounded,
     "round_values": taped(round_values),

@@ -77,7 +77,7 @@ class Context:
     modules: dotted name -> class names of the MRO, for all modules of the root. complete: the graph is the whole forward.
     add_input: appends an input placeholder; the front end knows how. calibrating: measure amax only
     (fp8fx.autocast). device: type of device it runs on; device_name, capability: of that GPU, by torch. weights_inside: weights that nobody
-    keeps are quantized in the graph, where it runs on kernels.
+    keeps are quantized in the graph, where it runs on kernels. eager: no compiler joins what the rewritten graph leaves apart.
     """
 
     recipe: Recipe
@@ -89,6 +89,7 @@ class Context:
     device_name: str = ""
     capability: tuple[int, int] | None = None
     weights_inside: bool = False
+    eager: bool = False
 
 
 Pass = Callable[[fx.GraphModule, Context], PassResult]

@@ -28,6 +28,7 @@ from fp8fx.ops.available import no_kernels
 from fp8fx.passes.contract import SLOT, Context, PassResult, Skip, Slot, finish
 from fp8fx.passes.device import to_kernels
 from fp8fx.passes.device_fuse import fuse_activations
+from fp8fx.passes.device_norms import fuse_norms
 from fp8fx.passes.device_round import round_outputs
 from fp8fx.passes.effects import Effects
 from fp8fx.spec import TensorSpec
@@ -96,7 +97,7 @@ def _device(module: fx.GraphModule, context: Context) -> tuple[bool, list[Skip]]
     changed, skips = to_kernels(module, context)
     if changed:
         finish(module, True)  # what only the other layout of a weight read is gone
-    for rewrite in (round_outputs, fuse_activations):
+    for rewrite in (round_outputs, fuse_activations, *([fuse_norms] if context.eager else [])):
         fused, more = rewrite(module.graph)
         changed, skips = changed or fused, skips + more
     return changed, skips

@@ -73,6 +73,31 @@ def test_cast_amax(dtype: torch.dtype) -> None:
             assert torch.equal(record[0], record[1])
 
 
+@pytest.mark.parametrize("scaling", ["current", "delayed", "none"])
+@pytest.mark.parametrize("kind", ["layer", "rms", "rms_rounded"])
+def test_norms(kind: str, scaling: str) -> None:
+    """Called twice, the second time from the tape. Sums are added in another order, so codes at a boundary may differ."""
+    spec, scale = f"e4m3fn/{scaling}/tensor/nearest_even/saturate", torch.tensor(0.03) if scaling == "delayed" else None
+    for seed in range(2):
+        x, r, grad, add = (values(4, 40, 512, seed=4 * seed + i) for i in range(4))
+        w, b = values(512, seed=9), values(512, seed=10) if kind == "layer" else None
+        for residual, of_sum in ((None, None), (r, add)):
+            args = (x, residual, w, b, kind, 1e-5, spec, None, "fc", scale, torch.zeros(RECORD), "both")
+            theirs = REFERENCES["norm_cast"](*args)
+            there = [a.cuda() if isinstance(a, Tensor) else a for a in args]
+            ours = ops.norm_cast(*there)
+            s = x if residual is None else theirs[1]
+            back = (grad, s, w, b, *theirs[5:], of_sum, kind, 1e-5)
+            theirs += REFERENCES["norm_backward"](*back)
+            ours += ops.norm_backward(*[a.cuda() if isinstance(a, Tensor) else a for a in back])
+            torch.testing.assert_close(there[10].cpu(), args[10], rtol=1e-2, atol=0)
+            for a, c in zip(ours, theirs, strict=True):
+                assert (a.shape, a.dtype) == (c.shape, c.dtype)
+                assert a.stride() == c.stride() or not a.numel()
+                if c.numel() and bool(c.float().any()):
+                    assert 20 * torch.log10(c.float().norm() / (a.cpu().float() - c.float()).norm().clamp(min=1e-9)) > 35
+
+
 @pytest.mark.parametrize("spec", SPECS)
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
 def test_round_values(spec: str, dtype: torch.dtype) -> None:

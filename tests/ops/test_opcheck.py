@@ -183,6 +183,37 @@ SAMPLES: dict[str, list[Callable[[], tuple[Any, ...]]]] = {
         lambda layout=layout: (learned(2, 3, 8), torch.tensor(3.0), SPEC, None, "fc", "input", None, layout)
         for layout in ("rows", "transposed", "both")
     ],
+    "norm_cast": [
+        lambda kind=kind, residual=residual, spec=spec: (
+            learned(2, 3, 8),
+            residual,
+            learned(8, seed=2),
+            learned(8, seed=3) if kind == "layer" else None,
+            kind,
+            1e-5,
+            spec,
+            None,
+            "fc",
+            SCALE if spec == DELAYED else None,
+            None,
+            "both",
+        )
+        for kind, residual, spec in (("layer", learned(2, 3, 8, seed=4), SPEC), ("rms", None, DELAYED), ("rms_rounded", None, SPEC))
+    ],
+    "norm_backward": [
+        lambda add=add, kind=kind: (
+            randn(3, 8),
+            randn(3, 8, seed=2),
+            randn(8),
+            randn(8) if kind == "layer" else None,
+            randn(3, 1),
+            randn(3, 1),
+            add,
+            kind,
+            1e-5,
+        )
+        for add, kind in ((randn(3, 8, seed=3), "layer"), (None, "rms"))
+    ],
     "dequantize": [lambda: (*quantized(), SPEC, torch.float32), lambda: (*quantized(), SPEC, torch.bfloat16)],
     "anchor": [lambda: (learned(3, 8), torch.float32)],
     "round_values": [
@@ -339,6 +370,26 @@ def test_layer_norm_quantize_gradients() -> None:
     args = norm_args()
     x, w, b = exact(*args[:3])
     assert_gradients("layer_norm_quantize", args, F.layer_norm(x, (8,), w, b), [x, w, b])
+
+
+@pytest.mark.parametrize("residual", [False, True])
+def test_norm_cast_gradients(residual: bool) -> None:
+    """The gradient of the sum, which is an output too, is added to the norm's, and goes to both that were added."""
+    x, r, w, b = learned(3, 8), learned(3, 8, seed=4), learned(8, seed=2), learned(8, seed=3)
+    args = (x, r if residual else None, w, b, "layer", 1e-5, SPEC, None, "fc", None, None, "both")
+    anchor, s, *_ = ops.norm_cast(*args)
+    wanted = exact(x, r, w, b)
+    total = wanted[0] + wanted[1] if residual else wanted[0]
+    y = F.layer_norm(total, (8,), wanted[2], wanted[3])
+    grads = randn(3, 8, seed=9), randn(3, 8, seed=10)
+    torch.autograd.backward([anchor, *([s] if residual else [])], list(grads[: 1 + residual]))
+    torch.autograd.backward([y, *([total] if residual else [])], [g.double() for g in grads[: 1 + residual]])
+    for ours, leaf in zip((x, r, w, b), wanted, strict=True):
+        if ours.grad is None or leaf.grad is None:
+            assert ours.grad is leaf.grad is None
+        else:
+            torch.testing.assert_close(ours.grad.double(), leaf.grad, rtol=1e-5, atol=1e-5)
+    assert s.numel() == (24 if residual else 0)
 
 
 def test_anchors_pass_the_gradient_on() -> None:
