@@ -41,9 +41,10 @@ class Group:
 
 
 PEERS = ("torchao-tensorwise", "torchao-rowwise")
+LARGE = ("bf16", "delayed", "hybrid", "delayed-saved", "hybrid-saved")
 GROUPS = {
-    "4x2048": Group(Blocks, LLAMA, TINY, 4, ("bf16", "delayed", "hybrid", "rowwise", "direct-fast", "direct", "hybrid-saved", *PEERS)),
-    "8x2048": Group(Blocks, LLAMA, TINY, 8, ("bf16", "delayed", "hybrid", "hybrid-saved", *PEERS[:1])),
+    "4x2048": Group(Blocks, LLAMA, TINY, 4, (*LARGE, "rowwise", "direct-fast", "direct", "delayed-keep", *PEERS)),
+    "8x2048": Group(Blocks, LLAMA, TINY, 8, (*LARGE, *PEERS[:1])),
     "1x2048": Group(Blocks, LLAMA, TINY, 1, ("bf16", "delayed", "hybrid", *PEERS[:1])),
     "eager": Group(Blocks, LLAMA, TINY, 4, ("bf16-eager", "hybrid-eager")),
     "quickstart": Group(Quickstart, QUICKSTART, TINY_QUICKSTART, 4, ("bf16", "delayed", "hybrid", *PEERS[:1])),
