@@ -131,6 +131,8 @@ class SiteSpec:
         parts.append("gemms=" + ",".join(self.gemms))
         if self.save_for_backward != "fp8":
             parts.append("save_for_backward=" + self.save_for_backward)
+        if self.weight_transpose != "recompute":
+            parts.append("weight_transpose=" + self.weight_transpose)
         if self.save_activation_inputs != "model":
             parts.append("save_activation_inputs=" + self.save_activation_inputs)
         if self.accumulate != SiteSpec.accumulate:
@@ -151,5 +153,5 @@ class SiteSpec:
             elif key in ("columns", "calibrating"):
                 fields[key] = True
             else:
-                fields[key] = value if key.startswith("save_") else TensorSpec.parse(value)
+                fields[key] = value if key.startswith(("save_", "weight_")) else TensorSpec.parse(value)
         return SiteSpec(**fields)  # type: ignore[arg-type]

@@ -27,8 +27,8 @@ from fp8fx.kernels.activations import ACTIVATIONS, Kept, backward, check_operand
 from fp8fx.kernels.codes import hardware_format
 from fp8fx.kernels.column_sums import check_sum, partials, sum_partials
 from fp8fx.kernels.launch import launch
-from fp8fx.kernels.layout import plain_matrices
-from fp8fx.kernels.quarters import locate
+from fp8fx.kernels.layout import Matrices, plain_matrices
+from fp8fx.kernels.quarters import locate_tile
 from fp8fx.kernels.records import check_record
 from fp8fx.kernels.results import Pair, Result, Scaling, tensor_inverse, write_result
 from fp8fx.kernels.rounding import NEAREST, Rounding
@@ -37,7 +37,7 @@ from fp8fx.kernels.rounding import NEAREST, Rounding
 _FORWARD, _BACKWARD = (32, 128, 4), (32, 64, 4)
 
 
-@triton.jit(do_not_specialize=["key", "key_u"])
+@triton.jit(do_not_specialize=["key", "key_u", "row"])
 def _activation_kernel(
     dy_ptr,
     h_ptr,
@@ -69,6 +69,7 @@ def _activation_kernel(
     block_u_ptr,
     kept_h_ptr,
     kept_u_ptr,
+    row,
     BACKWARD: tl.constexpr,
     WHAT: tl.constexpr,  # as `activations` says
     TWO: tl.constexpr,  # du too
@@ -78,7 +79,10 @@ def _activation_kernel(
     BLOCK_M: tl.constexpr,
     BLOCK_K: tl.constexpr,
 ):
-    place, rows, words, columns = locate(M, K, BLOCK_M, BLOCK_K)
+    first = (row // BLOCK_M) * tl.cdiv(K, BLOCK_K)
+    place, rows, words, columns = locate_tile(tl.program_id(0) + first, M, K, BLOCK_M, BLOCK_K)
+    h_ptr -= row.to(tl.int64) * stride_hm  # h and u may begin at this row of the whole
+    u_ptr -= row.to(tl.int64) * stride_um
     at = (rows, words, columns)
     strides = (stride_db, stride_dm, 1), (stride_hb, stride_hm, 1), (stride_ub, stride_um, 1)
     inputs = (dy_ptr, h_ptr, u_ptr, block_h_ptr, block_u_ptr)
@@ -129,16 +133,18 @@ def activation_cast(
     eps: float = 1e-12,
     bias_grad: Tensor | None = None,
     kept: tuple[Kept, Kept | None] | None = None,
+    into: tuple[Tensor | None, Tensor | None, int] | None = None,
 ) -> Pair:
     """(q [..., M, K], qT [..., K, M]) of act(h), or act(h) * u; h and u bf16, fp16 or fp32 [..., M, K].
 
     scale: float32 with one element, or None. from_amax: `scale` is what `activation_amax` returned instead, and the scale made from it
     with `power_of_two` and `eps` goes to `made_scale`, float32 with one element; of two, the second gets the amax.
     record: float32 [3], see `records`; counts: also of zeros; amax: a record of one element, amax alone. bias_grad: float [K], set to
-    the sum over the rows. kept: room for the codes of h and u, which are written too (`Kept.empty`).
+    the sum over the rows. kept: room for the codes of h and u, which are written too (`Kept.empty`). into: (q, qT, row) of a whole of
+    which h and u [m, K] are the rows from `row` on, a multiple of 32, as `kept` is then of the whole.
     """
     scaling, records, sums = Scaling(scale, from_amax, made_scale, power_of_two, eps), ((record, amax), (None, None)), (bias_grad, None)
-    return _launch(None, (h, u), activation, format, (scaling, scaling), layout, (how, how), records, counts, sums, kept)[0]
+    return _launch(None, (h, u), activation, format, (scaling, scaling), layout, (how, how), records, counts, sums, kept, into=into)[0]
 
 
 def activation_backward_cast(
@@ -190,6 +196,7 @@ def _launch(
     sums: Pair = (None, None),
     kept: tuple[Kept, Kept | None] | None = None,
     only: bool = False,
+    into: tuple[Tensor | None, Tensor | None, int] | None = None,
 ) -> tuple[Pair, Pair]:
     where = "activation_cast" if dy is None else "activation_backward_cast"
     h, u = inputs
@@ -199,6 +206,9 @@ def _launch(
         raise KernelError("activation_backward_cast: scales of dh and du come together")
     fp8, (block_m, block_k, warps) = hardware_format(format), _FORWARD if dy is None else _BACKWARD
     seen = [plain_matrices(first if x is None else x) for x in (dy, values(h), values(u))]
+    tiles, row = seen[1].tiles(block_m, block_k), 0
+    if into is not None:
+        seen[1], row = _part(where, seen[1], *into, block_m), into[2]
     _, _, m, k, _ = seen[1]
     outs = [out for out in sums[: 2 if two else 1] if out is not None]
     parts = partials(first, seen[1].tile_rows(block_m), k, len(outs)) if outs else None
@@ -208,7 +218,11 @@ def _launch(
         scalings[i].check(where)
         check_sum(where, sums[i], k)
         record, recording = check_record(where, *records[i], counts)
-        results.append(Result.empty(first, fp8, layout, scalings[i], record, None if sums[i] is None else next(left)))
+        part = None if sums[i] is None else next(left)
+        whole = (
+            Result.empty(first, fp8, layout, scalings[i], record, part) if into is None else Result(*into[:2], scalings[i], record, part)
+        )
+        results.append(whole)
         flags.append(results[i].how(fp8, hows[i], seen[1], recording))
     pairs = (results[0].pair, results[1].pair if two else (None, None))
     if first.numel() == 0:
@@ -220,7 +234,7 @@ def _launch(
     rng = hows[0].rng
     launch(
         _activation_kernel,
-        (seen[1].tiles(block_m, block_k),),
+        (tiles,),
         (
             *(x.x for x in seen),
             *results[0].pointers(first),
@@ -234,6 +248,7 @@ def _launch(
             *(pointers(first, h, u) if kept is None else pointers(first, *kept)),
             first if kept is None else kept[0].q,
             first if kept is None or kept[1] is None else kept[1].q,
+            row,
         ),
         {
             "BACKWARD": dy is not None,
@@ -250,3 +265,11 @@ def _launch(
     if parts is not None:
         sum_partials(parts, *outs)
     return pairs
+
+
+def _part(where: str, x: Matrices, q: Tensor | None, t: Tensor | None, row: int, block_m: int) -> Matrices:
+    """x, the rows from `row` on of a whole that q [M, K] and qT [K, M] are made of, with the rows of the whole."""
+    m = q.shape[0] if q is not None else t.shape[1] if t is not None else 0
+    if x.batches != 1 or row % block_m or row + x.m > m or (row + x.m < m and x.m % block_m):
+        raise KernelError(f"{where}: rows {row} to {row + x.m} of {m} are not whole tiles of {block_m} rows")
+    return x._replace(m=m)

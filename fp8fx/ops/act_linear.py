@@ -107,16 +107,19 @@ def _setup(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> Non
     ctx.specs = [SiteSpec.parse_backward(text) for text in (backward1, backward2)]
     ctx.dtypes = (x.dtype, w1.dtype, None if w2 is None else w2.dtype)
     ctx.bias_dtypes = [None if b is None else b.dtype for b in (b1, b2)]
-    first = Saved.of(x, w1, input, weight1, ctx.specs[0]).recasting(w1)
-    scale2 = None if w2 is None else weight2[1]
-    ctx.save_for_backward(*first.tensors(), w2, scale2, *output[4:], scales1, scales2, rng)
+    first = Saved.of(x, w1, input, weight1, ctx.specs[0])
+    first = first.recasting(w1) if len(weight1) == 2 else first
+    second: list[Tensor | None] = [None, None, None]  # codes of w2 with their scale, or w2 itself with the scale to cast it by
+    if w2 is not None:
+        second = [None, weight2[1], w2] if len(weight2) == 2 else [*weight2[2:], None]
+    ctx.save_for_backward(*first.tensors(), *second, *output[4:], scales1, scales2, rng)
     keep_records(ctx, record1, record2)
 
 
 def _backward(ctx: Any, grad: Tensor | None, *_: Any) -> tuple[Any, ...]:
     if grad is None:
         return (None,) * 27
-    *saved1, w2, weight2_scale, h, u, block_h, block_u, scales1, scales2, rng = ctx.saved_tensors
+    *saved1, weight2, weight2_scale, w2, h, u, block_h, block_u, scales1, scales2, rng = ctx.saved_tensors
     needs = ctx.needs_input_grad
     states = [
         Backward(ctx.site1, ctx.specs[0], rng, scales1, record=ctx.records[0]),
@@ -126,15 +129,17 @@ def _backward(ctx: Any, grad: Tensor | None, *_: Any) -> tuple[Any, ...]:
     spec = ctx.specs[0].grad_output
     kept = ctx.specs[0].save_activation_inputs == "fp8"
     flat, h = as_matrix(grad).contiguous(), as_matrix(h)
-    inputs = (h, u if w2 is None else as_matrix(u), block_h if kept else None, block_u if kept and w2 is not None else None)
+    gated = ctx.dtypes[2] is not None
+    inputs = (h, as_matrix(u) if gated else u, block_h if kept else None, block_u if kept and gated else None)
     layout = LAYOUTS[2 if needs[0] else 1]
     biases = any(dtype is not None for dtype in ctx.bias_dtypes)
-    made = _gradients(flat, inputs, ctx.activation, states, w2 is not None, layout, biases)
+    made = _gradients(flat, inputs, ctx.activation, states, gated, layout, biases)
     formula = LinearBackward(states[0], first, ctx.input_spec, ctx.weight1_spec, (ctx.dtypes[0], ctx.dtypes[1]))
     dx, dw1 = formula.products(flat, *_operands(made[:3], spec, states[0]), needs[0], needs[1])
     dw2 = None
-    if w2 is not None:
-        other = Saved(first.input, [], first.x, w2, first.input_scale, weight2_scale)
+    if gated:
+        codes = [] if weight2 is None else [weight2, weight2_scale]
+        other = Saved(first.input, codes, first.x, w2, first.input_scale, weight2_scale)
         formula = LinearBackward(states[1], other, ctx.input_spec, ctx.weight2_spec, (ctx.dtypes[0], ctx.dtypes[2]))
         dx2, dw2 = formula.products(flat, *_operands(made[3:6], spec, states[1]), needs[0], needs[2])
         dx = None if dx is None or dx2 is None else dx + dx2

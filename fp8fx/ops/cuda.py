@@ -17,26 +17,16 @@ from torch import Tensor
 
 from fp8fx.errors import FP8Warning
 from fp8fx.kernels import scaled_mm
-from fp8fx.kernels.activation_amax import activation_amax, activation_backward_amax
-from fp8fx.kernels.activation_cast import activation_backward_cast, activation_cast
-from fp8fx.kernels.activations import Kept
-from fp8fx.kernels.cast_block import cast_block
 from fp8fx.kernels.launch import KernelCompileError
 from fp8fx.kernels.replay import taped
-from fp8fx.kernels.rounding import NEAREST, Rounding
-from fp8fx.ops import act as act_op
-from fp8fx.ops import casts
+from fp8fx.kernels.rounding import Rounding
 from fp8fx.ops import linear as linear_op
 from fp8fx.ops import quantize as quantize_op
-from fp8fx.ops.act import KEPT
-from fp8fx.ops.act_linear import kept_in_fp8
-from fp8fx.ops.cuda_casts import DTYPES, cast, cast_amax, cast_current, has_kernel, laid_out, quantize, round_values, rounding_of
+from fp8fx.ops.cuda_casts import DTYPES, cast, cast_amax, cast_current, has_kernel, quantize, round_values, rounding_of
 from fp8fx.ops.cuda_norms import norm_backward, norm_cast
 from fp8fx.ops.inductor import FORMATS, torch_has
 from fp8fx.ops.library import LIBRARY, REFERENCES, without_autocast
-from fp8fx.ops.mlp import ACTIVATIONS
 from fp8fx.ops.operands import forward_operand
-from fp8fx.ops.producers import make_anchor
 from fp8fx.ops.quantize import as_matrix
 from fp8fx.ops.rounded_mm import rounds_in_place
 from fp8fx.ops.scaled_mm import scaled_mm_reference
@@ -155,227 +145,11 @@ def meter_row(x: Tensor, q: Tensor | None, spec: str, *amax: Tensor | None) -> T
     return quantize_op.meter_row_reference(x, q, spec, *amax)
 
 
-def act_linear(
-    x: Tensor,
-    w1: Tensor,
-    w2: Tensor | None,
-    b1: Tensor | None,
-    b2: Tensor | None,
-    input: list[Tensor],
-    weight1: list[Tensor],
-    weight2: list[Tensor],
-    record1: Tensor | None,
-    record2: Tensor | None,
-    scales1: Tensor | None,
-    scales2: Tensor | None,
-    scale: Tensor | None,
-    record: Tensor | None,
-    rng: Tensor | None,
-    activation: str,
-    site1: str,
-    site2: str,
-    input_spec: str,
-    weight1_spec: str,
-    weight2_spec: str,
-    backward1: str,
-    backward2: str,
-    spec: str,
-    site: str,
-    layout: str,
-    dtype: torch.dtype,
-) -> tuple[Tensor, ...]:
-    h = linear(x, w1, b1, input, weight1, None, None, rng, site1, input_spec, weight1_spec, backward1, dtype)
-    u = None
-    if w2 is not None:
-        u = linear(x, w2, b2, input, weight2, None, None, rng, site2, input_spec, weight2_spec, backward2, dtype)
-    kept = kept_in_fp8(backward1)
-    codes = _ACT_CAST(as_matrix(h), None if u is None else as_matrix(u), activation, spec, rng, site, scale, record, layout, kept)
-    q, qt, made, q_h, q_u, block_h, block_u = codes
-    q = q if layout == "transposed" else q.view(h.shape)
-    if not kept:
-        q_h, q_u = h, q_u if u is None else u
-    return make_anchor(h.shape, h.dtype, h.device), q, qt, made, q_h, q_u, block_h, block_u
-
-
-def _act_cast(
-    h: Tensor,
-    u: Tensor | None,
-    activation: str,
-    spec: str,
-    rng: Tensor | None,
-    site: str,
-    scale: Tensor | None,
-    record: Tensor | None,
-    layout: str,
-    keep: bool,
-) -> tuple[Tensor, ...]:
-    """q, qt and scale (no elements where it is given, or 1) of act(h) * u [M, H]; codes of h and u and their scales, if `keep`."""
-    parsed = TensorSpec.parse(spec)
-    how, made = rounding_of(parsed, rng, site, "input"), h.new_empty(1 if parsed.scaling == "current" else 0, dtype=torch.float32)
-    current = parsed.scaling == "current"
-    given = activation_amax(h, u, activation) if current else scale if parsed.scaling == "delayed" else None
-    kept = (Kept.empty(h), None if u is None else Kept.empty(u)) if keep else None
-    q, q_t = activation_cast(
-        h, u, activation, parsed.format, given, layout, how, record=record, from_amax=current, made_scale=made if current else None,
-        power_of_two=parsed.power_of_two, eps=parsed.eps, kept=kept,
-    )  # fmt: skip
-    parts = [(h.new_empty(0), made.new_empty(0)) if part is None else part for part in (kept or (None, None))]
-    if keep and u is None:
-        parts[1] = h.new_empty(0, dtype=torch.uint8), made.new_empty(0)
-    return *laid_out(h, q, q_t), made.view(()) if current else made, parts[0][0], parts[1][0], parts[0][1], parts[1][1]
-
-
-def act(h: Tensor, u: Tensor | None, activation: str) -> tuple[Tensor, ...]:
-    """Not fused: torch's own activation, and a cast of h and u."""
-    y = ACTIVATIONS[activation][0](h)
-    return y if u is None else y * u, *_keep(h, h), *_keep(u, h)
-
-
-def _keep(x: Tensor | None, like: Tensor) -> tuple[Tensor, Tensor]:
-    if x is None or x.dtype not in DTYPES:
-        return act_op.keep(x, like)
-    made = cast_block(as_matrix(x), KEPT.format, (1, act_op.SIDE), None, "rows", NEAREST, KEPT.power_of_two, KEPT.eps)
-    assert made.q is not None
-    assert made.scale is not None
-    return made.q.view(torch.uint8), made.scale
-
-
-def act_backward(
-    grad: Tensor, q_h: Tensor, scale_h: Tensor, q_u: Tensor | None, scale_u: Tensor | None, activation: str
-) -> tuple[Tensor, Tensor]:
-    forward, backward = ACTIVATIONS[activation]
-    h = _restore(q_h, scale_h, grad)
-    if q_u is None or scale_u is None:
-        return backward(grad, h), grad.new_empty(0)
-    du = grad * forward(h)
-    return backward(grad * _restore(q_u, scale_u, grad), h), du
-
-
-def _restore(q: Tensor, scale: Tensor, like: Tensor) -> Tensor:
-    """In like's dtype throughout: bfloat16 holds codes, powers of two and their products. The reference where that is not so."""
-    m, k = q.shape
-    if like.dtype == torch.float16 or k % act_op.SIDE:
-        return act_op.restore(q, scale, like.dtype).view(like.shape)
-    values = q.view(torch.float8_e4m3fn).to(like.dtype).view(m, k // act_op.SIDE, act_op.SIDE)
-    return values.mul_(scale.to(like.dtype).unsqueeze(-1)).view(like.shape)
-
-
-def _kept(x: Tensor, block: Tensor | None) -> Tensor | Kept:
-    return x if block is None else Kept(x, block)
-
-
-def act_backward_cast(
-    grad: Tensor,
-    h: Tensor,
-    u: Tensor,
-    block_h: Tensor | None,
-    block_u: Tensor | None,
-    activation: str,
-    rng: Tensor | None,
-    site1: str,
-    site2: str,
-    spec: str,
-    scale1: Tensor | None,
-    scale2: Tensor | None,
-    record1: Tensor | None,
-    record2: Tensor | None,
-    layout: str,
-    sums: bool,
-) -> tuple[Tensor, ...]:
-    parsed, gated = TensorSpec.parse(spec), u.dim() > 1
-    current, gate, other = parsed.scaling == "current", _kept(h, block_h), _kept(u, block_u) if gated else None
-    hows = rounding_of(parsed, rng, site1, casts.GRADIENT), rounding_of(parsed, rng, site2, casts.GRADIENT)
-    made = [grad.new_empty(1 if current and wanted else 0, dtype=torch.float32) for wanted in (True, gated)]
-    totals = [grad.new_empty(h.shape[-1] if sums and wanted else 0, dtype=torch.float32) for wanted in (True, gated)]
-    given: Any = (scale1, scale2) if parsed.scaling == "delayed" else (None, None)
-    if current:
-        given = activation_backward_amax(grad, gate, other, activation)
-    first, second = activation_backward_cast(
-        grad, gate, other, activation, parsed.format, given[0], given[1], layout, hows[0], hows[1], record=record1,
-        record_u=record2 if gated else None,
-        counts=record1 is not None, bias_grad=totals[0] if sums else None, bias_grad_u=totals[1] if sums and gated else None,
-        from_amax=current, made_scale=made[0] if current else None, made_scale_u=made[1] if current and gated else None,
-        power_of_two=parsed.power_of_two, eps=parsed.eps,
-    )  # fmt: skip
-    q, qt = laid_out(grad, *first)
-    q_u, qt_u = laid_out(grad, *second) if gated else (q.new_empty(0), q.new_empty(0))
-    scales = [part.view(()) if part.numel() else part for part in made]
-    return q, qt, scales[0], q_u, qt_u, scales[1], *totals
-
-
-def act_backward_gate(
-    grad: Tensor,
-    h: Tensor,
-    u: Tensor,
-    block_h: Tensor | None,
-    block_u: Tensor | None,
-    activation: str,
-    rng: Tensor | None,
-    site: str,
-    spec: str,
-    scale: Tensor | None,
-    record: Tensor | None,
-    layout: str,
-    sums: bool,
-) -> tuple[Tensor, ...]:
-    parsed, gate, other = TensorSpec.parse(spec), _kept(h, block_h), _kept(u, block_u) if u.dim() > 1 else None
-    current, how = parsed.scaling == "current", rounding_of(parsed, rng, site, casts.GRADIENT)
-    made = grad.new_empty(1 if current else 0, dtype=torch.float32)
-    total = grad.new_empty(h.shape[-1] if sums else 0, dtype=torch.float32)
-    given, amax_u = scale if parsed.scaling == "delayed" else None, grad.new_empty(0, dtype=torch.float32)
-    if current:
-        amax_u = grad.new_zeros(1, dtype=torch.float32) if other is not None else amax_u
-        given, _ = activation_backward_amax(
-            grad, gate, other, activation, grad.new_zeros(1, dtype=torch.float32), None if other is None else amax_u
-        )
-    first, _ = activation_backward_cast(
-        grad, gate, other, activation, parsed.format, given, None, layout, how, record=record, counts=record is not None,
-        bias_grad=total if sums else None, from_amax=current, made_scale=made if current else None, power_of_two=parsed.power_of_two,
-        eps=parsed.eps, only=True,
-    )  # fmt: skip
-    return *laid_out(grad, *first), made.view(()) if current else made, total, amax_u
-
-
-def act_backward_up(
-    grad: Tensor,
-    h: Tensor,
-    block_h: Tensor | None,
-    activation: str,
-    rng: Tensor | None,
-    site: str,
-    spec: str,
-    scale: Tensor | None,
-    amax: Tensor | None,
-    record: Tensor | None,
-    layout: str,
-    sums: bool,
-) -> tuple[Tensor, ...]:
-    """du = act(h) * da is what forward makes of h and u, to the bit."""
-    parsed, gate = TensorSpec.parse(spec), _kept(h, block_h)
-    current, how = parsed.scaling == "current", rounding_of(parsed, rng, site, casts.GRADIENT)
-    made = grad.new_empty(1 if current else 0, dtype=torch.float32)
-    total = grad.new_empty(h.shape[-1] if sums else 0, dtype=torch.float32)
-    given = amax if current else scale if parsed.scaling == "delayed" else None
-    pair = activation_cast(
-        gate, grad, activation, parsed.format, given, layout, how, record=record, counts=record is not None, from_amax=current,
-        made_scale=made if current else None, power_of_two=parsed.power_of_two, eps=parsed.eps, bias_grad=total if sums else None,
-    )  # fmt: skip
-    return *laid_out(grad, *pair), made.view(()) if current else made, total
-
-
-_ACT_CAST = taped(_act_cast)
-
 IMPLEMENTATIONS: dict[str, Callable[..., Any]] = {
     "quantize": taped(quantize),
     "cast": taped(cast),
     "cast_current": taped(cast_current),
     "cast_amax": taped(cast_amax),
-    "act": act,
-    "act_backward": act_backward,
-    "act_linear": act_linear,
-    "act_backward_cast": taped(act_backward_cast),
-    "act_backward_gate": taped(act_backward_gate),
-    "act_backward_up": taped(act_backward_up),
     "norm_cast": norm_cast,
     "norm_backward": taped(norm_backward),
     "scaled_mm": scaled,
@@ -420,6 +194,8 @@ def _warn(message: str) -> None:
 @functools.cache
 def register() -> None:
     """For CUDA tensors these run in place of the references, from the first call of this on."""
-    for name, function in IMPLEMENTATIONS.items():
+    from fp8fx.ops import cuda_act
+
+    for name, function in {**IMPLEMENTATIONS, **cuda_act.IMPLEMENTATIONS}.items():
         function = function if name in KERNELS_ONLY else without_autocast(function)
         LIBRARY.impl(name, guarded(name, function), "CUDA")

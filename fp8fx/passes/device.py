@@ -2,6 +2,7 @@
 
     q, s, a = quantize(x)          ->  q, qt, s, _ = cast_current(x, layout='both')     or q, qt = cast(x, s, record) where s is known
     linear(x, w, [q, s], ...)      ->  linear(x, w, [q, s, qt, s], ..., columns=yes)     its backward casts likewise
+    weight_transpose: keep         ->  the weight's list has both layouts too, and backward casts it no more
     amax leaves as an output, and with the meter   ->   kernels leave it in records
 
 Two further inputs hold the records (ops/casts.py): fp8_records [n, 4], a row per cast whose amax is kept (meta: the Slots it belongs to),
@@ -26,6 +27,7 @@ ops = torch.ops.fp8fx
 QUANTIZE, LINEAR = ops.quantize.default, ops.linear.default
 
 RECORDS, GRAD_RECORDS = "fp8_records", "fp8_grad_records"  # names of the inputs, and keys of module.meta
+OUTSIDE = "its codes come from outside of the graph (weight_cache, evaluation), in one layout: the other is made in backward"
 FORMATS, SIDES, DTYPES = ("e4m3fn", "e5m2"), (32, 64, 128), (torch.bfloat16, torch.float16, torch.float32)
 
 
@@ -40,7 +42,7 @@ def to_kernels(module: fx.GraphModule, context: Context) -> tuple[bool, list[Ski
             skips.append(Skip("kernels", str(node.args[8]), f"{reason}: the reference runs"))
         else:
             writer.linear(node, spec)
-    return writer.finish(), skips
+    return writer.finish(), skips + writer.skips
 
 
 def _obstacle(node: fx.Node, spec: SiteSpec) -> str:
@@ -89,6 +91,7 @@ class _Writer:
         self.records: list[tuple[Slot, ...]] = module.meta.setdefault(RECORDS, [])
         self.rows: list[int] = module.meta.setdefault(GRAD_RECORDS, [])
         self.modified = False
+        self.skips: list[Skip] = []
         self._one: fx.Node | None = None
 
     def _measured(self) -> list[tuple[Slot, fx.Node]]:
@@ -107,8 +110,11 @@ class _Writer:
         node.update_arg(3, self.operand(x_codes, wanted))
         weights: Any = list(node.args[4])  # type: ignore[arg-type]
         quantize = _quantize_of(weights)
+        x = tensor(node.args[0])
         if _drawn_for_another(weights, node):
             node.update_arg(4, self.operand(weights, wanted))
+        elif spec.weight_transpose == "keep" and node.args[5] is not None and x is not None and x.requires_grad:
+            self.kept_weight(node, weights, quantize)
         else:
             node.update_arg(4, weights[:2])  # the other layout is made from the parameter in backward
             self.own_weight(quantize)
@@ -116,8 +122,20 @@ class _Writer:
             node.update_arg(5, self.grad_record(node.args[5]))
 
     def own_weight(self, quantize: fx.Node | None) -> None:
-        if quantize is not None and self.context.weights_inside and quantize.meta.get("weight_cache", "none") == "none":
+        if quantize is not None and self._is_inside(quantize):
             self.cast(quantize)
+
+    def kept_weight(self, node: fx.Node, weights: list[Any], quantize: fx.Node | None) -> None:
+        """weight_transpose: keep. Both layouts by one cast in forward."""
+        if self._is_inside(quantize):
+            node.update_arg(4, self.operand(weights[:2], "both"))
+        else:
+            node.update_arg(4, weights[:2])
+            self.skips.append(Skip("weight_transpose: keep", str(node.args[8]), OUTSIDE))
+
+    def _is_inside(self, quantize: fx.Node | None) -> bool:
+        """The weight is cast in the graph (None: by a cast that stands there already), and not kept from step to step."""
+        return self.context.weights_inside and (quantize is None or quantize.meta.get("weight_cache", "none") == "none")
 
     def operand(self, codes: list[Any], layout: str) -> list[Any]:
         """[q, scale] or [q, scale, qt, scale_t] with those of one cast."""

@@ -6,6 +6,7 @@ RECIPE                     fp8fx.compile under a shipped recipe, with Inductor
 RECIPE-eager               the same, the rewritten graph run as it is
 RECIPE-fast                fast accumulation in all three GEMMs
 RECIPE-saved               save_activation_inputs: fp8
+RECIPE-keep                weight_transpose: keep
 RECIPE-graphs              inside CUDA graphs, inner_mode: reduce-overhead; also bf16-graphs, the same of torch.compile
                            (changes combine: delayed-fast-graphs)
 torchao-RECIPE             convert_to_float8_training (tensorwise, rowwise, rowwise_with_gw_hp) under torch.compile
@@ -27,6 +28,7 @@ BF16, BF16_EAGER, TORCHAO, GRAPHS = "bf16", "bf16-eager", "torchao-", "-graphs"
 CHANGES: dict[str, dict[str, Any]] = {
     "fast": {"accumulate": {"output": "fast", "grad_input": "fast", "grad_weight": "fast"}},
     "saved": {"save_activation_inputs": "fp8"},
+    "keep": {"weight_transpose": "keep"},
 }
 # direct has no scales: a loss scaler keeps gradients in the range of E5M2. Here dy, which is about 1 / 4096, is multiplied by hand.
 LOSS_SCALES = {"direct": 2.0**14}

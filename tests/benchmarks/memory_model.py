@@ -5,8 +5,8 @@
 Two Llama blocks of width 256, 128 tokens per sequence: rows, widths and weights keep the ratios of width 4096 and 2048 tokens, so the
 ratio of two peaks does too, but for statistics per row (1% of an activation here). Counted is what a GPU's allocator would see: every
 buffer that Inductor's code makes and every result of an operator, from its making until its last reference dies; what a reference makes
-inside is not counted, as kernels do not make it (but for h and u where `act_linear` keeps them in FP8). Not counted either: cuBLAS's
-workspaces, the allocator's rounding.
+inside is not counted, as kernels do not make it (but for what `act_linear` needs of h and u where it keeps them in FP8). Not counted
+either: cuBLAS's workspaces, the allocator's rounding.
 
 --top N prints the N largest tensors that live at the peak, and which line of the generated code made them.
 """
@@ -86,7 +86,7 @@ class _Watch(TorchDispatchMode):
             if isinstance(x, Tensor):
                 self.live.add(x, str(func))
         if func is ACT_LINEAR and result[4].dtype == torch.uint8:
-            self.live.look(2 * (result[4].numel() + result[5].numel()))
+            self.live.look(result[4].numel() + result[5].numel())  # as fp8fx/ops/cuda_act.py: half of h and u, or a in place of h
         return result
 
 

@@ -40,13 +40,16 @@ class Group:
     candidates: tuple[str, ...]  # the first is what the others are compared with
 
 
-FURTHER = ("hybrid-saved", "delayed-fast", "delayed-graphs", "delayed-fast-graphs", "hybrid-graphs", "hybrid-fast-graphs", "bf16-graphs",
-           "direct-fast-graphs", "direct-graphs", "delayed-saved")  # fmt: skip
+FURTHER = (
+    *("delayed-fast", "hybrid-fast", "delayed-graphs", "delayed-fast-graphs", "delayed-keep-fast-graphs", "hybrid-graphs"),
+    *("hybrid-fast-graphs", "direct-fast-graphs", "direct-graphs", "bf16-graphs"),
+)
 PEERS = ("torchao-tensorwise", "torchao-rowwise")
+LARGE = ("bf16", "delayed", "hybrid", "delayed-saved", "hybrid-saved")
 GROUPS = {
-    "4x2048": Group(Blocks, LLAMA, TINY, 4, ("bf16", "delayed", "hybrid", "rowwise", "direct-fast", "direct", *FURTHER, *PEERS)),
-    "8x2048": Group(Blocks, LLAMA, TINY, 8, ("bf16", "delayed", "hybrid", *FURTHER, *PEERS[:1])),
-    "1x2048": Group(Blocks, LLAMA, TINY, 1, ("bf16", "delayed", "hybrid", *FURTHER, *PEERS[:1])),
+    "4x2048": Group(Blocks, LLAMA, TINY, 4, (*LARGE, "rowwise", "direct-fast", "direct", "delayed-keep", *FURTHER, *PEERS)),
+    "8x2048": Group(Blocks, LLAMA, TINY, 8, (*LARGE, *FURTHER, *PEERS[:1])),
+    "1x2048": Group(Blocks, LLAMA, TINY, 1, ("bf16", "delayed", "hybrid", "delayed-keep", *FURTHER, *PEERS[:1])),
     "eager": Group(Blocks, LLAMA, TINY, 4, ("bf16-eager", "hybrid-eager")),
     "quickstart": Group(Quickstart, QUICKSTART, TINY_QUICKSTART, 4, ("bf16", "delayed", "hybrid", *PEERS[:1])),
 }

@@ -2,18 +2,25 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import pytest
 import torch
-from kernel_checks import every_16_bits, nearly_the_codes, same_bytes
+from kernel_checks import every_16_bits, nearly_the_codes, same_bytes, same_floats
+from torch import Tensor
 from torch.nn import functional as F
 
 from fp8fx import formats, numerics
 from fp8fx.errors import KernelError
 from fp8fx.numerics.tensor import quantize_scaled
+from fp8fx.spec import TensorSpec
 
 pytest.importorskip("triton")
+from fp8fx.kernels.activation_amax import activation_backward_amax
 from fp8fx.kernels.activation_cast import activation_backward_cast, activation_cast
-from fp8fx.kernels.cast import Rounding
+from fp8fx.kernels.activation_keep import activation_keep
+from fp8fx.kernels.activations import Kept
+from fp8fx.kernels.cast import Rounding, cast
 from fp8fx.kernels.norm_cast import norm_cast
 
 FORWARD = {
@@ -63,6 +70,85 @@ def test_backward(device: str, activation: str, gated: bool) -> None:
         assert gated or pairs[1] == (None, None)
 
 
+def kept_of(x: Tensor) -> Kept:
+    """What is kept of x, by the reference."""
+    spec = TensorSpec(format="e4m3fn", granularity=(1, 128), power_of_two=True)
+    q, scale, _ = numerics.quantize_tensor(x.cpu(), spec, (-1,))
+    return Kept(q.contiguous().view(torch.uint8).to(x.device), scale.to(x.device))
+
+
+def same_pairs(ours: Any, theirs: Any) -> None:
+    for a, b in zip(ours, theirs, strict=True):
+        same_bytes(a, b.cpu())
+
+
+@pytest.mark.parametrize(("activation", "gated"), [("silu", True), ("gelu", False), ("relu", True)])
+@pytest.mark.parametrize("shape", [(70, 150), (64, 256)])
+def test_inputs_kept_in_fp8(device: str, activation: str, gated: bool, shape: tuple[int, int]) -> None:
+    """Codes of h and u are the reference's, and what reads them sees their values; a gradient by two launches is that of one."""
+    for dtype in (torch.float32,) if device == "cpu" else (torch.float32, torch.bfloat16):
+        h, v, dy = ((torch.randn(shape, device=device) * 2).to(dtype) for _ in range(3))
+        h[0, 0], h[1, 1], h[2] = float("nan"), float("inf"), 0.0
+        u = v if gated else None
+        scale, amax = torch.tensor(0.013, device=device), torch.zeros((), device=device)
+        plain = activation_cast(h, u, activation, "e4m3fn", scale)
+        kept = Kept.empty(h), Kept.empty(v) if gated else None
+        same_pairs(activation_cast(h, u, activation, "e4m3fn", scale, kept=kept, amax=amax), plain)
+        for x, found in ((h, kept[0]), (v, kept[1])):
+            if found is not None:
+                same_bytes(found.q, kept_of(x).q.cpu())
+                same_floats(found.scale, kept_of(x).scale.cpu())
+        _same_in_place(h, u, activation, plain, scale, kept)
+        _same_by_rows(h, u, activation, plain, scale, kept)
+        seen = [
+            None if x is None else numerics.dequantize_tensor(x.q.view(torch.float8_e4m3fn), x.scale, "e4m3fn", (1, 128), dtype)
+            for x in kept
+        ]
+        assert seen[0] is not None
+        scales = torch.tensor(1e-3, device=device), torch.tensor(2e-3, device=device)
+        pairs = activation_backward_cast(dy, seen[0], seen[1], activation, "e5m2", *scales)
+        from_kept = activation_backward_cast(dy, *kept, activation, "e5m2", *scales)
+        same_pairs(from_kept[0], pairs[0])
+        if not gated:
+            continue
+        same_pairs(from_kept[1], pairs[1])
+        (largest, largest_u), sums = torch.zeros(2, device=device).unbind(), torch.empty(shape[1], device=device)
+        only = activation_backward_cast(dy, *kept, activation, "e5m2", scales[0], only=True, amax=largest)
+        same_pairs(only[0], pairs[0])
+        assert only[1] == (None, None)
+        same_pairs(activation_cast(kept[0], dy, activation, "e5m2", scales[1], amax=largest_u, bias_grad=sums), pairs[1])
+        measured = activation_backward_amax(dy, *kept, activation)
+        assert [float(part.max()) for part in measured if part is not None] == [float(largest), float(largest_u)]
+        du = F.silu(seen[0]) * dy if activation == "silu" else F.relu(seen[0]) * dy
+        torch.testing.assert_close(sums, du.float().sum(0), rtol=1e-2 if dtype == torch.bfloat16 else 1e-4, atol=1e-3, equal_nan=True)
+
+
+def _same_in_place(h: Tensor, u: Tensor | None, activation: str, plain: Any, scale: Tensor, kept: tuple[Kept, Kept | None]) -> None:
+    """activation_keep: a over h, then cast by the same scale; and the amax of a."""
+    again, over = (Kept.empty(h), None if u is None else Kept.empty(h)), h.clone()
+    parts = activation_keep(over, u, activation, again)
+    assert torch.equal(again[0].q, kept[0].q)
+    assert torch.equal(again[0].scale, kept[0].scale)
+    if kept[1] is not None:
+        assert again[1] is not None
+        assert torch.equal(again[1].q, kept[1].q)
+    assert float(parts.max()) == float(numerics.amax(over))
+    same_pairs(cast(over, "e4m3fn", scale, layout="both"), plain)
+
+
+def _same_by_rows(h: Tensor, u: Tensor | None, activation: str, plain: Any, scale: Tensor, kept: tuple[Kept, Kept | None]) -> None:
+    """A whole that is made in two parts."""
+    into = tuple(torch.empty_like(part) for part in plain)
+    again = Kept.empty(h), None if u is None else Kept.empty(h)
+    for rows in (slice(0, 32), slice(32, None)):
+        part = None if u is None else u[rows]
+        activation_cast(h[rows], part, activation, "e4m3fn", scale, kept=again, into=(into[0], into[1], rows.start))
+    same_pairs(into, plain)
+    for a, b in zip(again, kept, strict=True):
+        assert (a is None) == (b is None)
+        assert a is None or b is None or (torch.equal(a.q, b.q) and torch.equal(a.scale, b.scale))
+
+
 def test_layouts_stochastic_and_special_values(device: str) -> None:
     h = torch.tensor([[0.0, -0.0, float("nan"), float("inf"), -1.0, 3.3, 500.0, -5.0]], device=device).repeat(8, 1)
     rng, key = torch.tensor([3, 4, 5], device=device), 77
@@ -110,6 +196,15 @@ def test_refusals() -> None:
     one = torch.ones(())
     with pytest.raises(KernelError, match="together"):
         activation_backward_cast(torch.ones(2, 2), torch.ones(2, 2), torch.ones(2, 2), "silu", "e5m2", one, None)
+    codes = Kept(torch.zeros(2, 2, dtype=torch.uint8), torch.ones(2, 1))
+    with pytest.raises(KernelError, match=r"kept codes must be uint8 \[3, 2\] with float32 scales \[3, 1\]"):
+        activation_cast(codes, torch.ones(3, 2), "silu", "e4m3fn")
+    with pytest.raises(KernelError, match="both codes"):
+        activation_cast(codes, codes, "silu", "e4m3fn")  # type: ignore[arg-type]
+    with pytest.raises(KernelError, match="rows 8 to 10 of 10 are not whole tiles of 32 rows"):
+        activation_cast(torch.ones(2, 2), None, "silu", "e4m3fn", into=(torch.empty(10, 2), None, 8))
+    with pytest.raises(KernelError, match="contiguous matrices"):
+        activation_keep(torch.ones(2, 4)[:, ::2], None, "silu", (codes, None))
 
 
 @pytest.mark.gpu

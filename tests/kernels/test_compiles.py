@@ -17,6 +17,7 @@ import triton
 from fp8fx.kernels import scaled_mm as mm
 from fp8fx.kernels.activation_amax import activation_amax, activation_backward_amax
 from fp8fx.kernels.activation_cast import activation_backward_cast, activation_cast
+from fp8fx.kernels.activation_keep import activation_keep
 from fp8fx.kernels.activations import Kept
 from fp8fx.kernels.add_norm import add_norm_cast
 from fp8fx.kernels.amax import amax, amax_each
@@ -31,6 +32,8 @@ from fp8fx.kernels.scale import compute_scale
 Compiled = Callable[[], list[Any]]
 ONE = torch.ones(())
 X = torch.empty(256, 512, dtype=torch.bfloat16)
+TWICE = torch.empty(512, 512, dtype=torch.bfloat16)
+CODES = torch.empty(512, 512, dtype=torch.float8_e4m3fn)
 RECORD, PARTS = torch.zeros(3), torch.ones(512)
 COLUMN = torch.ones(256, 1)
 LONG = torch.empty(64, 10000, dtype=torch.bfloat16)
@@ -69,6 +72,10 @@ ELEMENTWISE: dict[str, Callable[[], Any]] = {
         **{"from_amax": True, "made_scale": ONE, "made_scale_u": ONE},
     ),
     "swiglu keeps": lambda: activation_cast(X, X, "silu", "e4m3fn", ONE, record=RECORD, kept=(Kept.empty(X), Kept.empty(X))),
+    "swiglu in place": lambda: activation_keep(X.clone(), X, "silu", (Kept.empty(X), Kept.empty(X))),
+    "swiglu by rows": lambda: activation_cast(
+        X, X, "silu", "e4m3fn", ONE, record=RECORD, kept=(Kept.empty(TWICE), Kept.empty(TWICE)), into=(CODES, CODES.view(512, 512), 256)
+    ),
     "gelu keeps": lambda: activation_cast(X, None, "gelu", "e4m3fn", ONE, layout="rows", kept=(Kept.empty(X), None)),
     "swiglu backward, kept": lambda: activation_backward_cast(
         X, Kept.empty(X), Kept.empty(X), "silu", "e5m2", ONE, ONE, record=RECORD, record_u=RECORD, counts=True

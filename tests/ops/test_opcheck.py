@@ -140,6 +140,12 @@ def gradient_args(of_input: bool) -> tuple[Any, ...]:
     return *grad, "e4m3ieee", *other, "e4m3ieee", size, of_input, *GEOMETRY, torch.float32
 
 
+def with_transposes(args: tuple[Any, ...]) -> tuple[Any, ...]:
+    """weight_transpose: keep."""
+    both = [[q, scale, q.mT.contiguous().mT, scale.clone()] for q, scale in (args[6], args[7])]
+    return *args[:6], *both, *args[8:]
+
+
 IN_FP8 = ";save_activation_inputs=fp8"
 
 
@@ -240,6 +246,7 @@ SAMPLES: dict[str, list[Callable[[], tuple[Any, ...]]]] = {
         lambda: act_linear_args("relu", True, "delayed"),
         lambda: act_linear_args("silu", True, "delayed", IN_FP8),
         lambda: act_linear_args("gelu", False, "current", IN_FP8),
+        lambda: with_transposes(act_linear_args("silu", True)),
     ],
     "act": [lambda: (learned(2, 3, 130), learned(2, 3, 130, seed=2), "silu"), lambda: (learned(3, 8), None, "gelu")],
     "act_backward": [

@@ -11,6 +11,7 @@ from passes.models import SINGLE, Call, together
 from passes.trace import Trace, randn, seeded
 from torch import Tensor, fx, nn
 from torch.nn import functional as F
+from torch.utils._python_dispatch import TorchDispatchMode
 
 import fp8fx
 from fp8fx import pipeline
@@ -202,6 +203,30 @@ def test_activation_inputs_kept_in_fp8(name: str, recipe: str, apart: bool, monk
     assert ("save_activation_inputs=fp8" in text) == (recipe != "rowwise")
     assert ("fp8fx.act_linear" in text) == (recipe != "rowwise")
     assert ("fp8fx.act.default" in text) == (recipe == "rowwise")
+
+
+class CastsOfWeights(TorchDispatchMode):
+    """Counts them."""
+
+    count = 0
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        self.count += func in (torch.ops.fp8fx.cast.default, torch.ops.fp8fx.cast_current.default) and args[4] == "weight"
+        return func(*args, **(kwargs or {}))
+
+
+@pytest.mark.parametrize("recipe", ["hybrid", "delayed", "rowwise", "blockwise"])
+@pytest.mark.parametrize(("name", "weights", "again"), [("gated silu", 3, 3), ("chain", 2, 1)])
+def test_weight_transposes_kept(name: str, weights: int, again: int, recipe: str) -> None:
+    """A weight is cast once in a step, in both layouts, and not again for its layer's input gradient; the numbers stay."""
+    for keep, inside, casts in (("recompute", True, weights + again), ("keep", True, weights), ("keep", False, again)):
+        made = {"extends": recipe, "defaults": {"weight_transpose": keep, "when_not_faster": "emulate"}}
+        trace = together(name, made)
+        with CastsOfWeights() as counted:
+            same_on_kernels(trace, made, inside)
+        assert counted.count == casts
+    skips = pipeline.run(trace.record.captured, dataclasses.replace(trace.record.context, device="cuda")).skips
+    assert [skip.rule for skip in skips if "made in backward" in skip.reason] == ["weight_transpose: keep"] * again
 
 
 @pytest.mark.parametrize("recipe", ["hybrid", "delayed"])
