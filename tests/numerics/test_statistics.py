@@ -112,7 +112,9 @@ def test_mse_does_better_than_max_where_the_largest_values_are_rare() -> None:
 @pytest.mark.parametrize("value", [1e-3, 1.0, 1.75, 1.9, 447.0, 448.0, 449.0, 6.0, 3.0e38])
 @pytest.mark.parametrize("format", ["e4m3fn", "e5m2", "e3m2", "e2m3", "e2m1", "int8"])
 def test_the_scale_of_ocp_mx(value: float, format: str) -> None:
-    exponent = math.floor(math.log2(float(torch.tensor(value)))) - {"e4m3fn": 8, "e5m2": 15, "e3m2": 4, "e2m3": 2, "e2m1": 2, "int8": 6}[format]
+    exponent = (
+        math.floor(math.log2(float(torch.tensor(value)))) - {"e4m3fn": 8, "e5m2": 15, "e3m2": 4, "e2m3": 2, "e2m1": 2, "int8": 6}[format]
+    )
     assert compute_e8m0_scale(torch.tensor(value), format).item() == 2.0**exponent
 
 
