@@ -112,6 +112,7 @@ def main() -> int:
 
     torch.manual_seed(0)
     x = torch.randn(arguments.count) * 4
+    torch._dynamo.config.recompile_limit = 64  # every format is the same code, compiled anew
     runs = {f"compiled {name}": compiled(name) for name in (*HARDWARE, *EMULATED, "int8")}
     runs |= {f"eager {name}": eager(name, arguments.count) for name in HARDWARE}
     runs |= {f"qtorch {name}": run for name in HARDWARE + EMULATED if (run := qtorch(name)) is not None}
