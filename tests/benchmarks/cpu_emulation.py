@@ -7,16 +7,19 @@ else happens on the machine meets all alike; the figure is the median of 15. Bar
     compiled eXmY, any            at least 2 x as fast as the faster of these two, and at most 1.05 x the time of compiled e4m3fn
     compiled, any                 at least 3 x as fast as qtorch's float_quantize with the same bits, where `qtorch` can be imported
 
-qtorch 0.3.0 compiles its C++ when it is imported, for which it needs ninja and a compiler; it allocates its output. intN is shown too.
+qtorch 0.3.0 compiles its C++ when it is imported, for which it needs ninja and a compiler: here with -O3, which it does not ask for itself.
+It allocates its output. int8 is shown too.
 """
 
 from __future__ import annotations
 
 import argparse
 import json
+import os
 import platform
 import statistics
 import sys
+import tempfile
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -58,6 +61,8 @@ def eager(name: str, count: int) -> Run:
 
 def qtorch(name: str) -> Run | None:
     """qtorch's rounding to the same numbers of bits (ties away, no NaN); None where it is not installed or does not compile."""
+    os.environ.setdefault("CXX", "c++ -O3")
+    os.environ.setdefault("TORCH_EXTENSIONS_DIR", str(Path(tempfile.gettempdir()) / "fp8fx-benchmark-qtorch"))
     try:
         from qtorch.quant import float_quantize
     except (ImportError, RuntimeError):
