@@ -33,7 +33,7 @@ def rounding_of(spec: TensorSpec, rng: Tensor | None, site: str, role: str) -> k
 
 
 def has_kernel(x: Tensor, spec: TensorSpec, dtypes: tuple[torch.dtype, ...] = DTYPES) -> bool:
-    return spec.format in FORMATS and spec.rounding in ("nearest_even", "stochastic") and x.dtype in dtypes
+    return spec.format in FORMATS and spec.rounding in ("nearest_even", "stochastic") and spec.on_hardware and x.dtype in dtypes
 
 
 def cast(
