@@ -54,16 +54,22 @@ def exact(x: Tensor) -> Parts:
     return Parts(x)
 
 
+def finite(x: Tensor) -> bool:
+    """All of `x` is: one pass over it, which NaN goes through too."""
+    return x.numel() == 0 or bool(torch.stack(x.aminmax()).isfinite().all())
+
+
 def split(x: Tensor) -> tuple[Tensor, Tensor]:
-    """(+-2^e, the 23 mantissa bits as int32) of float32 `x`; what is not finite has its own value in place of the power."""
+    """(+-2^e, the 23 mantissa bits as int32) of float32 `x`; what is not finite has its own value in place of the power, and 0."""
     bits = x.view(torch.int32)
     power = (bits & _EXPONENT).view(torch.float32)
-    return torch.where(x.isfinite(), power, x), bits & 0x7FFFFF
+    mantissa = bits & 0x7FFFFF
+    return (power, mantissa) if finite(x) else (torch.where(x.isfinite(), power, x), torch.where(x.isfinite(), mantissa, 0))
 
 
 def logarithmic(x: Tensor) -> Parts:
     power, mantissa = split(x)
-    return Parts(power, torch.where(x.isfinite(), mantissa, 0).float() * 2.0**-23)
+    return Parts(power, mantissa.float() * 2.0**-23)
 
 
 def indexed(x: Tensor, multiplier: Multiplier, format: str) -> Parts:
@@ -72,8 +78,7 @@ def indexed(x: Tensor, multiplier: Multiplier, format: str) -> Parts:
         codes = encode(x, formats.get(format)).view(torch.uint8).long()
         return Parts(torch.where(x.isfinite(), 1.0, x), codes)
     power, mantissa = split(x)
-    index = torch.where(x.isfinite(), mantissa >> (23 - multiplier.mantissa_bits), 0)
-    return Parts(power, index.long())
+    return Parts(power, (mantissa >> (23 - multiplier.mantissa_bits)).long())
 
 
 def with_exponent(x: Tensor, format: str) -> Parts:

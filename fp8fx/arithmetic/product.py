@@ -28,6 +28,7 @@ from fp8fx.arithmetic.tiles import Steps
 from fp8fx.errors import ModelError
 
 FORMS = ("float", "factored", "tiles")
+TERMS = 1 << 24  # elements of one factored operand at a time: 64 MiB
 ROWS, COLUMNS = 32, 512  # of an eager tile: 64 KiB, so that the dozen temporaries of a step stay in a core's cache
 
 Formats = tuple[str, str]
@@ -103,27 +104,33 @@ def _float(a: Tensor, b: Tensor, arithmetic: Arithmetic, given: Formats, compile
 
 
 def _factored(a: Tensor, b: Tensor, arithmetic: Arithmetic, given: Formats, compiled: bool) -> Partial:
+    """r products as one whose contraction is r times as deep: [M, K r] by [K r, N], so many k at a time as fit in TERMS elements."""
     table = arithmetic.table(_width(given))
     assert table is not None
     factors = table.factors
     assert factors is not None
-    left, right = _indexed(a.mT, b, table, given)
-    finite = bool(a.isfinite().all()) and bool(b.isfinite().all())
-    u, v = factors.left.to(a.device), factors.right.to(a.device)
+    left, right = _indexed(a, b.mT, table, given)  # [M, K] and [N, K]
+    finite = op.finite(a) and op.finite(b)
+    if not finite:
+        left, right = (Parts(torch.where(x.values.isfinite(), x.values, 0.0), x.detail) for x in (left, right))
+    u, v = factors.left.to(a.device), factors.right.mT.to(a.device).contiguous()  # [n, r]
+    step = max(TERMS // (factors.terms * max(a.shape[0], b.shape[1], 1)), 1)
 
     def partial(start: int, stop: int) -> Tensor:
-        here = (slice(start, stop), slice(None))
-        x, y = left[here], right[here]
         result = a.new_zeros((a.shape[0], b.shape[1]))
-        for r in range(factors.terms):
-            result.addmm_((_finite(x.values) * u[:, r][x.detail]).mT, _finite(y.values) * v[r][y.detail])
+        for first in range(start, stop, step):
+            here = (slice(None), slice(first, min(first + step, stop)))
+            result.addmm_(_terms(left[here], u), _terms(right[here], v).mT)
         return result if finite else _with_nonfinite(result, a[:, start:stop], b[start:stop])
 
     return partial
 
 
-def _finite(x: Tensor) -> Tensor:
-    return torch.where(x.isfinite(), x, 0.0)
+def _terms(x: Parts, factor: Tensor) -> Tensor:
+    """[S, K r]: +-2^e times the r entries of `factor` [n, r] for each element's index."""
+    assert x.detail is not None
+    entries = factor.index_select(0, x.detail.reshape(-1)).view(*x.detail.shape, -1)
+    return entries.mul_(x.values[..., None]).flatten(1)
 
 
 def _with_nonfinite(result: Tensor, a: Tensor, b: Tensor) -> Tensor:
@@ -134,7 +141,7 @@ def _with_nonfinite(result: Tensor, a: Tensor, b: Tensor) -> Tensor:
 
 
 def _indexed(a: Tensor, b: Tensor, table: Multiplier, given: Formats) -> tuple[Parts, Parts]:
-    """Both operands, [K, M] and [K, N], as powers and indices into the table."""
+    """Both operands, in whatever layout, as powers and indices into the table."""
     if table.mantissa_bits is not None:
         a, b = (op.with_mantissa(x, table.mantissa_bits, name) for x, name in zip((a, b), given, strict=True))
     elif any(not name or formats.get(name).bits != 8 for name in given) or given[0] != given[1]:
@@ -162,7 +169,7 @@ def split(a: Tensor, b: Tensor, arithmetic: Arithmetic, given: Formats) -> tuple
 def _tiles(a: Tensor, b: Tensor, arithmetic: Arithmetic, given: Formats, compiled: bool) -> Partial:
     steps, left, right = split(a, b, arithmetic, given)
     kernel = _kernel() if a.is_cuda else None
-    finite = arithmetic.accumulate != HOPPER or (bool(a.isfinite().all()) and bool(b.isfinite().all()))
+    finite = arithmetic.accumulate != HOPPER or (op.finite(a) and op.finite(b))
     rows, columns = (compiling.ROWS, compiling.COLUMNS) if compiled else (ROWS, COLUMNS)
 
     def partial(start: int, stop: int) -> Tensor:
