@@ -1,7 +1,8 @@
 """The compiled form: Inductor makes one loop of many steps of the sum, the accumulator in registers.
 
 One compiled function per arithmetic, for tiles of one shape and a fixed number of steps; what remains at the edges is padded with zeros
-(rows and columns, which are thrown away) or runs eagerly (the last elements of k). Formats and tables' sizes are constants, as they must be.
+(rows and columns, which are thrown away) or runs eagerly (the last elements of k). Formats and tables' sizes are constants, as they must
+be.
 """
 
 from __future__ import annotations

@@ -1,7 +1,7 @@
 """The definition of every arithmetic, written to be read: exact fractions, one element at a time. Slow.
 
-A step that torch does in float32 (a product, an addition) is exact here and then rounded to float32, as IEEE asks of the processor. The tests
-hold the tiles to this bit for bit, and float products within the bound of another order of sums. Nothing else uses this module.
+A step that torch does in float32 (a product, an addition) is exact here and then rounded to float32, as IEEE asks of the processor. The
+tests hold the tiles to this bit for bit, and float products within the bound of another order of sums. Nothing else uses this module.
 """
 
 from __future__ import annotations

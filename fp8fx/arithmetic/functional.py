@@ -1,7 +1,7 @@
 """matmul and linear under an arithmetic, with gradients.
 
-The gradient is straight through: dA = dY B^T and dB = A^T dY, of the operands as the product read them (rounded to `operands`, if asked). With
-`gradients: exact` both are ordinary float32 products; with `same` they use the arithmetic of the forward product.
+The gradient is straight through: dA = dY B^T and dB = A^T dY, of the operands as the product read them (rounded to `operands`, if asked).
+With `gradients: exact` both are ordinary float32 products; with `same` they use the arithmetic of the forward product.
 """
 
 from __future__ import annotations

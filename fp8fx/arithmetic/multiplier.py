@@ -11,9 +11,9 @@ A table of 2^m rows is a sum of outer products, T = sum_r u_r v_r^T, so that a w
 
     sum_k T-product(a_ik, b_kj) = sum_r sum_k (+-2^e u_r[i_k]) (+-2^f v_r[j_k])
 
-*by rows*: u_r picks the elements of A whose row of T is the r-th different one. Exactly one of the r terms of each product is not zero, and
-it is T[i, j] itself: exact, with r at most 2^m. *by rank*: the singular value decomposition cut where the rest is below 2^-22 of the largest
-entry: fewer terms for a smooth table, with a bound on each product. See `factors`.
+*by rows*: u_r picks the elements of A whose row of T is the r-th different one. Exactly one of the r terms of each product is not zero,
+and it is T[i, j] itself: exact, with r at most 2^m. *by rank*: the singular value decomposition cut where the rest is below 2^-22 of the
+largest entry: fewer terms for a smooth table, with a bound on each product. See `factors`.
 """
 
 from __future__ import annotations

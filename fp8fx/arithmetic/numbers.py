@@ -86,7 +86,12 @@ def rounder(format: Format, rounding: str = "nearest_even", overflow: str = "non
         return lambda x: x.to(dtype).float()
     if format.exponent_bits == 8:
         return lambda x: round_bits(x, format, rounding, overflow)
-    if rounding == "nearest_even" and format.mantissa_bits > 0 and format.signed_zero and (overflow == "saturate" or _ends_at_a_power(format)):
+    if (
+        rounding == "nearest_even"
+        and format.mantissa_bits > 0
+        and format.signed_zero
+        and (overflow == "saturate" or _ends_at_a_power(format))
+    ):
         return lambda x: round_nearest(x, format, overflow)
     return lambda x: round_to_format(x, format, rounding, overflow)
 

@@ -1,9 +1,9 @@
 """An operand as the tiles read it: K first, so that one step of the sum is one row, and split as the multiplier wants it.
 
-    exact      values                                a
-    mitchell   values +-2^e, detail x float32        a = +-2^e (1 + x)
-    table      values +-2^e, detail i int64          a = +-2^e (1 + i / 2^m); over codes: values 1, detail the code
-    hopper     values a, detail 2^e float32          e: the exponent of a, that of the smallest normal number for subnormals
+exact      values                                a
+mitchell   values +-2^e, detail x float32        a = +-2^e (1 + x)
+table      values +-2^e, detail i int64          a = +-2^e (1 + i / 2^m); over codes: values 1, detail the code
+hopper     values a, detail 2^e float32          e: the exponent of a, that of the smallest normal number for subnormals
 """
 
 from __future__ import annotations

@@ -1,8 +1,8 @@
 """`Arithmetic`: how one matrix product multiplies and adds, as a value with a text form.
 
-    y = Q_output( sum over k of Q_products( multiplier(a_k, b_k) ) )       the sum as `accumulate`, `chunk` and `outer` say
+y = Q_output( sum over k of Q_products( multiplier(a_k, b_k) ) )       the sum as `accumulate`, `chunk` and `outer` say
 
-    Arithmetic(multiplier="mitchell", accumulate="float16", chunk=64).text == "multiplier=mitchell/accumulate=float16/chunk=64"
+Arithmetic(multiplier="mitchell", accumulate="float16", chunk=64).text == "multiplier=mitchell/accumulate=float16/chunk=64"
 """
 
 from __future__ import annotations
@@ -22,7 +22,6 @@ from fp8fx.errors import FormatError, ModelError, allowed, nearest
 
 HOPPER = "hopper_fast"
 GRADIENTS = ("exact", "same")
-GPU_WORDS = ("fast", "precise")  # what SiteSpec.accumulate says where no arithmetic is asked for
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -33,7 +33,7 @@ from fp8fx.ops.operands import forward_operand
 from fp8fx.ops.producers import make_anchor
 from fp8fx.ops.quantize import as_matrix
 from fp8fx.ops.scaled_mm import scaled_mm_reference
-from fp8fx.spec import SiteSpec, TensorSpec
+from fp8fx.spec import ACCUMULATORS, SiteSpec, TensorSpec
 
 DTYPES = (torch.bfloat16, torch.float16, torch.float32)
 NONFINITE = kernel.Rounding(overflow="nonfinite")
@@ -136,8 +136,8 @@ def scaled(
     dtype: torch.dtype,
     accumulate: str = "precise",
 ) -> Tensor:
-    if format_a not in FORMATS or format_b not in FORMATS or dtype not in DTYPES:
-        return scaled_mm_reference(a, scale_a, format_a, block_a, b, scale_b, format_b, block_b, bias, dtype)
+    if format_a not in FORMATS or format_b not in FORMATS or dtype not in DTYPES or accumulate not in ACCUMULATORS:
+        return scaled_mm_reference(a, scale_a, format_a, block_a, b, scale_b, format_b, block_b, bias, dtype, accumulate)
     scale_a = _one(a.device) if scale_a is None else scale_a
     scale_b = _one(b.device) if scale_b is None else scale_b
     aligned = (a.data_ptr() | b.data_ptr()) % 16 == 0

@@ -52,6 +52,8 @@ def without_gain(
 
 
 def _on_hardware(spec: SiteSpec) -> bool:
+    if spec.arithmetic is not None:  # a study: only its numbers are asked for
+        return False
     roles: list[TensorSpec | None] = [getattr(spec, role) for role in ROLES]
     return all(role is None or (role.format in HARDWARE and role.rounding in ("nearest_even", "stochastic")) for role in roles)
 

@@ -13,7 +13,7 @@ from typing import Any
 from fp8fx.recipe.recipe import Recipe
 from fp8fx.spec import ROLES
 
-SECTIONS = ("Document", "Layer", "Role", "Gemms", "Accumulate", "Rule", "Match", "Boundary", "Delayed", "Scale", "LossScaling")
+SECTIONS = ("Document", "Layer", "Role", "Gemms", "Accumulate", "Study", "Rule", "Match", "Boundary", "Delayed", "Scale", "LossScaling")
 
 BY_MODE = (*ROLES, "rounding", "overflow")
 
