@@ -117,7 +117,7 @@ def _sum(a: list[float], b: list[float], arithmetic: Arithmetic, format: str) ->
     total: Number = Fraction(0)
     products, sums = number(arithmetic.products), number(arithmetic.accumulate)
     for x, y in zip(a, b, strict=True):
-        p = round_number(multiply(x, y, arithmetic, format), products, arithmetic.rounding, arithmetic.overflow)
+        p = round_number(_shifted(multiply(x, y, arithmetic, format), arithmetic.shift), products, arithmetic.rounding, arithmetic.overflow)
         total = round_number(add(total, p), sums, arithmetic.rounding, arithmetic.overflow)
     return total
 
@@ -136,7 +136,12 @@ def dot(a: list[float], b: list[float], arithmetic: Arithmetic, format: str = ""
     total: Number = parts[0] if parts and not arithmetic.chunk else Fraction(0)
     for part in parts if arithmetic.chunk else []:
         total = round_number(add(total, part), number(arithmetic.outer), arithmetic.rounding, arithmetic.overflow)
-    return float(round_number(total, number(arithmetic.output), arithmetic.rounding, arithmetic.overflow))
+    y = round_number(total, number(arithmetic.output), arithmetic.rounding, arithmetic.overflow)
+    return float(_shifted(y, -arithmetic.shift))
+
+
+def _shifted(x: Number, shift: int) -> Number:
+    return x if isinstance(x, float) else x * Fraction(2) ** shift
 
 
 def _exact(x: float) -> Number:

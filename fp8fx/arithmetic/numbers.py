@@ -86,19 +86,16 @@ def rounder(format: Format, rounding: str = "nearest_even", overflow: str = "non
         return lambda x: x.to(dtype).float()
     if format.exponent_bits == 8:
         return lambda x: round_bits(x, format, rounding, overflow)
-    if (
-        rounding == "nearest_even"
-        and format.mantissa_bits > 0
-        and format.signed_zero
-        and (overflow == "saturate" or _ends_at_a_power(format))
-    ):
+    if rounding == "nearest_even" and _in_few_passes(format, overflow):
         return lambda x: round_nearest(x, format, overflow)
     return lambda x: round_to_format(x, format, rounding, overflow)
 
 
-def _ends_at_a_power(format: Format) -> bool:
-    """The grid goes on after max with 2^(emax + 1), which is inf."""
-    return format.has_inf and format.max == (2.0 - 2.0**-format.mantissa_bits) * 2.0**format.bias
+def _in_few_passes(format: Format, overflow: str) -> bool:
+    """`round_nearest` can: ties are in the mantissa, and if it does not end at max the grid goes on with 2^(emax + 1), which is inf."""
+    if format.mantissa_bits == 0 or not format.signed_zero:
+        return False
+    return overflow == "saturate" or (format.has_inf and format.max == (2.0 - 2.0**-format.mantissa_bits) * 2.0**format.bias)
 
 
 def round_nearest(x: Tensor, format: Format, overflow: str) -> Tensor:

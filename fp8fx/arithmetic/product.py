@@ -66,7 +66,7 @@ def product(a: Tensor, b: Tensor, arithmetic: Arithmetic, given: Formats = ("", 
     if a.dim() == 2 and b.dim() == 2:
         return matrix(a, b)
     batch = torch.broadcast_shapes(a.shape[:-2], b.shape[:-2])
-    if form_of(arithmetic, given) == "float" and not arithmetic.chunk:
+    if form_of(arithmetic, given) == "float" and not (arithmetic.chunk or arithmetic.shift):
         return _output(arithmetic)(a @ b)
     if b.dim() == 2:
         return matrix(a.reshape(-1, a.shape[-1]), b).reshape(*a.shape[:-1], b.shape[-1])
@@ -85,15 +85,16 @@ def _output(arithmetic: Arithmetic) -> Callable[[Tensor], Tensor]:
 def _matrix(a: Tensor, b: Tensor, arithmetic: Arithmetic, given: Formats, compiled: bool) -> Tensor:
     """[M, K] by [K, N]."""
     form = form_of(arithmetic, given)
+    a = a * 2.0**arithmetic.shift if form == "float" and arithmetic.shift else a
     partial = {"float": _float, "factored": _factored, "tiles": _tiles}[form](a, b, arithmetic, given, compiled)
     depth = a.shape[1]
     if arithmetic.chunk == 0 or depth == 0:
-        return _output(arithmetic)(partial(0, depth))
+        return _output(arithmetic)(partial(0, depth)) * 2.0**-arithmetic.shift
     outer = rounder(number(arithmetic.outer), arithmetic.rounding, arithmetic.overflow)
     total = a.new_zeros((a.shape[0], b.shape[1]))
     for start in range(0, depth, arithmetic.chunk):
         total = outer(total + partial(start, min(start + arithmetic.chunk, depth)))
-    return _output(arithmetic)(total)
+    return _output(arithmetic)(total) * 2.0**-arithmetic.shift
 
 
 Partial = Callable[[int, int], Tensor]  # (start, stop) of k -> [M, N]
@@ -110,6 +111,7 @@ def _factored(a: Tensor, b: Tensor, arithmetic: Arithmetic, given: Formats, comp
     factors = table.factors
     assert factors is not None
     left, right = _indexed(a, b.mT, table, given)  # [M, K] and [N, K]
+    left = _shifted(left, arithmetic)
     finite = op.finite(a) and op.finite(b)
     if not finite:
         left, right = (Parts(torch.where(x.values.isfinite(), x.values, 0.0), x.detail) for x in (left, right))
@@ -153,6 +155,10 @@ def _indexed(a: Tensor, b: Tensor, table: Multiplier, given: Formats) -> tuple[P
     return op.indexed(a.contiguous(), table, given[0]), op.indexed(b.contiguous(), table, given[1])
 
 
+def _shifted(x: Parts, arithmetic: Arithmetic) -> Parts:
+    return Parts(x.values * 2.0**arithmetic.shift, x.detail) if arithmetic.shift else x
+
+
 def split(a: Tensor, b: Tensor, arithmetic: Arithmetic, given: Formats) -> tuple[Steps, Parts, Parts]:
     """What the tiles read: `a` [M, K] and `b` [K, N] split for this arithmetic, K first, and its steps."""
     a, b = a.mT.contiguous(), b.contiguous()
@@ -168,6 +174,7 @@ def split(a: Tensor, b: Tensor, arithmetic: Arithmetic, given: Formats) -> tuple
 
 def _tiles(a: Tensor, b: Tensor, arithmetic: Arithmetic, given: Formats, compiled: bool) -> Partial:
     steps, left, right = split(a, b, arithmetic, given)
+    left = _shifted(left, arithmetic)
     kernel = _kernel() if a.is_cuda else None
     finite = arithmetic.accumulate != HOPPER or (op.finite(a) and op.finite(b))
     rows, columns = (compiling.ROWS, compiling.COLUMNS) if compiled else (ROWS, COLUMNS)

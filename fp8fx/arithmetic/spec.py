@@ -37,6 +37,8 @@ class Arithmetic:
     chunk: so many elements of k are summed in `accumulate`, and the partial sums in `outer`; 0: one chunk.
     outer: the format of the sum of the partial sums, rounded after every addition.
     output: the format the finished sum is rounded to.
+    shift: products are multiplied by 2^shift before they are rounded, and the finished sum by 2^-shift: room in a narrow format. Codes of
+        E4M3 that fill their range have products up to 200,704, which float16 has not.
     rounding, overflow: of products and sums. An adder overflows to inf, so the default is nonfinite, unlike that of tensors.
     gradients: `exact`, straight through: both gradient products are ordinary ones; `same`: they use this arithmetic too.
 
@@ -50,6 +52,7 @@ class Arithmetic:
     chunk: int = 0
     outer: str = "float32"
     output: str = "float32"
+    shift: int = 0
     rounding: str = "nearest_even"
     overflow: str = "nonfinite"
     gradients: str = "exact"
@@ -67,12 +70,16 @@ class Arithmetic:
                 raise FormatError(f"{key}: {name} has neither inf nor NaN, so overflow must be saturate")
         if type(self.chunk) is not int or self.chunk < 0:
             raise ModelError(f"chunk: got {self.chunk!r}; allowed: a whole number, 0 for one chunk")
+        if type(self.shift) is not int or abs(self.shift) > 60:
+            raise ModelError(f"shift: got {self.shift!r}; allowed: a whole number from -60 to 60")
         if self.chunk == 0 and self.outer != "float32":
             raise ModelError("outer: there are partial sums only where chunk is 1 or more: write chunk, or accumulate instead of outer")
         if self.gradients not in GRADIENTS:
             raise ModelError(f"gradients: got {self.gradients!r}; allowed: {allowed(GRADIENTS)}.{nearest(self.gradients, GRADIENTS)}")
         if self.accumulate == HOPPER and self.products != "float32":
             raise ModelError("hopper_fast adds exact products: leave products out, or choose another accumulate")
+        if self.accumulate == HOPPER and self.shift:
+            raise ModelError("hopper_fast has the range of float32: leave shift out")
         self._check_multiplier()
 
     def _name(self, key: str, name: str) -> None:
@@ -149,11 +156,11 @@ def _known(given: Mapping[str, Any]) -> None:
 def _keys(parts: list[tuple[str, str, str]]) -> dict[str, Any]:
     given: dict[str, Any] = {key: unquote(value) for key, _, value in parts}
     _known(given)
-    if "chunk" in given:
+    for key in ("chunk", "shift"):
         try:
-            given["chunk"] = int(given["chunk"])
+            given |= {key: int(given[key])} if key in given else {}
         except ValueError:
-            raise ModelError(f"chunk: got {given['chunk']!r}; allowed: a whole number, 0 for one chunk") from None
+            raise ModelError(f"{key}: got {given[key]!r}; allowed: a whole number") from None
     return given
 
 

@@ -5,8 +5,8 @@
 Nothing is larger than a tile [m, n]: neither M N K products nor a table look-up of them ever exist. The same functions run eagerly, and
 compiled by Inductor with everything but the tensors a constant (compiled.py), with the same bits.
 
-The model of `hopper_fast`. One instruction adds 32 products to the accumulator; all 33 terms are aligned to the largest exponent among them,
-what lies more than 13 bits below it is cut off, the sum is exact, and is cut to 13 fraction bits again:
+The model of `hopper_fast`. One instruction adds 32 products to the accumulator; all 33 terms are aligned to the largest exponent among
+them, what lies more than 13 bits below it is cut off, the sum is exact, and is cut to 13 fraction bits again:
 
     E   = max(exponent of acc, exponent of a_k + exponent of b_k for k of these 32)
     acc = cut_e8m13( 2^(E - 13) * (trunc(acc / 2^(E - 13)) + sum of trunc(a_k b_k / 2^(E - 13))) )

@@ -38,7 +38,7 @@ def scaled_mm_reference(
     dtype: torch.dtype,
     accumulate: str = "precise",
 ) -> Tensor:
-    """`fast` and `precise` concern GPUs. `block_a` is [] or the (rows, columns) of A's blocks over [M, K]; `block_b` likewise over [K, N]."""
+    """`block_a` is [] or the (rows, columns) of A's blocks over [M, K]; `block_b` likewise over [K, N]."""
     left, right = operand(a, format_a), operand(b, format_b)
     if block_a or block_b:
         result = _blocked(left, scale_a, block_a, right, scale_b, block_b, multiplication(accumulate, format_a, format_b))

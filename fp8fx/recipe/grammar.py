@@ -56,6 +56,7 @@ from fp8fx.recipe.values import (
     WeightCache,
     WeightTranspose,
     WhenNotFaster,
+    Whole,
     field,
     refusal,
 )
@@ -112,12 +113,11 @@ class Study(Model):
 
     multiplier: Text = field("exact, mitchell, the path of a .npy table (from this file), or a registered name", default="exact")
     products: Text = field("format of each product: float32, float16, bfloat16, any eXmY", default="float32")
-    accumulate: Text = field(
-        "format of the running sum, or hopper_fast; {chunk, inner, outer} sums so many elements apart", default="float32"
-    )
+    accumulate: Text = field("format of the running sum, or hopper_fast; or {chunk, inner, outer}", default="float32")
     chunk: Count = field("elements of the contraction in one partial sum; 0: all", default=0)
     outer: Text = field("format of the sum of partial sums", default="float32")
     output: Text = field("format of the finished sum, before scales and bias", default="float32")
+    shift: Whole = field("products are multiplied by 2^shift before they are rounded, the sum by 2^-shift", default=0)
     rounding: Text = field("of products and sums: the words of a role, without stochastic", default="nearest_even")
     overflow: Overflow = field("of products and sums: an adder overflows to inf", default="nonfinite")
     gradients: Text = field("exact: gradient multiplications are ordinary ones; same: they use this arithmetic too", default="exact")
@@ -160,6 +160,9 @@ def _study(value: object) -> object:
     return value
 
 
+OptionalStudy = Annotated[Study | None, BeforeValidator(_study), OR_NONE]
+
+
 class Layer(Model):
     """What a layer gets. In `defaults` for all, in a rule for those that match."""
 
@@ -172,9 +175,7 @@ class Layer(Model):
     grad_weight: OptionalRole = field("dW before it is added to .grad", default=None)
     gemms: Gemms = field("which multiplications run in FP8", default=Gemms())
     accumulate: Accumulate = field("GPU only: the accumulator of each", default=Accumulate())
-    arithmetic: Annotated[Study | None, BeforeValidator(_study), OR_NONE] = field(
-        "studies: how products are multiplied and added", default=None
-    )
+    arithmetic: OptionalStudy = field("studies: how products are multiplied and added", default=None)
     rounding: Rounding | None = field("written to every quantized role of the layer", default=None)
     overflow: Overflow | None = field("written to input, weight and output; gradients say theirs per role", default=None)
     when_not_faster: WhenNotFaster = field("GPU only: what to do where FP8 is not faster; auto: emulate off CUDA", default="auto")
