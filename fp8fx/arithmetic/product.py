@@ -11,7 +11,6 @@ the outer sum is rounded in order. Memory beyond operands and result: two operan
 from __future__ import annotations
 
 import functools
-import math
 from collections.abc import Callable
 
 import torch
@@ -175,7 +174,7 @@ def split(a: Tensor, b: Tensor, arithmetic: Arithmetic, given: Formats) -> tuple
 def _tiles(a: Tensor, b: Tensor, arithmetic: Arithmetic, given: Formats, compiled: bool) -> Partial:
     steps, left, right = split(a, b, arithmetic, given)
     left = _shifted(left, arithmetic)
-    kernel = _kernel() if a.is_cuda else None
+    kernel = _kernel(arithmetic, steps) if a.is_cuda else None
     finite = arithmetic.accumulate != HOPPER or (op.finite(a) and op.finite(b))
     rows, columns = (compiling.ROWS, compiling.COLUMNS) if compiled else (ROWS, COLUMNS)
 
@@ -197,16 +196,10 @@ def _tiles(a: Tensor, b: Tensor, arithmetic: Arithmetic, given: Formats, compile
     return partial
 
 
-@functools.cache
-def _kernel() -> Callable[..., Tensor] | None:
-    """The Triton kernel, where Triton is there; without it torch's own operators run the tiles on the GPU."""
+def _kernel(arithmetic: Arithmetic, steps: Steps) -> Callable[..., Tensor] | None:
+    """The Triton kernel, where Triton is there and it has these formats; else torch's own operators run the tiles on the GPU."""
     try:
-        from fp8fx.arithmetic.gpu import tiles_on_gpu
+        from fp8fx.arithmetic import gpu
     except ImportError:
         return None
-    return tiles_on_gpu
-
-
-def tile_count(m: int, n: int) -> int:
-    """Eager tiles of a result [M, N]: what the memory of a product is counted in."""
-    return math.ceil(m / ROWS) * math.ceil(n / COLUMNS)
+    return gpu.tiles_on_gpu if gpu.supported(arithmetic, steps) else None
