@@ -18,7 +18,7 @@ from fp8fx.arithmetic.spec import Arithmetic
 from fp8fx.arithmetic.tiles import INSTRUCTION, Steps
 
 ROWS, COLUMNS = 128, 512
-DEPTH = 32  # elements of k in one call: the accumulator is read and written once for all of them
+DEPTH = 8  # elements of k in one call: more would take longer to compile, and save little more of reading and writing the accumulator
 
 
 @functools.lru_cache(maxsize=64)
@@ -31,13 +31,13 @@ def _function(arithmetic: Arithmetic, kind: str) -> Any:
 
 def advance(arithmetic: Arithmetic, steps: Steps, acc: Tensor, a: Parts, b: Parts) -> Tensor:
     """`steps.advance`, compiled; any [m, n] up to [ROWS, COLUMNS], any K. Bit for bit the same."""
-    assert DEPTH % INSTRUCTION == 0
     m, n = acc.shape
+    depth = INSTRUCTION if steps.hopper else DEPTH
     function = _function(arithmetic, steps.kind)
     acc, a, b = _padded(acc, ROWS, COLUMNS), _wide(a, ROWS), _wide(b, COLUMNS)
-    whole = a.depth - a.depth % DEPTH
-    for start in range(0, whole, DEPTH):
-        rows = slice(start, start + DEPTH)
+    whole = a.depth - a.depth % depth
+    for start in range(0, whole, depth):
+        rows = slice(start, start + depth)
         left, right = a[rows, slice(None)], b[rows, slice(None)]
         acc = function(acc, _own(left.values), _own(left.detail), _own(right.values), _own(right.detail), steps.table)
     acc = acc[:m, :n]

@@ -27,7 +27,9 @@ def exponent_of(x: Fraction) -> int:
 def round_number(x: Number, format: Format, rounding: str = "nearest_even", overflow: str = "nonfinite") -> Number:
     """`x` in `format`."""
     if isinstance(x, float):  # inf or NaN
-        return x if math.isnan(x) or overflow == "nonfinite" else Fraction(math.copysign(format.max, x))
+        if math.isnan(x) or overflow == "nonfinite":
+            return x if format.has_inf else math.nan
+        return Fraction(math.copysign(format.max, x))
     if x == 0:
         return x
     step = Fraction(2) ** (max(exponent_of(x), format.emin) - format.mantissa_bits)

@@ -27,7 +27,7 @@ def matmul(a: Tensor, b: Tensor, arithmetic: Given, *, compiled: bool = False) -
     some seconds of compilation per arithmetic.
     Raises ModelError for operands that are no float matrices or do not fit, FormatError and ModelError for a wrong arithmetic.
     """
-    wanted = Arithmetic.of(arithmetic)
+    text = _text(arithmetic)
     for name, x in (("a", a), ("b", b)):
         if not isinstance(x, Tensor) or not x.is_floating_point():
             raise ModelError(f"arithmetic.matmul: {name} must be a floating point tensor, got {getattr(x, 'dtype', type(x).__name__)}")
@@ -38,7 +38,7 @@ def matmul(a: Tensor, b: Tensor, arithmetic: Given, *, compiled: bool = False) -
     if a.device != b.device:
         raise ModelError(f"arithmetic.matmul: a is on {a.device} and b on {b.device}; move one of them")
     dtype = torch.promote_types(a.dtype, b.dtype)
-    return _arithmetic_mm(a.to(dtype), b.to(dtype), wanted.text, compiled)
+    return _arithmetic_mm(a.to(dtype), b.to(dtype), text, compiled)
 
 
 def linear(x: Tensor, w: Tensor, bias: Tensor | None = None, arithmetic: Given = "exact", *, compiled: bool = False) -> Tensor:
@@ -47,6 +47,12 @@ def linear(x: Tensor, w: Tensor, bias: Tensor | None = None, arithmetic: Given =
         raise ModelError(f"arithmetic.linear: x must be [..., K] and w [N, K]; got {list(x.shape)} and {list(w.shape)}")
     y = matmul(x.reshape(-1, x.shape[-1]), w.mT, arithmetic, compiled=compiled).reshape(*x.shape[:-1], w.shape[0])
     return y if bias is None else y + bias
+
+
+@torch.compiler.assume_constant_result
+def _text(arithmetic: Given) -> str:
+    """The arithmetic's text, a constant for Dynamo."""
+    return Arithmetic.of(arithmetic).text
 
 
 @torch.library.custom_op("fp8fx::arithmetic_mm", mutates_args=())
