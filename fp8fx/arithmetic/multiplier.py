@@ -61,9 +61,8 @@ class Multiplier:
     def factors(self) -> Factors | None:
         """The table as the fewest float products: by rank where that takes fewer than by rows; None if both take more than MOST_TERMS."""
         by_rows = _by_rows(self.table)
-        by_rank = _by_rank(self.table)
-        best = by_rows if by_rows.terms <= by_rank.terms else by_rank
-        return best if best.terms <= MOST_TERMS else None
+        by_rank = _by_rank(self.table, min(by_rows.terms - 1, MOST_TERMS))
+        return by_rank or (by_rows if by_rows.terms <= MOST_TERMS else None)
 
     @functools.lru_cache(maxsize=64)  # noqa: B019  (a handful of multipliers per process, kept by the registry anyway)
     def table_on(self, device: torch.device) -> Tensor:
@@ -183,15 +182,15 @@ def _one_hot(index: Tensor, size: int) -> Tensor:
     return torch.nn.functional.one_hot(index, size).float()
 
 
-def _by_rank(table: Tensor) -> Factors:
-    """The least r for which the rest stays below TOLERANCE; both factors rounded to float32, and the bound taken from those."""
+def _by_rank(table: Tensor, most: int) -> Factors | None:
+    """The least r up to `most` for which the rest stays below TOLERANCE; both factors are float32, and the bound is taken from those."""
     exact = table.double()
     u, s, vh = torch.linalg.svd(exact)
     allowed_error = TOLERANCE * float(exact.abs().max())
-    for r in range(1, s.numel() + 1):
+    for r in range(1, most + 1):
         root = s[:r].sqrt()
         left, right = (u[:, :r] * root).float(), (root[:, None] * vh[:r]).float()
         bound = float((exact - left.double() @ right.double()).abs().max())
         if bound <= allowed_error:
-            break
-    return Factors(left, right, bound)
+            return Factors(left, right, bound)
+    return None

@@ -108,12 +108,17 @@ class Accumulate(Model):
     grad_weight: Accumulator = field("of dW", default="precise")
 
 
+_CHUNKS = {"type": "object", "properties": {"chunk": {"type": "integer"}, "inner": {"type": "string"}, "outer": {"type": "string"}}}
+
+
 class Study(Model):
     """The arithmetic of a layer's products, in the words of `fp8fx.arithmetic`; a layer's keys replace another's as a whole."""
 
     multiplier: Text = field("exact, mitchell, the path of a .npy table (from this file), or a registered name", default="exact")
     products: Text = field("format of each product: float32, float16, bfloat16, any eXmY", default="float32")
-    accumulate: Text = field("format of the running sum, or hopper_fast; or {chunk, inner, outer}", default="float32")
+    accumulate: Annotated[Text, Also(_CHUNKS)] = field(
+        "format of the running sum, or hopper_fast; or {chunk, inner, outer}", default="float32"
+    )
     chunk: Count = field("elements of the contraction in one partial sum; 0: all", default=0)
     outer: Text = field("format of the sum of partial sums", default="float32")
     output: Text = field("format of the finished sum, before scales and bias", default="float32")

@@ -59,7 +59,11 @@ _KINDS: dict[str, Callable[[dict[str, Any]], str]] = {
     "integer": _number,
     "number": _number,
     "boolean": lambda entry: "`true`, `false`",
-    "object": lambda entry: f"a mapping of step to {_allowed(entry['additionalProperties'])}",
+    "object": lambda entry: (
+        f"a mapping of step to {_allowed(entry['additionalProperties'])}"
+        if "additionalProperties" in entry
+        else f"`{{{', '.join(entry['properties'])}}}`"
+    ),
     "string": lambda entry: "text",
 }
 
