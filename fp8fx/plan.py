@@ -72,7 +72,8 @@ def formats_of(spec: SiteSpec | None) -> str:
     high = [g for g in ("output", "grad_input", "grad_weight") if g not in spec.gemms]
     kept = [f"{', '.join(high)} GEMM in high precision"] if high and operands.count("x") else []
     delayed = ["delayed"] if any(tensor is not None and tensor.scaling == "delayed" for tensor in map(spec.__getattribute__, ROLES)) else []
-    return ", ".join([operands, *output, *grad, *delayed, *kept])
+    study = [] if spec.arithmetic is None else [f"arithmetic {spec.arithmetic}"]
+    return ", ".join([operands, *output, *grad, *delayed, *kept, *study])
 
 
 def _format_of(spec: TensorSpec) -> str:
@@ -264,4 +265,5 @@ class Plan:
 
 def _spec_json(spec: SiteSpec) -> dict[str, object]:
     roles = {role: getattr(spec, role).text for role in ROLES if getattr(spec, role) is not None}
-    return {**roles, "gemms": list(spec.gemms)}
+    study = {} if spec.arithmetic is None else {"arithmetic": spec.arithmetic}
+    return {**roles, "gemms": list(spec.gemms), **study}

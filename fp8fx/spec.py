@@ -23,6 +23,7 @@ STATISTICS = ("max", "mean", "percentile", "mse")
 SCALE_FORMATS = ("float32", "e8m0")
 ROUNDINGS = ("nearest_even", "nearest_away", "toward_zero", "up", "down", "stochastic")
 OVERFLOWS = ("saturate", "nonfinite")
+ACCUMULATORS = ("fast", "precise")
 
 Granularity = str | tuple[int, int]  # "tensor", "row", or (rows, columns) of a block
 
@@ -119,7 +120,8 @@ class SiteSpec:
     """What one site does: a TensorSpec or None (high precision) per role, and which of its GEMMs run in FP8.
 
     `gemms` holds the GEMMs that read quantized operands; the others read the high-precision tensors.
-    `accumulate` names, per GEMM, Hopper's `fast` accumulator or the `precise` one; the CPU reference always has fp32.
+    `accumulate` names, per GEMM, Hopper's `fast` accumulator or the `precise` one, where the CPU reference always has fp32; or the text of
+    an `fp8fx.arithmetic.Arithmetic`, which runs as a study everywhere.
     """
 
     input: TensorSpec | None = None
@@ -139,6 +141,11 @@ class SiteSpec:
 
     def replace(self, **changes: object) -> SiteSpec:
         return dataclasses.replace(self, **changes)  # type: ignore[arg-type]
+
+    @property
+    def arithmetic(self) -> str | None:
+        """The text of the output GEMM's arithmetic, where it is not an ordinary product."""
+        return None if self.accumulate[0] in ACCUMULATORS else self.accumulate[0]
 
     @property
     def backward_text(self) -> str:

@@ -15,6 +15,7 @@ errors
 formats spec clone fastpath options costs
 kernels
 numerics
+arithmetic
 recipe ops functional
 capture
 passes

@@ -3,9 +3,9 @@
     conv(x, w, b, input, weight, meter, scales, rng, stride, padding, dilation, transposed, output_padding, groups,
          site, input_spec, weight_spec, backward, dtype) -> y
 
-The products are those of the codes, in fp32, times the two scales. A scale per tensor factors out of all three sums. The weight may also have
-one per output channel (transposed and with groups: per output channel of a group, the same for all groups), which factors out of Y; in
-dX, which sums over the output channels, the dequantized weight takes the place of its codes.
+The products are those of the codes, in fp32, times the two scales. A scale per tensor factors out of all three sums. The weight may
+also have one per output channel (transposed and with groups: per output channel of a group, the same for all groups), which factors out
+of Y; in dX, which sums over the output channels, the dequantized weight takes the place of its codes.
 """
 
 from __future__ import annotations
@@ -15,12 +15,13 @@ from typing import Any
 import torch
 from torch import Tensor
 from torch._prims_common import suggest_memory_format
+from torch.nn.functional import unfold
 
 from fp8fx.ops.library import define
 from fp8fx.ops.linear import Saved
 from fp8fx.ops.operands import Backward, Operand, backward_operand, forward_operand
-from fp8fx.ops.scaled_mm import apply_scales, operand
-from fp8fx.spec import SiteSpec
+from fp8fx.ops.scaled_mm import apply_scales, multiplication, operand
+from fp8fx.spec import ACCUMULATORS, SiteSpec
 
 Geometry = tuple[list[int], list[int], list[int], bool, list[int], int]  # stride .. groups, in the order of the schema
 
@@ -50,7 +51,11 @@ def conv_reference(
     if "output" not in SiteSpec.parse_backward(backward).gemms:
         return _laid_out(torch.convolution(x.to(dtype), w.to(dtype), None if b is None else b.to(dtype), *geometry), layout(x, w))
     left, right = forward_operand(x, input, input_spec), forward_operand(w, weight, weight_spec)
-    result = torch.convolution(operand(left.values, left.format), operand(right.values, right.format), None, *geometry)
+    accumulate = SiteSpec.parse_backward(backward).accumulate[0]
+    if accumulate in ACCUMULATORS:
+        result = torch.convolution(operand(left.values, left.format), operand(right.values, right.format), None, *geometry)
+    else:
+        result = _unfolded(left, right, geometry, accumulate)
     result = apply_scales(result, left.scale, _by_channel(right.scale, w.dim(), groups if transposed else 1))
     if b is not None:
         result = result + b.float().reshape(-1, *([1] * (w.dim() - 2)))
@@ -62,6 +67,25 @@ def _by_channel(scale: Tensor | None, dims: int, groups: int) -> Tensor | None:
     if scale is None or scale.dim() == 0:
         return scale
     return scale.reshape(-1).repeat(groups).reshape(1, -1, *([1] * (dims - 2)))
+
+
+def _unfolded(x: Operand, w: Operand, geometry: Geometry, accumulate: str) -> Tensor:
+    """A 1-d or 2-d convolution as one product per image and group, [O / g, C / g k] by [C / g k, L]: for an arithmetic of its own."""
+    stride, padding, dilation, _, _, groups = geometry
+    values, weight = operand(x.values, x.format), operand(w.values, w.format)
+    flat = weight.dim() == 3
+    if flat:
+        values, weight = values.unsqueeze(2), weight.unsqueeze(2)
+        stride, padding, dilation = [1, *stride], [0, *padding], [1, *dilation]
+    multiply = multiplication(accumulate, w.format, x.format)
+    kernels = weight.flatten(1).chunk(groups)
+    sizes = zip(values.shape[2:], padding, dilation, weight.shape[2:], stride, strict=True)
+    size = [(n + 2 * p - d * (k - 1) - 1) // s + 1 for n, p, d, k, s in sizes]
+    result = values.new_empty((values.shape[0], weight.shape[0], *size))
+    for image, out in zip(values, result, strict=True):
+        columns = unfold(image[None], list(weight.shape[2:]), dilation, padding, stride)[0].chunk(groups)
+        out.copy_(torch.cat([multiply(k, c) for k, c in zip(kernels, columns, strict=True)]).view(out.shape))
+    return result.squeeze(2) if flat else result
 
 
 def _laid_out(y: Tensor, format: torch.memory_format) -> Tensor:

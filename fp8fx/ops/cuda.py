@@ -30,7 +30,7 @@ from fp8fx.ops.operands import forward_operand
 from fp8fx.ops.quantize import as_matrix
 from fp8fx.ops.rounded_mm import rounds_in_place
 from fp8fx.ops.scaled_mm import scaled_mm_reference
-from fp8fx.spec import SiteSpec, TensorSpec
+from fp8fx.spec import ACCUMULATORS, SiteSpec, TensorSpec
 
 SAMPLED = 256  # rows of a gradient that the underflow counts look at: a share of them is enough for a warning
 
@@ -53,14 +53,14 @@ def scaled(
     dtype: torch.dtype,
     accumulate: str = "precise",
 ) -> Tensor:
-    if format_a not in FORMATS or format_b not in FORMATS or dtype not in DTYPES:
-        return scaled_mm_reference(a, scale_a, format_a, block_a, b, scale_b, format_b, block_b, bias, dtype)
+    if format_a not in FORMATS or format_b not in FORMATS or dtype not in DTYPES or accumulate not in ACCUMULATORS:
+        return scaled_mm_reference(a, scale_a, format_a, block_a, b, scale_b, format_b, block_b, bias, dtype, accumulate)
     one_a, one_b = (_one(a.device) if scale is None else scale for scale in (scale_a, scale_b))
     aligned = (a.data_ptr() | b.data_ptr()) % 16 == 0
     if aligned and torch_has(a, one_a, b, one_b, bias, dtype, bool(block_a or block_b)):
         return torch._scaled_mm(a, b, one_a, one_b, bias, None, dtype, accumulate == "fast")
     if not _has_blocks(block_a, block_b):
-        return scaled_mm_reference(a, scale_a, format_a, block_a, b, scale_b, format_b, block_b, bias, dtype)
+        return scaled_mm_reference(a, scale_a, format_a, block_a, b, scale_b, format_b, block_b, bias, dtype, accumulate)
     return _OWN_PRODUCT(a, scale_a, tuple(block_a) or None, b, scale_b, tuple(block_b) or None, bias, dtype, accumulate, None, None)[0]
 
 
@@ -113,7 +113,7 @@ def rounded(
 ) -> Tensor:
     parsed = TensorSpec.parse(spec)
     codes = format_a in FORMATS and format_b in FORMATS and dtype in DTYPES and _has_blocks(block_a, block_b)
-    if not codes or not has_kernel(a, parsed, (a.dtype,)) or not rounds_in_place(parsed):
+    if not codes or accumulate not in ACCUMULATORS or not has_kernel(a, parsed, (a.dtype,)) or not rounds_in_place(parsed):
         sums = scaled(a, scale_a, format_a, block_a, b, scale_b, format_b, block_b, bias, torch.float32, accumulate)
         return round_values(sums, spec, rng, site, role)[0].to(dtype)
     how = rounding_of(parsed, rng, site, role)

@@ -27,7 +27,7 @@ from fp8fx.ops.operands import forward_operand
 from fp8fx.ops.quantize import as_matrix
 from fp8fx.ops.rounded_mm import rounded_mm
 from fp8fx.ops.scaled_mm import scaled_mm
-from fp8fx.spec import SiteSpec, TensorSpec
+from fp8fx.spec import ACCUMULATORS, SiteSpec, TensorSpec
 
 FORMATS = ("e4m3fn", "e5m2")
 
@@ -73,7 +73,7 @@ def _scaled_mm(
     dtype: torch.dtype,
     accumulate: str = "precise",
 ) -> Any:
-    plain = format_a in FORMATS and format_b in FORMATS
+    plain = format_a in FORMATS and format_b in FORMATS and accumulate in ACCUMULATORS
     if not on_gpu(a) or not plain or not torch_has(a, scale_a, b, scale_b, bias, dtype, bool(block_a or block_b)):
         return NotImplemented
     if scale_a.numel() == 1:  # type: ignore[union-attr]

@@ -18,7 +18,7 @@ from fp8fx.ops.library import define
 from fp8fx.ops.linear import Saved
 from fp8fx.ops.operands import Backward, Operand, backward_operand, forward_operand, gemm
 from fp8fx.ops.scaled_mm import scaled_mm_reference
-from fp8fx.spec import SiteSpec
+from fp8fx.spec import ACCUMULATORS, GEMMS, SiteSpec
 
 
 def matmul_reference(
@@ -36,10 +36,11 @@ def matmul_reference(
     dtype: torch.dtype,
 ) -> Tensor:
     """`a` [..., M, K], `b` [..., K, N] -> [..., M, N] in `dtype`."""
-    if "output" not in SiteSpec.parse_backward(backward).gemms:
+    spec = SiteSpec.parse_backward(backward)
+    if "output" not in spec.gemms:
         return a.to(dtype) @ b.to(dtype)
     first, second = forward_operand(a, left, left_spec), forward_operand(b, right, right_spec)
-    return scaled_mm_reference(*first.arguments(), *second.arguments(), None, dtype)
+    return scaled_mm_reference(*first.arguments(), *second.arguments(), None, dtype, spec.accumulate[0])
 
 
 def matmul_fake(a: Tensor, b: Tensor, left: list[Tensor], right: list[Tensor], *rest: Any) -> Tensor:
@@ -83,7 +84,8 @@ def _product(
 ) -> Tensor:
     """One gradient, in FP8 or in the model's dtype, summed to `shape`, then rounded once."""
     if state.fp8(role):
-        result = gemm(a, b, torch.float32)
+        wanted = state.spec.accumulate[GEMMS.index(role)]
+        result = gemm(a, b, torch.float32, "precise" if wanted in ACCUMULATORS else wanted)
     else:
         result = plain[0].to(dtype) @ plain[1].to(dtype)
     return state.round(result.sum_to_size(shape), role, dtype)

@@ -5,17 +5,24 @@
 An operand with format "" is not quantized: it enters as it is, in fp32, and has no scale. Scales of a tensor or of rows
 (constant along the contraction) multiply the result; scales of blocks multiply the partial sum of each block of K, as the
 hardware does. One rounding to `dtype` ends it.
+
+`accumulate` is `fast` or `precise`, or the text of an `fp8fx.arithmetic.Arithmetic`: the products of the decoded values, and their sums
+before the scales, are then made as that says.
 """
 
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 
 import torch
 from torch import Tensor
 
 from fp8fx import numerics
+from fp8fx.arithmetic.product import product
+from fp8fx.arithmetic.spec import Arithmetic
 from fp8fx.ops.library import define
+from fp8fx.spec import ACCUMULATORS
 
 
 def scaled_mm_reference(
@@ -31,15 +38,23 @@ def scaled_mm_reference(
     dtype: torch.dtype,
     accumulate: str = "precise",
 ) -> Tensor:
-    """`accumulate` concerns GPUs. `block_a` is [] or the (rows, columns) of A's blocks over [M, K]; `block_b` likewise over [K, N]."""
+    """`block_a` is [] or the (rows, columns) of A's blocks over [M, K]; `block_b` likewise over [K, N]."""
     left, right = operand(a, format_a), operand(b, format_b)
     if block_a or block_b:
-        result = _blocked(left, scale_a, block_a, right, scale_b, block_b)
+        result = _blocked(left, scale_a, block_a, right, scale_b, block_b, multiplication(accumulate, format_a, format_b))
     else:
-        result = apply_scales(left @ right, scale_a, scale_b)
+        result = apply_scales(multiplication(accumulate, format_a, format_b)(left, right), scale_a, scale_b)
     if bias is not None:
         result = result + bias.float()
     return result.to(dtype)
+
+
+def multiplication(accumulate: str, format_a: str, format_b: str) -> Callable[[Tensor, Tensor], Tensor]:
+    """The product of two float32 matrices, of values of these formats."""
+    if accumulate in ACCUMULATORS:
+        return torch.matmul
+    arithmetic = Arithmetic.parse(accumulate)
+    return lambda a, b: product(a, b, arithmetic, (format_a, format_b))
 
 
 def operand(x: Tensor, format: str) -> Tensor:
@@ -57,7 +72,15 @@ def apply_scales(result: Tensor, scale_a: Tensor | None, scale_b: Tensor | None)
     return result
 
 
-def _blocked(left: Tensor, scale_a: Tensor | None, block_a: list[int], right: Tensor, scale_b: Tensor | None, block_b: list[int]) -> Tensor:
+def _blocked(
+    left: Tensor,
+    scale_a: Tensor | None,
+    block_a: list[int],
+    right: Tensor,
+    scale_b: Tensor | None,
+    block_b: list[int],
+    multiply: Callable[[Tensor, Tensor], Tensor] = torch.matmul,
+) -> Tensor:
     """Sum over blocks of K, each partial product scaled before it is added. The step divides both operands' blocks."""
     depth = left.shape[-1]
     step = math.gcd(block_a[1] if block_a else 0, block_b[0] if block_b else 0)
@@ -65,7 +88,7 @@ def _blocked(left: Tensor, scale_a: Tensor | None, block_a: list[int], right: Te
         return left @ right
     result = left.new_zeros(1)
     for start in range(0, depth, step):
-        part = left[..., start : start + step] @ right[..., start : start + step, :]
+        part = multiply(left[..., start : start + step], right[..., start : start + step, :])
         part = part * _slice_scale(scale_a, block_a, start, part.shape[-2], contraction=-1)
         result = result + part * _slice_scale(scale_b, block_b, start, part.shape[-1], contraction=-2)
     return result

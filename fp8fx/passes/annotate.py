@@ -20,6 +20,8 @@ import torch
 from torch import fx
 from torch.nn import functional as F
 
+from fp8fx import formats
+from fp8fx.arithmetic.spec import Arithmetic
 from fp8fx.capture.graph import ALIASES, MODULE, SITE, VAL, tensor
 from fp8fx.capture.naming import weight_source
 from fp8fx.capture.sites import CONVOLUTIONS, SiteCall, read_site, unsupported
@@ -132,11 +134,13 @@ def _obstacle(call: SiteCall, spec: SiteSpec, attention: str) -> str | None:
     kinds = [value.dtype for value in values if value is not None]
     if not all(kind.is_floating_point for kind in kinds):
         return f"operands are {', '.join(str(kind).removeprefix('torch.') for kind in kinds)}, not floating point"
+    if call.op == "attention" and spec.arithmetic is not None:
+        return "fused attention has its own products (arithmetic)"
     if call.op == "attention":
         return "fused attention stays in high precision (attention: high_precision)" if attention != "emulate" else _idle(call, spec)
     if call.op in ("matmul", "bmm") and any(value is not None and value.dim() < 2 for value in values):
         return "a product with a vector"
-    return _form_obstacle(call) or _geometry_obstacle(call, spec) or _idle(call, spec)
+    return _form_obstacle(call) or _geometry_obstacle(call, spec) or _arithmetic_obstacle(call, spec) or _idle(call, spec)
 
 
 def _form_obstacle(call: SiteCall) -> str | None:
@@ -193,11 +197,30 @@ def _blocks(spec: TensorSpec | None) -> bool:
     return spec is not None and not isinstance(spec.granularity, str)
 
 
+def _arithmetic_obstacle(call: SiteCall, spec: SiteSpec) -> str | None:
+    """What a layer's own arithmetic does not reach: convolutions become products by unfolding where torch can, with ordinary gradients."""
+    if spec.arithmetic is None:
+        return None
+    if call.op == "grouped_mm" or (call.op in CONVOLUTIONS and call.op not in ("conv1d", "conv2d")):
+        return f"{call.op} has no form for an arithmetic of its own"
+    wanted = Arithmetic.parse(spec.arithmetic)
+    if call.op in CONVOLUTIONS and wanted.gradients == "same":
+        return "a convolution's gradients are ordinary ones (arithmetic: gradients: exact)"
+    table = wanted.table(None)
+    if table is None or table.mantissa_bits is not None or "output" not in spec.gemms:
+        return None
+    roles = [spec.input, spec.weight, *([spec.grad_output] if wanted.gradients == "same" else [])]
+    names = {"high precision" if role is None else role.format for role in roles}
+    if len(names) > 1 or any(role is None or formats.get(role.format).bits != 8 for role in roles):
+        return f"a table over codes needs every operand in one format of 8 bits; here they are {', '.join(sorted(names))}"
+    return None
+
+
 def _applicable(call: SiteCall, spec: SiteSpec) -> SiteSpec:
     """Drop roles the operation does not have, so that the plan shows only what happens."""
     if call.op == "embedding":  # its output is a row of the quantized table: on the grid already
         gemms = tuple(gemm for gemm in spec.gemms if gemm != "grad_input")
-        return spec.replace(input=None, output=None, grad_input=None, gemms=gemms)
+        return spec.replace(input=None, output=None, grad_input=None, gemms=gemms, accumulate=SiteSpec.accumulate)
     if call.op == "attention":
         return spec.replace(weight=None, grad_weight=None)
     if call.op in ("matmul", "bmm"):

@@ -21,7 +21,7 @@ from torch import fx
 from fp8fx.capture.graph import tensor
 from fp8fx.passes.contract import AMAX, METER, SLOTS, Context, Skip, Slot, emit, input_node, item
 from fp8fx.passes.inputs import WRAPPED
-from fp8fx.spec import GEMMS, SiteSpec, TensorSpec
+from fp8fx.spec import ACCUMULATORS, GEMMS, SiteSpec, TensorSpec
 
 ops = torch.ops.fp8fx
 QUANTIZE, LINEAR = ops.quantize.default, ops.linear.default
@@ -50,6 +50,8 @@ def _obstacle(node: fx.Node, spec: SiteSpec) -> str:
     x, w = tensor(node.args[0]), tensor(node.args[1])
     if spec.gemms != GEMMS or spec.calibrating:
         return "not all of its GEMMs are in FP8"
+    if not set(spec.accumulate) <= set(ACCUMULATORS):
+        return "its products have an arithmetic of their own"
     if spec.save_for_backward != "fp8":
         return "save_for_backward keeps its input in high precision"
     if spec.grad_output is None or not node.args[9] or not node.args[10]:

@@ -252,4 +252,5 @@ def exchanged(spec: SiteSpec) -> SiteSpec:
     """`spec` for the operands in the other order: the gradient of the first is `grad_weight`, that of the second `grad_input`."""
     other = {"output": "output", "grad_input": "grad_weight", "grad_weight": "grad_input"}
     gemms = tuple(gemm for gemm in GEMMS if other[gemm] in spec.gemms)
-    return spec.replace(grad_input=spec.grad_weight, grad_weight=spec.grad_input, gemms=gemms)
+    output, first, second = spec.accumulate
+    return spec.replace(grad_input=spec.grad_weight, grad_weight=spec.grad_input, gemms=gemms, accumulate=(output, second, first))

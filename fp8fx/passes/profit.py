@@ -56,6 +56,8 @@ def without_gain(
 
 
 def _on_hardware(spec: SiteSpec) -> bool:
+    if spec.arithmetic is not None:  # a study: only its numbers are asked for
+        return False
     roles: list[TensorSpec | None] = [getattr(spec, role) for role in ROLES]
     rounds = ("nearest_even", "stochastic")
     return all(role is None or (role.format in HARDWARE and role.rounding in rounds and role.on_hardware) for role in roles)

@@ -2,7 +2,8 @@
 
     Document    one recipe
     ├── Layer       `defaults`: what every layer gets
-    │   └── Role        input, weight, output, grad_output, grad_input, grad_weight
+    │   ├── Role        input, weight, output, grad_output, grad_input, grad_weight
+    │   └── Study       arithmetic
     ├── Boundary    the first and the last layer
     ├── Rule        a Layer with a `match`: only the keys it writes count
     │   └── Match       name, type, op, min_numel, max_numel
@@ -14,12 +15,15 @@ mode implies, `checks` refuses combinations. Models are frozen values: they comp
 
 from __future__ import annotations
 
+import os
 from collections.abc import Mapping
 from typing import Annotated, Any
 
-from pydantic import BaseModel, BeforeValidator, ConfigDict, field_validator, model_validator
+from pydantic import BaseModel, BeforeValidator, ConfigDict, ValidationInfo, field_validator, model_validator
 
 from fp8fx import formats
+from fp8fx.arithmetic.spec import Arithmetic
+from fp8fx.errors import FP8Error
 from fp8fx.recipe.source import shorten
 from fp8fx.recipe.values import (
     LISTED,
@@ -56,6 +60,7 @@ from fp8fx.recipe.values import (
     WeightCache,
     WeightTranspose,
     WhenNotFaster,
+    Whole,
     field,
     refusal,
 )
@@ -135,6 +140,66 @@ class Accumulate(Model):
     grad_weight: Accumulator = field("of dW", default="precise")
 
 
+_CHUNKS = {"type": "object", "properties": {"chunk": {"type": "integer"}, "inner": {"type": "string"}, "outer": {"type": "string"}}}
+
+
+class Study(Model):
+    """The arithmetic of a layer's products, in the words of `fp8fx.arithmetic`; a layer's keys replace another's as a whole."""
+
+    multiplier: Text = field("exact, mitchell, the path of a .npy table (from this file), or a registered name", default="exact")
+    products: Text = field("format of each product: float32, float16, bfloat16, any eXmY", default="float32")
+    accumulate: Annotated[Text, Also(_CHUNKS)] = field(
+        "format of the running sum, or hopper_fast; or {chunk, inner, outer}", default="float32"
+    )
+    chunk: Count = field("elements of the contraction in one partial sum; 0: all", default=0)
+    outer: Text = field("format of the sum of partial sums", default="float32")
+    output: Text = field("format of the finished sum, before scales and bias", default="float32")
+    shift: Whole = field("products are multiplied by 2^shift before they are rounded, the sum by 2^-shift", default=0)
+    rounding: Text = field("of products and sums: the words of a role, without stochastic", default="nearest_even")
+    overflow: Overflow = field("of products and sums: an adder overflows to inf", default="nonfinite")
+    gradients: Text = field("exact: gradient multiplications are ordinary ones; same: they use this arithmetic too", default="exact")
+
+    @model_validator(mode="before")
+    @classmethod
+    def _flat(cls, value: object, info: ValidationInfo) -> object:
+        """{accumulate: {chunk: 64, inner: float16}} as keys side by side; a relative path is one from the recipe's folder."""
+        if not isinstance(value, Mapping):
+            return value
+        data = dict(value)
+        sums = data.get("accumulate")
+        if isinstance(sums, Mapping):
+            if (unknown := [key for key in sums if key not in ("chunk", "inner", "outer")]) or "chunk" not in sums:
+                raise ValueError(f"accumulate: got {shorten(unknown or sums)}; allowed: {{chunk: 64, inner: float16, outer: float32}}")
+            del data["accumulate"]
+            data |= {"accumulate" if key == "inner" else key: entry for key, entry in sums.items()}
+        path, folder = data.get("multiplier"), (info.context or {}).get("folder", "")
+        if isinstance(path, str) and path.endswith(".npy"):
+            data["multiplier"] = os.path.abspath(os.path.join(folder, os.path.expanduser(path)))
+        return data
+
+    @model_validator(mode="after")
+    def _possible(self) -> Study:
+        try:
+            self.arithmetic()
+        except FP8Error as error:
+            raise ValueError(str(error)) from None
+        return self
+
+    def arithmetic(self) -> Arithmetic:
+        return Arithmetic(**dict(self))
+
+
+def _study(value: object) -> object:
+    if value is None or value is False or value == "none":
+        return None
+    if not isinstance(value, Mapping | Study):
+        raise ValueError(refusal(value, "none or a mapping such as {multiplier: mitchell, accumulate: float16}"))
+    return value
+
+
+OptionalStudy = Annotated[Study | None, BeforeValidator(_study), OR_NONE]
+
+
 class Layer(Model):
     """What a layer gets. In `defaults` for all, in a rule for those that match."""
 
@@ -147,6 +212,7 @@ class Layer(Model):
     grad_weight: OptionalRole = field("dW before it is added to .grad", default=None)
     gemms: Gemms = field("which multiplications run in FP8", default=Gemms())
     accumulate: Accumulate = field("GPU only: the accumulator of each", default=Accumulate())
+    arithmetic: OptionalStudy = field("studies: how products are multiplied and added", default=None)
     rounding: Rounding | None = field("written to every quantized role of the layer", default=None)
     overflow: Overflow | None = field("written to input, weight and output; gradients say theirs per role", default=None)
     when_not_faster: WhenNotFaster = field("GPU only: what to do where FP8 is not faster; auto: emulate off CUDA", default="auto")

@@ -113,7 +113,7 @@ def _validate(source: Source, strict: bool) -> Document:
     if isinstance(data.get("extends"), os.PathLike):
         data["extends"] = os.fspath(data["extends"])
     try:
-        document = Document.model_validate(data)
+        document = Document.model_validate(data, context={"folder": source.folder})
     except ValidationError as error:
         document = _without_unknown(source, data, error, strict)
     for path, problem in match_problems(document):
@@ -142,7 +142,7 @@ def _without_unknown(source: Source, data: dict[str, Any], error: ValidationErro
         complain(source.place(entry["loc"]), _problem(source, dict(entry)), strict=False)
         owner: Any = trimmed.value(entry["loc"][:-1])
         owner.pop(entry["loc"][-1], None)
-    return Document.model_validate(data)
+    return Document.model_validate(data, context={"folder": source.folder})
 
 
 def _problem(source: Source, entry: dict[str, Any]) -> str:

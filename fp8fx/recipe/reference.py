@@ -13,7 +13,7 @@ from typing import Any
 from fp8fx.recipe.recipe import Recipe
 from fp8fx.spec import ROLES
 
-SECTIONS = ("Document", "Layer", "Role", "Gemms", "Accumulate", "Rule", "Match", "Boundary", "Delayed", "Scale", "LossScaling")
+SECTIONS = ("Document", "Layer", "Role", "Gemms", "Accumulate", "Study", "Rule", "Match", "Boundary", "Delayed", "Scale", "LossScaling")
 
 BY_MODE = (*ROLES, "rounding", "overflow")
 
@@ -60,7 +60,13 @@ _KINDS: dict[str, Callable[[dict[str, Any]], str]] = {
     "integer": _number,
     "number": _number,
     "boolean": lambda entry: "`true`, `false`",
-    "object": lambda entry: "`{group: N}`" if "properties" in entry else f"a mapping of step to {_allowed(entry['additionalProperties'])}",
+    "object": lambda entry: (
+        "`{group: N}`"
+        if "group" in entry.get("properties", {})
+        else f"a mapping of step to {_allowed(entry['additionalProperties'])}"
+        if "additionalProperties" in entry and "properties" not in entry
+        else f"`{{{', '.join(entry['properties'])}}}`"
+    ),
     "string": lambda entry: "text",
 }
 

@@ -201,7 +201,7 @@ def _without_effect(made: Decision, op: str, loss_scaling: bool) -> Iterator[str
         return
     if made.when_not_faster == "high_precision":
         yield "when_not_faster: high_precision has no effect on the reference: nothing is timed, FP8 is emulated"
-    if made.spec.accumulate != SiteSpec().accumulate:
+    if made.spec.accumulate != SiteSpec().accumulate and made.spec.arithmetic is None:
         yield "accumulate has no effect on the reference: it always accumulates in fp32"
     if made.spec.weight_transpose != SiteSpec().weight_transpose:
         yield f"weight_transpose: {made.spec.weight_transpose} has no effect on the reference: it transposes as it goes"
@@ -235,12 +235,21 @@ def _site_spec(layer: Layer, document: Document) -> SiteSpec:
     return SiteSpec(
         **specs,
         gemms=tuple(gemm for gemm in GEMMS if getattr(layer.gemms, gemm) == "fp8"),
-        accumulate=(layer.accumulate.output, layer.accumulate.grad_input, layer.accumulate.grad_weight),
+        accumulate=_accumulate(layer),
         save_for_backward=layer.save_for_backward,
         weight_transpose=layer.weight_transpose,
         save_activation_inputs=layer.save_activation_inputs,
         weight_cache=layer.weight_cache,
     )
+
+
+def _accumulate(layer: Layer) -> tuple[str, str, str]:
+    """An arithmetic stands in the place of the accumulators that it replaces."""
+    wanted = (layer.accumulate.output, layer.accumulate.grad_input, layer.accumulate.grad_weight)
+    arithmetic = None if layer.arithmetic is None else layer.arithmetic.arithmetic()
+    if arithmetic is None or arithmetic.plain:
+        return wanted
+    return (arithmetic.text,) * 3 if arithmetic.gradients == "same" else (arithmetic.text, *wanted[1:])
 
 
 def tensor_spec(role: Role, scale: Scale) -> TensorSpec:

@@ -119,6 +119,7 @@ def _at_least(least: float, *, above: bool = False, below: float = math.inf) -> 
 
 Seed = Annotated[int, BeforeValidator(_whole), AfterValidator(_at_least(0, below=2**63)), WithJsonSchema({"type": "integer", "minimum": 0})]
 Version = Annotated[int, BeforeValidator(_whole), WithJsonSchema({"type": "integer", "enum": [1]})]
+Whole = Annotated[int, BeforeValidator(_whole), WithJsonSchema({"type": "integer"})]
 Count = Annotated[int, BeforeValidator(_whole), AfterValidator(_at_least(0)), WithJsonSchema({"type": "integer", "minimum": 0})]
 CountFrom1 = Annotated[int, BeforeValidator(_whole), AfterValidator(_at_least(1)), WithJsonSchema({"type": "integer", "minimum": 1})]
 _POSITIVE = {"type": "number", "exclusiveMinimum": 0}

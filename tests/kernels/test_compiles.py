@@ -14,6 +14,7 @@ import torch
 pytest.importorskip("triton")
 import triton
 
+from fp8fx import formats
 from fp8fx.kernels import scaled_mm as mm
 from fp8fx.kernels.activation_amax import activation_amax, activation_backward_amax
 from fp8fx.kernels.activation_cast import activation_backward_cast, activation_cast
@@ -21,6 +22,7 @@ from fp8fx.kernels.activation_keep import activation_keep
 from fp8fx.kernels.activations import Kept
 from fp8fx.kernels.add_norm import add_norm_cast
 from fp8fx.kernels.amax import amax, amax_each
+from fp8fx.kernels.arithmetic_mm import Grid, arithmetic_mm
 from fp8fx.kernels.cast import Rounding, cast, cast_current
 from fp8fx.kernels.cast_block import cast_block
 from fp8fx.kernels.delayed import delayed_update
@@ -129,6 +131,25 @@ def test_memory_bound_kernels(name: str, compiled: Compiled, tmp_path: Path) -> 
         if name in ("cast", "cast both", "swiglu"):
             assert "ld.global.v4" in ptx, "loads are 16 bytes wide"
             assert "st.global.v4" in ptx, "stores are 16 bytes wide"
+
+
+WIDE = formats.Format("bfloat16", 8, 7, 127, 3.3895313892515355e38, True, "ieee")
+STUDIES: dict[str, Callable[[], Any]] = {
+    "products": lambda: arithmetic_mm(F, None, F, None, None, "exact", Grid(formats.get("e5m2")), Grid(WIDE)),
+    "saturated": lambda: arithmetic_mm(F, None, F, None, None, "exact", Grid(formats.get("e4m3fn"), "up", "saturate"), Grid(WIDE, "down")),
+    "hopper": lambda: arithmetic_mm(F, F, F, F, None, "exact", Grid(FLOAT), Grid(FLOAT), hopper=True),
+    "mitchell": lambda: arithmetic_mm(F, F, F, F, None, "mitchell", Grid(FLOAT), Grid(WIDE)),
+    "table": lambda: arithmetic_mm(F, F.long(), F, F.long(), torch.ones(8, 8), "table", Grid(WIDE), Grid(FLOAT)),
+}
+F, FLOAT = torch.zeros(256, 256), formats.Format("float32", 8, 23, 127, torch.finfo(torch.float32).max, True, "ieee")
+
+
+@pytest.mark.parametrize("name", STUDIES)
+def test_arithmetic_mm(name: str, compiled: Compiled, tmp_path: Path) -> None:
+    STUDIES[name]()
+    (kernel,) = compiled()
+    assert spills(kernel, tmp_path) == 0
+    assert "mma" not in kernel.asm["ptx"], "products that are studied do not run on the matrix unit"
 
 
 def codes(rows: int, columns: int, name: str) -> torch.Tensor:

@@ -9,12 +9,15 @@ import re
 from pathlib import Path
 from typing import Any
 
+import numpy
 import pytest
 import yaml
 
+from fp8fx.arithmetic import Arithmetic
 from fp8fx.errors import RecipeError
 from fp8fx.recipe import Recipe, Site
 from fp8fx.recipe.reference import SECTIONS, table
+from fp8fx.spec import SiteSpec
 
 ROOT = Path(__file__).parents[2]
 EXAMPLES = sorted((ROOT / "examples" / "recipes").glob("*.yaml"))
@@ -168,3 +171,28 @@ def test_the_pages_errors_are_real(tmp_path: Path, monkeypatch: pytest.MonkeyPat
         with pytest.raises(RecipeError) as error:
             Recipe.load("mine.yaml").check_names({"": ("ResNet", "Module"), "conv1": ("Conv2d",), "fc": ("Linear",)})
         assert str(error.value) == expected
+
+
+def test_arithmetic_round_trips(tmp_path: Path) -> None:
+    """Keys side by side, a chunk's keys as one mapping, and a table beside the recipe, from wherever it is loaded."""
+    numpy.save(tmp_path / "table.npy", numpy.ones((8, 8), dtype=numpy.float32))
+    (tmp_path / "mine.yaml").write_text(
+        "extends: hybrid\ndefaults: {arithmetic: {accumulate: {chunk: 64, inner: fp16}, shift: -2}}\n"
+        "rules:\n  - {match: fc, optional: true, arithmetic: {multiplier: table.npy, gradients: same}}\n"
+        "  - {match: out, optional: true, arithmetic: none}\n"
+    )
+    recipe = Recipe.load(tmp_path / "mine.yaml")
+    assert Recipe.load(recipe.to_dict()) == recipe
+    recipe.dump(tmp_path / "whole.yaml")
+    assert Recipe.load(tmp_path / "whole.yaml") == recipe
+    fc, out, rest = (made.spec for made in recipe.resolve([Site(name=name, op="linear") for name in ("fc", "out", "x")]).decisions)
+    assert fc is not None
+    assert out is not None
+    assert rest is not None
+    assert rest.accumulate == ("accumulate=float16/chunk=64/shift=-2", "precise", "precise")
+    assert out.accumulate == ("fast", "precise", "precise")
+    assert fc.accumulate[0] == fc.accumulate[2] != "fast"
+    assert SiteSpec.parse_backward(fc.backward_text).accumulate == fc.accumulate
+    table = Arithmetic.parse(str(fc.arithmetic)).table(None)
+    assert table is not None
+    assert table.mantissa_bits == 3
