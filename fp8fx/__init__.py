@@ -18,6 +18,7 @@ from fp8fx.functional import compute_scale, dequantize, fake_quantize, quantize
 from fp8fx.loss_scaling import GradScaler
 from fp8fx.plan import Plan
 from fp8fx.recipe import Recipe
+from fp8fx.sensitivity import sensitivity
 from fp8fx.show import listing
 from fp8fx.statistics import Statistics
 
@@ -51,6 +52,7 @@ __all__ = [
     "plan",
     "quantize",
     "reduce_amax",
+    "sensitivity",
     "save",
     "state_dict",
     "step",

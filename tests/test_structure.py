@@ -28,6 +28,7 @@ coverage tally
 sinks
 statistics
 compile backend
+sensitivity
 loss_scaling checkpoint
 trainers
 demo cli targets
