@@ -91,10 +91,9 @@ def exponent_range(format: Format) -> tuple[int, int, int]:
 
 
 class Collector:
-    """Figures by layer and role, of what runs inside `collecting` and of backwards inside `opened`."""
+    """Figures by layer and role, of what runs inside `collecting`; the backward is run inside `Opened`."""
 
-    def __init__(self, layers: set[str]) -> None:
-        self.layers = layers
+    def __init__(self) -> None:
         self.found: dict[tuple[str, str], Figures] = {}
 
     @contextlib.contextmanager
@@ -112,7 +111,7 @@ class Collector:
 
     @torch.no_grad()
     def _see(self, site: str, role: str, x: Tensor, q: Tensor, scale: Tensor, spec: TensorSpec) -> None:
-        if site in self.layers and x.numel():
+        if x.numel():
             self.found.setdefault((site, role), Figures(spec)).add(x, q, scale, spec)
 
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from typing import Any, TypeVar
 
 import torch
@@ -11,16 +11,16 @@ from torch import nn
 
 from fp8fx.compile import RecipeLike
 from fp8fx.errors import ModelError
-from fp8fx.plan import SiteRow, formats_of
+from fp8fx.plan import formats_of
 from fp8fx.recipe import Recipe
 from fp8fx.sensitivity import batches as data_of
 from fp8fx.sensitivity.budget import Budget
 from fp8fx.sensitivity.figures import HIGH as LAST
 from fp8fx.sensitivity.figures import LOW as FIRST
 from fp8fx.sensitivity.figures import Collector, Figures, Opened, describe_format
+from fp8fx.sensitivity.reads import of_layer, reads
 from fp8fx.sensitivity.result import LayerResult, RoleResult, Sensitivity
 from fp8fx.sensitivity.study import Study, Variant
-from fp8fx.spec import ROLES
 
 T = TypeVar("T")
 
@@ -61,13 +61,16 @@ def sensitivity(
     notes = list(study.plan.notes)
     gradients = gradients and _has_gradients(study, notes)
     study.calibrate(gradients)
-    figures = _figures(study, set(layers), gradients)
+    figures = _figures(study, gradients)
+    shared = reads(study.runtime.stage("insert_qdq", index) for index in range(len(study.runtime.graphs)))
     full = study.loss(Variant())
     found = []
     for name, rows in _tracked(list(layers.items()), progress):
         alone = study.loss(Variant(kept=frozenset([name])))
         without = study.loss(Variant(kept=frozenset(layers) - {name})) if switch_off else None
-        found.append(_layer(name, rows, figures, alone, without))
+        roles = [_role(role, figures[key]) for role, key in of_layer(name, figures, shared).items()]
+        formats = "; ".join(dict.fromkeys(formats_of(row.spec) for row in rows))
+        found.append(LayerResult(name, ", ".join(dict.fromkeys(row.op for row in rows)), formats, roles, alone, without))
     result = Sensitivity(study, found, full, notes)
     if wanted is not None:
         result.suggest(wanted)
@@ -87,9 +90,9 @@ def _has_gradients(study: Study, notes: list[str]) -> bool:
     return True
 
 
-def _figures(study: Study, layers: set[str], gradients: bool) -> dict[tuple[str, str], Figures]:
+def _figures(study: Study, gradients: bool) -> dict[tuple[str, str], Figures]:
     """Every quantization of a forward (and backward) pass per batch, with all layers in FP8."""
-    collector = Collector(layers)
+    collector = Collector()
     with study.running(Variant(stage="insert_qdq")), torch.set_grad_enabled(gradients), collector.collecting():
         for number, batch in enumerate(study.batches):
             value = data_of.scalar(study.loss_of(study.fast, batch), number)
@@ -97,14 +100,6 @@ def _figures(study: Study, layers: set[str], gradients: bool) -> dict[tuple[str,
                 with Opened():
                     torch.autograd.grad(value, study.trainable(), allow_unused=True)
     return collector.found
-
-
-def _layer(
-    name: str, rows: list[SiteRow], figures: Mapping[tuple[str, str], Figures], alone: float, without: float | None
-) -> LayerResult:
-    roles = [_role(role, figures[name, role]) for role in ROLES if (name, role) in figures]
-    formats = dict.fromkeys(formats_of(row.spec) for row in rows)
-    return LayerResult(name, ", ".join(dict.fromkeys(row.op for row in rows)), "; ".join(formats), roles, alone, without)
 
 
 def _role(role: str, f: Figures) -> RoleResult:
