@@ -55,7 +55,8 @@ def _check_finite(number: int, batch: Any) -> None:
         bad = ~x.isfinite()
         first = tuple(bad.nonzero()[0].tolist())
         raise ModelError(
-            f"batch {number} of data{where} is not finite: {int(bad.sum())} of {x.numel()} elements, the first at {first} is {x[first].item()}"
+            f"batch {number} of data{where} is not finite: {int(bad.sum())} of {x.numel()} elements, the first at {first}: "
+            f"{x[first].item()}"
         )
 
 
@@ -100,7 +101,9 @@ def _distance(output: Tensor, target: Tensor) -> Tensor:
             )
         return F.cross_entropy(output.flatten(0, -2).float(), target.flatten())
     if output.shape != target.shape:
-        raise ModelError(f"the target's shape is {tuple(target.shape)}, the output's {tuple(output.shape)}: they must be equal, or give loss=")
+        raise ModelError(
+            f"the target's shape is {tuple(target.shape)}, the output's {tuple(output.shape)}: they must be equal, or give loss="
+        )
     return F.mse_loss(output.float(), target.float())
 
 

@@ -122,7 +122,8 @@ class Opened(TorchDispatchMode):
         if func.namespace != "fp8fx":
             return func(*args, **(kwargs or {}))
         given = list(args) + [
-            (kwargs or {}).get(arg.name, arg.default_value if arg.has_default_value() else None) for arg in func._schema.arguments[len(args) :]
+            (kwargs or {}).get(arg.name, arg.default_value if arg.has_default_value() else None)
+            for arg in func._schema.arguments[len(args) :]
         ]
         with self:
             return REFERENCES[func._schema.name.removeprefix("fp8fx::")](*given)

@@ -40,7 +40,7 @@ class RoleResult:
 
 @dataclass(frozen=True)
 class LayerResult:
-    """One layer. alone: the loss with this layer in FP8 and all others in high precision. without: with all but this one in FP8, or None."""
+    """One layer. alone: the loss with this layer in FP8 and all others in high precision. without: with all but this one in FP8."""
 
     name: str
     op: str
@@ -51,8 +51,13 @@ class LayerResult:
 
     @property
     def sqnr(self) -> float:
-        """dB, of the role that loses most; NaN where nothing was measured."""
-        return min((role.sqnr for role in self.roles if not math.isnan(role.sqnr)), default=math.nan)
+        """dB, of the forward role that loses most; NaN where nothing was measured."""
+        return _least([role for role in self.roles if not role.role.startswith("grad_")])
+
+    @property
+    def gradient_sqnr(self) -> float:
+        """The same of the gradient roles."""
+        return _least([role for role in self.roles if role.role.startswith("grad_")])
 
     def __getitem__(self, role: str) -> RoleResult:
         for found in self.roles:
@@ -172,6 +177,10 @@ class Sensitivity:
         from fp8fx.sensitivity.page import page  # pictures are drawn for those who ask for them
 
         write_text(path, page(self))
+
+
+def _least(roles: list[RoleResult]) -> float:
+    return min((role.sqnr for role in roles if not math.isnan(role.sqnr)), default=math.nan)
 
 
 def _finite(value: Any) -> Any:

@@ -98,11 +98,16 @@ class _Switched:
         return call
 
     def _recipe(self, variant: Variant) -> Recipe:
-        """For this graph: without the ends of the model that it does not have."""
         own = self.record.context.recipe
         if variant.recipe is not None:
-            return variant.recipe.with_boundary(first=own.boundary.first is not None, last=own.boundary.last is not None)
+            return bounded(self.record, variant.recipe)
         return own if variant.kept is None else Selection(own.name, own.origin, own._merged, variant.kept)
+
+
+def bounded(record: GraphRecord, recipe: Recipe) -> Recipe:
+    """`recipe` for one graph: without the ends of the model that it does not have."""
+    own = record.context.recipe.boundary
+    return recipe.with_boundary(first=own.first is not None, last=own.last is not None)
 
 
 class Study:
@@ -140,6 +145,14 @@ class Study:
         for row in self.plan.fp8:
             found.setdefault(row.name, []).append(row)
         return found
+
+    def fp8_under(self, recipe: Recipe) -> set[str]:
+        """The layers that another recipe runs in FP8, of the graphs that are captured."""
+        contexts = [
+            (record.captured, dataclasses.replace(record.context, recipe=bounded(record, recipe))) for record in self.runtime.graphs
+        ]
+        rows = [row for captured, context in contexts for row in pipeline.run(captured, context, "annotate").annotated]
+        return {row.decision.name for row in rows if row.decision.mode == "fp8"}
 
     @contextlib.contextmanager
     def _fixed(self) -> Iterator[None]:

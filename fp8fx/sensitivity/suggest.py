@@ -1,4 +1,4 @@
-"""From the layers' effects to a recipe that meets a budget: exempt the worst until the measured loss meets it, then take back what was too much.
+"""From the layers' effects to a recipe that meets a budget: exempt the worst until the measured loss meets it, take back what was too much.
 
 Every step is measured on all batches, since effects do not add up. The recipe is at last run as what it is, a recipe, and that loss is
 the one reported. At least one layer stays in FP8: without any, a budget would always be met.
@@ -54,8 +54,8 @@ class Suggestion:
 
     def __str__(self) -> str:
         return (
-            f"{len(self.exempt)} of {self.layers} layers exempt; loss {self.loss:.6g}, {increase(self.loss, self.high)} over high precision "
-            f"({self.high:.6g}); budget {self.budget}; without exemptions {self.full:.6g}, {increase(self.full, self.high)}"
+            f"{len(self.exempt)} of {self.layers} layers exempt; loss {self.loss:.6g}, {increase(self.loss, self.high)} over "
+            f"high precision ({self.high:.6g}); budget {self.budget}; without exemptions {self.full:.6g}, {increase(self.full, self.high)}"
         )
 
 
@@ -73,7 +73,8 @@ def suggest(study: Study, ranked: Sequence[tuple[str, float]], full: float, budg
             f"the suggested recipe gives a loss of {loss:.6g}, and the same choice of layers gave {search.loss:.6g} before. This is a bug "
             "in fp8fx; nothing was written."
         )
-    exempt = [name for name in study.layers() if name in chosen]
+    left = study.fp8_under(recipe)
+    exempt = [name for name in study.layers() if name not in left]
     return Suggestion(recipe, data, exempt, wanted, study.baseline, full, loss, len(ranked), search.measured)
 
 
@@ -112,8 +113,8 @@ class _Search:
         return ModelError(
             f"budget {self.budget} cannot be met with any layer in FP8: the loss is {high:.6g} in high precision, so at most "
             f"{self.budget.limit(high):.6g} is allowed; it is {self.full:.6g} with all {len(self.names)} layers in FP8 "
-            f"({increase(self.full, high)}), and still {self.loss:.6g} ({increase(self.loss, high)}) with {last!r} alone, the layer that adds "
-            "least. Give a larger budget, more batches, or another recipe: finer scales (rowwise, blockwise), wider formats"
+            f"({increase(self.full, high)}), and still {self.loss:.6g} ({increase(self.loss, high)}) with {last!r} alone, the layer that "
+            "adds least. Give a larger budget, more batches, or another recipe: finer scales (rowwise, blockwise), wider formats"
         )
 
 
