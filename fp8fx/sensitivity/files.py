@@ -10,6 +10,14 @@ from pathlib import Path
 from fp8fx.errors import FP8Error
 
 
+def check_place(path: str | os.PathLike[str]) -> None:
+    """FP8Error for a path where no file can come to lie: known before hours of measuring, not after."""
+    target = Path(os.path.realpath(path))
+    problem = "it is a directory" if target.is_dir() else "" if target.parent.is_dir() else f"there is no folder {str(target.parent)!r}"
+    if problem:
+        raise FP8Error(f"{os.fspath(path)}: cannot be written: {problem}. Name a file in a folder that is there")
+
+
 def write_text(path: str | os.PathLike[str], text: str) -> None:
     """Write `text` as UTF-8. If anything goes wrong, FP8Error, and what was at `path` is there still, whole."""
     target = Path(os.path.realpath(path))  # a link stays a link

@@ -29,7 +29,7 @@ details { border-bottom: 1px solid var(--line); padding: 6px 0; } summary { curs
 svg text { fill: var(--ink); font: 12px system-ui, sans-serif; } svg .name { text-anchor: end; } svg .head { fill: var(--soft); }
 svg .number, svg .tick { fill: var(--soft); font-size: 11px; } svg .tick { text-anchor: middle; }
 .sqnr, .count { fill: var(--sqnr); } .low { fill: var(--warn); } .worse, .lost { fill: var(--worse); } .better { fill: var(--better); }
-.normal { fill: var(--normal); } .subnormal { fill: var(--subnormal); } 
+.normal { fill: var(--normal); } .subnormal { fill: var(--subnormal); }
 .axis { stroke: var(--soft); } .mark { stroke: var(--ink); stroke-width: 2; }
 pre { background: var(--panel); border: 1px solid var(--line); border-radius: 8px; padding: 12px; overflow-x: auto; font-size: 13px; }
 """
