@@ -86,7 +86,9 @@ def _exponents(x: Tensor, scale: Tensor, spec: TensorSpec) -> Tensor:
 
 
 def exponent_range(format: Format) -> tuple[int, int, int]:
-    """Exponents of the format's smallest subnormal, smallest normal and largest value."""
+    """Exponents of the format's smallest subnormal, smallest normal and largest value. Integers have no subnormals."""
+    if format.integer:
+        return 0, 0, math.frexp(format.max)[1] - 1
     return tuple(math.frexp(value)[1] - 1 for value in (format.min_subnormal, format.min_normal, format.max))  # type: ignore[return-value]
 
 
