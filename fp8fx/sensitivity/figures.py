@@ -97,6 +97,10 @@ class Collector:
 
     def __init__(self) -> None:
         self.found: dict[tuple[str, str], Figures] = {}
+        # What was seen in the graph's call that runs: each reader of a tensor has a quantization of its own, under the name of the first.
+        # The tensors are held, so that no other one comes to lie at the same place meanwhile.
+        self._seen: dict[tuple[Any, ...], Tensor] = {}
+        self._calls = 0
 
     @contextlib.contextmanager
     def collecting(self) -> Iterator[None]:
@@ -108,12 +112,27 @@ class Collector:
             graph_call.OBSERVERS.remove(self._around)
             observe.OBSERVERS.remove(self._see)
 
-    def _around(self, call: GraphCall) -> Opened:
-        return Opened()  # Dynamo compiles nothing while a dispatch mode is on, so it is on inside of the graph's call only
+    @contextlib.contextmanager
+    def _around(self, call: GraphCall) -> Iterator[None]:
+        """Dynamo compiles nothing while a dispatch mode is on, so it is on inside of the graph's call only."""
+        self._calls += 1
+        try:
+            with Opened():
+                yield
+        finally:
+            self._calls -= 1
+            self._seen.clear()
+
+    def _again(self, site: str, role: str, x: Tensor, scale: Tensor, spec: TensorSpec) -> bool:
+        """The same quantization ran already, for another reader."""
+        if not self._calls:  # a backward has no such copies
+            return False
+        key = (site, role, spec.text, x.data_ptr(), x.shape, x.stride(), scale.shape)
+        return self._seen.setdefault(key, x) is not x
 
     @torch.no_grad()
     def _see(self, site: str, role: str, x: Tensor, q: Tensor, scale: Tensor, spec: TensorSpec) -> None:
-        if x.numel():
+        if x.numel() and not self._again(site, role, x, scale, spec):
             self.found.setdefault((site, role), Figures(spec)).add(x, q, scale, spec)
 
 

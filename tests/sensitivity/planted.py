@@ -104,7 +104,9 @@ def planted(seed: int, rows: int = 256) -> Planted:
     layer.plant(where, draw.randrange(len(layer.pre if where == "input" else layer.post)), OUTLIER[format])
     batches = [_batch(model, kind, rows, width) for _ in range(2)]
     loss = None if kind == "mlp" else soft_cross_entropy
-    return Planted(model, batches, loss, RECIPES[format], f"{name}.linear", f"{kind}, {len(layers)} layers of {width}, {format}, outlier in {where}")
+    return Planted(
+        model, batches, loss, RECIPES[format], f"{name}.linear", f"{kind}, {len(layers)} layers of {width}, {format}, outlier in {where}"
+    )
 
 
 @torch.no_grad()
