@@ -18,6 +18,7 @@ from fp8fx.functional import compute_scale, dequantize, fake_quantize, quantize
 from fp8fx.loss_scaling import GradScaler
 from fp8fx.plan import Plan
 from fp8fx.recipe import Recipe
+from fp8fx.sensitivity import sensitivity
 from fp8fx.show import listing
 from fp8fx.statistics import Statistics
 
@@ -52,6 +53,7 @@ __all__ = [
     "quantize",
     "reduce_amax",
     "save",
+    "sensitivity",
     "state_dict",
     "step",
     "strip",

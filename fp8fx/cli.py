@@ -1,4 +1,4 @@
-"""The command line: `fp8fx plan | recipe list, show, check, schema | demo`.
+"""The command line: `fp8fx plan | recipe list, show, check, schema | sensitivity | demo`.
 
 A mistake of the user's (any FP8Error) is one red message on stderr and exit code 2; `fp8fx --debug ...` shows the traceback.
 """
@@ -22,6 +22,7 @@ from rich.console import Console
 from rich.table import Table
 from typer.core import TyperGroup
 
+from fp8fx.commands.sensitivity import sensitivity
 from fp8fx.errors import FP8Error, FP8Warning, ModelError
 from fp8fx.targets import load_model, sample_inputs
 
@@ -305,6 +306,8 @@ def _load(name: str) -> Any:
         return Recipe.load(Path(name))
     return Recipe.load(name)
 
+
+app.command()(sensitivity)
 
 # -- demo -----------------------------------------------------------------------------------------------------------------
 

@@ -1,4 +1,4 @@
-"""What the command line works on: the model that TARGET names, and random inputs as --input describes them."""
+"""What the command line works on: the model, data or loss that a target names, and random inputs as --input describes them."""
 
 from __future__ import annotations
 
@@ -20,14 +20,7 @@ from fp8fx.errors import ModelError, nearest
 
 def load_model(target: str) -> nn.Module:
     """The module that TARGET names. Raises ModelError for a target that cannot be found, called, or that gives no module."""
-    where, colon, name = target.rpartition(":")
-    if not colon or not where or not name:
-        raise ModelError(f"target {target!r}: write package.module:name or file.py:name, e.g. torchvision.models:resnet18")
-    found: Any = _import(where)
-    for part in name.split("."):
-        if not hasattr(found, part):
-            raise ModelError(f"target {target!r}: {where} has no {part!r}.{nearest(part, dir(found))}")
-        found = getattr(found, part)
+    found = load_object(target)
     if not isinstance(found, nn.Module):
         if not callable(found):
             raise ModelError(f"target {target!r} is a {type(found).__name__}: a torch.nn.Module, or something that returns one, is needed")
@@ -37,9 +30,28 @@ def load_model(target: str) -> nn.Module:
     return found
 
 
-def _called(target: str, make: Callable[[], Any]) -> Any:
+def load_object(target: str) -> Any:
+    """What TARGET names, whatever it is. Raises ModelError for a target that cannot be found."""
+    where, colon, name = target.rpartition(":")
+    if not colon or not where or not name:
+        raise ModelError(f"target {target!r}: write package.module:name or file.py:name, e.g. torchvision.models:resnet18")
+    found: Any = _import(where)
+    for part in name.split("."):
+        if not hasattr(found, part):
+            raise ModelError(f"target {target!r}: {where} has no {part!r}.{nearest(part, dir(found))}")
+        found = getattr(found, part)
+    return found
+
+
+def load_data(target: str) -> Any:
+    """The batches that TARGET names: an iterable, or a function without arguments that returns one. Raises ModelError."""
+    found = load_object(target)
+    return _called(target, found, "the batches") if callable(found) and not isinstance(found, Iterable) else found
+
+
+def _called(target: str, make: Callable[[], Any], what: str = "the model") -> Any:
     if missing := _required(make):
-        raise ModelError(f"target {target!r} needs arguments ({', '.join(missing)}); name a function without any that returns the model")
+        raise ModelError(f"target {target!r} needs arguments ({', '.join(missing)}); name a function without any that returns {what}")
     try:
         return make()
     except Exception as error:

@@ -29,9 +29,12 @@ coverage tally
 sinks
 statistics
 compile backend
+sensitivity
 loss_scaling checkpoint
 trainers
-demo cli targets
+targets
+commands
+demo cli
 """
 RANK = {name: rank for rank, line in enumerate(LAYERS.split("\n")) for name in line.split()}
 PEERS = {"plan", "state", "scaling", "watch", "monitor", "runtime", "graph_call", "demo", "cli", "targets"}
