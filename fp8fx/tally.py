@@ -57,8 +57,7 @@ def measure(x: Tensor, q: Tensor, scale: Tensor, spec: TensorSpec) -> tuple[Tens
 
 def reach(format: Format) -> float:
     """Half a step past the largest value: what lies beyond rounds to nothing the format has."""
-    exponent = math.frexp(format.max)[1] - 1
-    return format.max + math.ldexp(0.5, exponent - format.mantissa_bits)
+    return (format.max + format.beyond) / 2
 
 
 class Tally:

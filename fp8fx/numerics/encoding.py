@@ -4,6 +4,8 @@ Codes are the torch float8 dtype where there is one. Other formats use uint8, th
 
     normal      code = bits(|v|) >> (23 - M)  -  (emin - 1 + 127) << M        with M mantissa bits
     subnormal   code = |v| * 2^(M - emin)
+
+Integers are their own two's complement. With a fractional bias the values are those of a grid with a whole bias, times a constant.
 """
 
 from __future__ import annotations
@@ -25,15 +27,25 @@ def encode(values: Tensor, format: str | torch.dtype | Format) -> Tensor:
     """Codes of float32 `values` that lie on the grid of `format` (what `round_to_format` gives); same shape.
 
     The float8 dtype of the format, else uint8. NaN keeps its sign as the cast of torch does; in a format without NaN it becomes
-    the code of -0 (as ml_dtypes does): the MX formats carry NaN in the scale of the block.
+    the code of -0 (as ml_dtypes does), or of 0: such formats carry NaN in the scale.
     """
     format = formats.get(format)
     if format.torch_dtype is not None:
         return values.to(format.torch_dtype)
     values = values.detach().float()
+    if format.base is not None:
+        return encode(_on_grid(values, format), format.base)
     if plain_cpu(values):
         return in_chunks(lambda piece: _encode_by_table(piece, format), torch.uint8, values)
     return _encode_bits(values, format)
+
+
+def _on_grid(values: Tensor, format: Format) -> Tensor:
+    """The grid values that `values`, each rounded to float32 after the multiplication by the factor, come from."""
+    near = (values.double() / torch.full((), format.factor, dtype=torch.float64, device=values.device)).float()
+    # Within 2^-23 of a value of at most 8 significant bits: adding half of what lies below them makes it that value.
+    exact = ((near.view(torch.int32) + 0x8000) & -0x10000).view(torch.float32)
+    return torch.where(near.abs() < math.inf, exact, near)
 
 
 def _encode_by_table(values: Tensor, format: Format) -> Tensor:
@@ -51,19 +63,22 @@ def _code_table(format: Format) -> Tensor:
 
 def _encode_bits(values: Tensor, format: Format) -> Tensor:
     bits = values.view(torch.int32)
+    if format.integer:
+        whole = torch.where(values.abs() <= format.max, values, 0.0).to(torch.int32)  # NaN is 0
+        return (whole & (2 * format.magnitudes - 1)).to(torch.uint8)
     magnitude = bits & 0x7FFFFFFF
     normal = (magnitude >> (23 - format.mantissa_bits)) - ((format.emin + 126) << format.mantissa_bits)
     subnormal = (values.abs() * (1.0 / format.min_subnormal)).to(torch.int32)
     code = torch.where(magnitude < ((format.emin + 127) << 23), subnormal, normal)
     if format.inf_code is not None:
         code = torch.where(magnitude == 0x7F800000, format.inf_code, code)
-    sign = (bits >> 31) & (1 << (format.bits - 1))
+    sign = (bits >> 31) & (format.magnitudes if format.signed else 0)
     if not format.signed_zero:
         sign = torch.where(magnitude == 0, 0, sign)
     quiet = format.nan_code
     nan = magnitude > 0x7F800000
     if quiet is None or format.nan == "fnuz":
-        return torch.where(nan, 1 << (format.bits - 1), code | sign).to(torch.uint8)
+        return torch.where(nan, format.magnitudes if format.signed else 0, code | sign).to(torch.uint8)
     return torch.where(nan, quiet | sign, code | sign).to(torch.uint8)
 
 
@@ -101,15 +116,19 @@ def _table(format: Format) -> Tensor:
 
 
 def _decode_bits(codes: Tensor, format: Format) -> Tensor:
-    m, code = format.mantissa_bits, codes.to(torch.int32)
-    magnitude = code & ((1 << (format.bits - 1)) - 1)
-    normal = ((magnitude << (23 - m)) + ((127 - format.bias) << 23)).view(torch.float32)
+    if format.base is not None:
+        return (_decode_bits(codes, format.base).double() * format.factor).float()
+    m, code = format.mantissa_bits, codes.to(torch.int32) & ((1 << format.bits) - 1)
+    if format.integer:
+        return torch.where(code >= format.magnitudes, code - 2 * format.magnitudes, code).float()
+    magnitude = code & (format.magnitudes - 1)
+    normal = ((magnitude << (23 - m)) + ((127 - int(format.bias)) << 23)).view(torch.float32)
     value = torch.where(magnitude >> m > 0, normal, magnitude.float() * format.min_subnormal)
     if format.inf_code is not None:
         value = value.masked_fill(magnitude == format.inf_code, math.inf).masked_fill(magnitude > format.inf_code, math.nan)
     elif format.nan == "fn":
-        value = value.masked_fill(magnitude == (1 << (format.bits - 1)) - 1, math.nan)
-    sign = (code & (1 << (format.bits - 1))) != 0
+        value = value.masked_fill(magnitude == format.magnitudes - 1, math.nan)
+    sign = code >= format.magnitudes
     if format.nan == "fnuz":
         return torch.where(sign & (magnitude == 0), math.nan, torch.where(sign, -value, value))
     return torch.where(sign, -value, value)

@@ -39,8 +39,9 @@ def round_to_format(
     """Values of `format` nearest to `x` in the sense of `rounding`; float32, same shape.
 
     x: any float dtype and shape. random_bits: int32 or int64 of x's shape holding 32 random bits each, for `stochastic` only.
-    overflow `saturate`: inf and what rounds beyond max become +-max. `nonfinite`: what rounds beyond max becomes inf, or NaN
-    where the format has no inf; `toward_zero` keeps max, `up` keeps -max and `down` keeps +max for finite x.
+    overflow `saturate`: inf and what rounds beyond max become +-max (0 for what is negative, in a format without a sign). `nonfinite`: what rounds beyond max becomes inf, or NaN
+    where the format has no inf; `toward_zero` keeps max, `up` keeps -max and `down` keeps +max for finite x. What a format
+    without a sign would round to a negative number becomes NaN.
     NaN gives NaN; -0 stays -0, or becomes +0 in a format without it.
     No gradient passes (`fp8fx.fake_quantize` has one).
     Raises ModelError for integer x, FormatError for an unknown mode or one that the format cannot do.
@@ -55,14 +56,32 @@ def round_to_format(
 
 
 def _round(x: Tensor, format: Format, rounding: str, overflow: str, random_bits: Tensor | None) -> Tensor:
-    if x.dtype != torch.float64:
-        x = x.float()
+    if format.base is not None:
+        y = _round_grid(_on_grid(x, format, snap=not rounding.startswith("nearest")), format.base, rounding, overflow, random_bits)
+        return (y * format.factor).float()
+    return _round_grid(x if x.dtype == torch.float64 else x.float(), format, rounding, overflow, random_bits).float()
+
+
+def _on_grid(x: Tensor, format: Format, snap: bool) -> Tensor:
+    """x in units of the format's factor, float64. snap: a value of the format, which is rounded to float32, is the grid value it stands for."""
+    t = x.double() / torch.full((), format.factor, dtype=torch.float64, device=x.device)  # a tensor: CUDA multiplies by 1 / a number
+    if not snap:
+        return t
+    below = 52 - format.mantissa_bits  # bits below those of a grid value: what they hold is its rounding to float32
+    near = ((t.view(torch.int64) + (1 << (below - 1))) & -(1 << below)).view(torch.float64)
+    return torch.where((near * format.factor).float() == x, near, t)
+
+
+def _round_grid(x: Tensor, format: Format, rounding: str, overflow: str, random_bits: Tensor | None) -> Tensor:
+    """float32 or float64 x with a format whose bias is whole; x's dtype."""
     # With no mantissa bit a tie goes to the even *code*, which the processor's rounding cannot see.
     if rounding == "nearest_even" and format.mantissa_bits > 0:
         y = _magic(x, format, overflow)
     else:
         y = _steps(x, format, rounding, overflow, random_bits)
-    return y.float()
+    if not format.signed:  # y may still be negative: the sign was never asked for
+        y = torch.where(y < 0.0, 0.0 if overflow == "saturate" else math.nan, y)
+    return y
 
 
 def check(x: Tensor, format: Format, rounding: str, overflow: str, random_bits: Tensor | None) -> None:
@@ -79,15 +98,9 @@ def check(x: Tensor, format: Format, rounding: str, overflow: str, random_bits: 
         raise FormatError(f"format {format.name} has neither inf nor NaN: overflow must be 'saturate'")
 
 
-def _limit(format: Format) -> float:
-    """The grid value after max, were there one more exponent: what overflows rounds to at least this."""
-    exponent = max(math.frexp(format.max)[1] - 1, format.emin)
-    return format.max + math.ldexp(1.0, exponent - format.mantissa_bits)
-
-
 def _magic(x: Tensor, format: Format, overflow: str) -> Tensor:
     integer, p, bias = _LAYOUT[x.dtype]
-    bound = format.max if overflow == "saturate" else _limit(format)
+    bound = format.max if overflow == "saturate" else format.beyond
     y = x.clamp(-bound, bound)  # NaN passes
     exponent = (y.view(integer) & ((2 * bias + 1) << p)).clamp(min=(format.emin + bias) << p)
     magic = (exponent + (((p - format.mantissa_bits) << p) | (1 << (p - 1)))).view(x.dtype)

@@ -11,6 +11,7 @@ from __future__ import annotations
 import bisect
 import functools
 import math
+import struct
 from collections.abc import Iterable
 from fractions import Fraction
 
@@ -22,8 +23,7 @@ from fp8fx.formats import Format
 def grid(format: Format) -> list[float]:
     """The non-negative finite values in ascending order, and after max the value that would follow it on the last step's grid."""
     values = [value for value in format.finite_values() if value >= 0.0]
-    binade = max(math.floor(math.log2(format.max)), format.emin)
-    return [*values, format.max + 2.0 ** (binade - format.mantissa_bits)]
+    return [*values, format.beyond]
 
 
 def round_value(x: float, format: str | Format, rounding: str = "nearest_even", overflow: str = "saturate", random_bits: int = 0) -> float:
@@ -31,12 +31,24 @@ def round_value(x: float, format: str | Format, rounding: str = "nearest_even", 
     format = formats.get(format)
     if math.isnan(x):
         return math.nan
+    if format.base is not None:
+        if x in format.finite_values():
+            return x if x != 0.0 or format.signed_zero else 0.0
+        y = round_value(x / format.factor, format.base, rounding, overflow, random_bits)  # a float64 quotient, by definition
+        return struct.unpack("f", struct.pack("f", y * format.factor))[0]  # type: ignore[no-any-return]
+    if x < 0.0 and not format.signed:
+        return _unsigned(x, format, rounding, overflow, random_bits)
     magnitude = _round_magnitude(abs(x), x < 0.0, format, rounding, random_bits)
     if magnitude > format.max:
         magnitude = _overflow(x, format, rounding, overflow)
     if magnitude == 0.0 and not format.signed_zero:
         return 0.0
     return math.copysign(magnitude, x)
+
+
+def _unsigned(x: float, format: Format, rounding: str, overflow: str, random_bits: int) -> float:
+    """A negative number where there is no sign: 0, but NaN under `nonfinite` unless it rounds to 0."""
+    return 0.0 if overflow == "saturate" or _round_magnitude(-x, True, format, rounding, random_bits) == 0.0 else math.nan
 
 
 def _round_magnitude(a: float, negative: bool, format: Format, rounding: str, random_bits: int) -> float:
