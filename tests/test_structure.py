@@ -29,6 +29,8 @@ sinks
 statistics
 compile backend
 loss_scaling checkpoint
+search
+qat
 trainers
 demo cli targets
 """

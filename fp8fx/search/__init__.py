@@ -4,8 +4,9 @@ data (batches, checked) -> taps (sites of the captured graph, held in high preci
     -> candidates (errors of tensors) -> result (a table, a recipe)                       batchnorm (folding, re-estimation)
 """
 
+from fp8fx.search.batchnorm import fold_batchnorm, recalibrate_batchnorm
 from fp8fx.search.candidates import FormatSearch, search_format
 from fp8fx.search.result import SearchResult
 from fp8fx.search.run import search
 
-__all__ = ["FormatSearch", "SearchResult", "search", "search_format"]
+__all__ = ["FormatSearch", "SearchResult", "fold_batchnorm", "recalibrate_batchnorm", "search", "search_format"]

@@ -9,6 +9,7 @@ handler sees is named as a recipe's rules name it. The graph stays in high preci
 from __future__ import annotations
 
 import operator
+import weakref
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -21,6 +22,7 @@ from fp8fx.capture.layers import module_types
 from fp8fx.capture.naming import weight_source
 from fp8fx.capture.sites import CONVOLUTIONS, SiteCall, read_site
 from fp8fx.clone import RUNTIME, check_materialized, check_model, clone, compiled_class
+from fp8fx.graph_call import alive
 from fp8fx.options import Options
 from fp8fx.passes.contract import decision
 from fp8fx.recipe import Recipe
@@ -89,11 +91,11 @@ def site_of(call: SiteCall, name: str, op: str, spec: SiteSpec) -> Site:
 
 
 class Tap(nn.Module):
-    """Stands for one site in the graph; calls the runtime's handler. Under fp8fx.autocast(enabled=False) it is the product itself."""
+    """Stands for one site in the graph; calls the runtime's `handle`. Under fp8fx.autocast(enabled=False) it is the product itself."""
 
     def __init__(self, runtime: TapRuntime, site: Site, target: Any, method: bool, places: tuple[int | str, int | str]) -> None:
         super().__init__()
-        vars(self).update(runtime=runtime, site=site, target=target, method=method, places=places)
+        vars(self).update(runtime=weakref.ref(runtime), site=site, target=target, method=method, places=places)
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         def product(x: Tensor, w: Tensor) -> Any:
@@ -108,8 +110,7 @@ class Tap(nn.Module):
             return self.target(*positional, **named)
 
         x, w = (args[place] if isinstance(place, int) else kwargs[place] for place in self.places)
-        handler = self.runtime.handler
-        return product(x, w) if handler is None or mode() != FP8 else handler(self.site, x, w, product)
+        return alive(self.runtime).handle(self.site, x, w, product) if mode() == FP8 else product(x, w)
 
 
 class TapRuntime(Runtime):
@@ -122,6 +123,9 @@ class TapRuntime(Runtime):
 
     def __getstate__(self) -> dict[str, Any]:
         return super().__getstate__() | {"handler": None, "sites": {}}
+
+    def handle(self, site: Site, x: Tensor, w: Tensor, product: Product) -> Tensor:
+        return product(x, w) if self.handler is None else self.handler(site, x, w, product)
 
     def rewrite(
         self, captured: Captured, example_inputs: Sequence[Any], add_input: Callable[[fx.Graph, str], fx.Node]
