@@ -58,7 +58,8 @@ class SiteRow:
 
 
 def formats_of(spec: SiteSpec | None) -> str:
-    """`e4m3fn x e4m3fn, grad e5m2`: input x weight, then what else is rounded. Scales finer than one per tensor: `e4m3fn/1x128`.
+    """`e4m3fn x e4m3fn, grad e5m2`: input x weight, then what else is rounded. Scales finer than one per tensor: `e4m3fn/1x128`; made
+    otherwise than from amax: `int8/row/mse`, `int8/max 6`.
 
     `delayed` where any role's scale is.
     """
@@ -75,7 +76,12 @@ def formats_of(spec: SiteSpec | None) -> str:
 
 
 def _format_of(spec: TensorSpec) -> str:
-    return spec.format if spec.granularity == "tensor" else f"{spec.format}/{spec.text.split('/')[2]}"
+    parts = [spec.format] if spec.granularity == "tensor" else [spec.format, spec.text.split("/")[2]]
+    parts += [f"max {spec.max_value:g}"] if spec.max_value is not None else []
+    parts += [f"p{spec.percentile:g}" if spec.statistic == "percentile" else spec.statistic] if spec.statistic != "max" else []
+    parts += [f"clip {spec.clip:g}"] if spec.clip != 1.0 else []
+    parts += ["e8m0"] if spec.scale_format == "e8m0" else []
+    return "/".join(parts)
 
 
 def site_rows(annotated: Iterable[Annotated]) -> list[SiteRow]:

@@ -18,7 +18,9 @@ from dataclasses import dataclass
 
 ROLES = ("input", "weight", "output", "grad_output", "grad_input", "grad_weight")
 GEMMS = ("output", "grad_input", "grad_weight")
-SCALINGS = ("none", "current", "delayed")
+SCALINGS = ("none", "current", "delayed", "fixed")
+STATISTICS = ("max", "mean", "percentile", "mse")
+SCALE_FORMATS = ("float32", "e8m0")
 ROUNDINGS = ("nearest_even", "nearest_away", "toward_zero", "up", "down", "stochastic")
 OVERFLOWS = ("saturate", "nonfinite")
 
@@ -29,8 +31,10 @@ Granularity = str | tuple[int, int]  # "tensor", "row", or (rows, columns) of a 
 class TensorSpec:
     """How one tensor becomes codes and scale: `x ~ q * scale`.
 
-    format: canonical name in `fp8fx.formats`. scaling: none (scale is 1), current (from this tensor's amax), delayed.
-    granularity: one scale per tensor, per row (slice along the contraction) or per block (rows, columns).
+    format: canonical name in `fp8fx.formats`. scaling: none (scale is 1), current (from this tensor), delayed, fixed (from `max_value`).
+    granularity: one scale per tensor, per row (slice along the contraction) or per block (rows, columns); a group of N is the block (1, N).
+    statistic: what of |x| a current scale brings to the largest code, times `clip`. percentile: in (0, 100], for that statistic.
+    scale_format: float32, or e8m0: a power of two by the rule of OCP MX.
     """
 
     format: str
@@ -40,6 +44,11 @@ class TensorSpec:
     overflow: str = "saturate"
     power_of_two: bool = False
     eps: float = 1e-12
+    max_value: float | None = None
+    statistic: str = "max"
+    percentile: float = 99.9
+    clip: float = 1.0
+    scale_format: str = "float32"
 
     @property
     def text(self) -> str:
@@ -50,7 +59,13 @@ class TensorSpec:
             parts.append("power_of_two")
         if self.eps != 1e-12:
             parts.append(f"eps={self.eps!r}")
+        parts += [f"{key}={value}" for key, default in _FURTHER.items() if (value := getattr(self, key)) != default]
         return "/".join(parts)
+
+    @property
+    def on_hardware(self) -> bool:
+        """False if its scales are not of the kinds that kernels make: such a tensor is always emulated."""
+        return self.scaling != "fixed" and all(getattr(self, key) == default for key, default in _FURTHER.items())
 
     @property
     def stochastic(self) -> bool:
@@ -70,7 +85,7 @@ class TensorSpec:
         if block not in ("tensor", "row"):
             rows, columns = block.split("x")
             granularity = (int(rows), int(columns))
-        eps = next((float(part[4:]) for part in rest if part.startswith("eps=")), 1e-12)
+        written = dict(part.split("=", 1) for part in rest if "=" in part)
         return TensorSpec(
             format=format_,
             scaling=scaling,
@@ -78,8 +93,13 @@ class TensorSpec:
             rounding=rounding,
             overflow=overflow,
             power_of_two="power_of_two" in rest,
-            eps=eps,
+            **{key: value if key in _WORDS else float(value) for key, value in written.items()},  # type: ignore[arg-type]
         )
+
+
+_WORDS = ("statistic", "scale_format")
+# What is not written in a text where it is the default.
+_FURTHER = {key: getattr(TensorSpec, key) for key in ("max_value", "statistic", "percentile", "clip", "scale_format")}
 
 
 def turned(spec: TensorSpec) -> TensorSpec:

@@ -17,6 +17,7 @@ from torch import Tensor
 from fp8fx import formats
 from fp8fx.errors import ModelError
 from fp8fx.formats import Format
+from fp8fx.numerics import statistics
 from fp8fx.numerics.eager import plain_cpu
 from fp8fx.spec import Granularity
 
@@ -75,9 +76,9 @@ def _block(x: Tensor, granularity: Granularity) -> tuple[int, int]:
 
 
 def mean_magnitude(x: Tensor, dims: tuple[int, ...] = (-1,)) -> Tensor:
-    """Mean of |x| over `dims` (kept, size 1), finite elements only, float32: takes the place of amax in the per-channel mean rule."""
-    finite = x.detach().float().isfinite().float().sum(dims, keepdim=True)
-    return _finite_magnitude(x).sum(dims, keepdim=True) / finite.clamp(min=1.0)
+    """Mean of |x| over `dims` (kept, size 1), finite elements only, float32: what `statistic: mean` makes scales from."""
+    kept = {dim % x.dim() for dim in dims}
+    return statistics.mean(statistics.grouped(x, "row", dims)).reshape([1 if dim in kept else size for dim, size in enumerate(x.shape)])
 
 
 def compute_scale(amax: Tensor, format: str | torch.dtype | Format, power_of_two: bool = False, eps: float = 1e-12) -> Tensor:
@@ -90,6 +91,16 @@ def compute_scale(amax: Tensor, format: str | torch.dtype | Format, power_of_two
     if power_of_two:
         return _reciprocal(_floor_power_of_two(divide(torch.full_like(amax, fmax), amax)))
     return divide(amax, torch.full_like(amax, fmax)).clamp(_SMALLEST, _LARGEST)
+
+
+def compute_e8m0_scale(amax: Tensor, format: str | torch.dtype | Format, eps: float = 1e-12) -> Tensor:
+    """The rule of OCP MX: 2^(floor(log2 max(amax, eps)) - floor(log2 fmax)), float32, amax's shape. A non-finite amax counts as 0.
+
+    What lies between fmax and the next power of two saturates. Exponents stay in [-126, 126], within those of E8M0.
+    """
+    exponent = math.frexp(formats.get(format).max)[1] - 1
+    amax = torch.where(amax < math.inf, amax, 0.0).float().clamp(min=eps)
+    return (((amax.view(torch.int32) >> 23) - exponent).clamp(1, 253) << 23).view(torch.float32)
 
 
 def te_current_scale(amax: Tensor, format: str | torch.dtype | Format, power_of_two: bool = False, eps: float = 0.0) -> Tensor:

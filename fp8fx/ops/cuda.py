@@ -52,7 +52,7 @@ def _rounding(spec: TensorSpec, rng: Tensor | None, site: str, role: str) -> ker
 
 
 def _has_kernel(x: Tensor, spec: TensorSpec) -> bool:
-    return spec.format in FORMATS and spec.rounding in ("nearest_even", "stochastic") and x.dtype in DTYPES
+    return spec.format in FORMATS and spec.rounding in ("nearest_even", "stochastic") and spec.on_hardware and x.dtype in DTYPES
 
 
 def cast(

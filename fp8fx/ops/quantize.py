@@ -57,7 +57,7 @@ def quantize_reference(
     q, used, amax = numerics.quantize_tensor(x, parsed, tuple(dims), random_bits=bits, scale=scale)
     if observe.OBSERVERS:
         observe.quantized(site, role, x, q, used, parsed)
-    return q.contiguous(), used if scale is None else scale.clone(), amax
+    return q.contiguous(), used.clone() if used is scale else used, amax
 
 
 def _random_bits(x: Tensor, spec: TensorSpec, rng: Tensor | None, site: str, role: str) -> Tensor | None:

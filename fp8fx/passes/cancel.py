@@ -95,6 +95,8 @@ def _cancel_pairs(graph: fx.Graph, effects: Effects, skips: list[Skip]) -> bool:
 def _equal_codes(wanted: TensorSpec, had: TensorSpec, dtype: Any) -> bool:
     """Quantizing decode(q) in `dtype` gives q: one grid, no scale, every value survives, and inf does not become the largest."""
     format_, info = formats.get(had.format), torch.finfo(dtype)
+    if format_.nan == "none" or format_.base is not None:  # NaN is in the scale; a fractional bias gives values of 24 bits
+        return False
     fits = format_.max <= info.max and format_.min_subnormal >= info.smallest_normal * info.eps
     inf_stays = had.overflow == "saturate" or wanted.overflow == "nonfinite"
     return wanted.idempotent and had.scaling == "none" and wanted.format == had.format and fits and inf_stays

@@ -70,6 +70,9 @@ def _no_kernel(spec: TensorSpec) -> str:
         return f"{spec.format} is no format of this hardware"
     if spec.rounding not in ("nearest_even", "stochastic"):
         return f"no kernel rounds {spec.rounding}"
+    if not spec.on_hardware:
+        what = "fixed" if spec.scaling == "fixed" else "e8m0" if spec.scale_format == "e8m0" else f"{spec.statistic} or clipped"
+        return f"no kernel makes {what} scales"
     block = spec.granularity
     if isinstance(block, str):
         return "" if block == "tensor" or spec.scaling == "current" else "scales per row are current ones"

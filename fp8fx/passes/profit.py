@@ -2,7 +2,7 @@
 
 A linear layer's gain is that of the measured cost model (fp8fx.costs): three GEMMs against three, and the casts. What has no kernel would
 be emulated, which is never faster. `when_not_faster: emulate` keeps FP8 there, for its numbers; so do convolutions, which have no other
-form on a GPU yet, and formats that only an emulation has.
+form on a GPU yet, and formats and scales that only an emulation has.
 """
 
 from __future__ import annotations
@@ -53,7 +53,8 @@ def without_gain(
 
 def _on_hardware(spec: SiteSpec) -> bool:
     roles: list[TensorSpec | None] = [getattr(spec, role) for role in ROLES]
-    return all(role is None or (role.format in HARDWARE and role.rounding in ("nearest_even", "stochastic")) for role in roles)
+    rounds = ("nearest_even", "stochastic")
+    return all(role is None or (role.format in HARDWARE and role.rounding in rounds and role.on_hardware) for role in roles)
 
 
 def _layer(call: SiteCall, spec: SiteSpec, readers: dict[fx.Node, int]) -> costs.Layer | None:

@@ -6,7 +6,9 @@ Each check yields (key path, problem). The loader turns them into a RecipeError,
 from __future__ import annotations
 
 from collections.abc import Iterator
+from dataclasses import dataclass
 
+from fp8fx import formats
 from fp8fx.errors import RecipeError
 from fp8fx.recipe.grammar import Document, Layer, Match, Role, Rule
 from fp8fx.recipe.merge import GRADIENT
@@ -18,14 +20,62 @@ Problem = tuple[KeyPath, str]
 _NOT_OVERRIDES = {"match", "optional", "reason"}
 
 
-def role_conflict(role: Role) -> str | None:
-    """Why the keys of a role contradict each other, or None."""
-    if role.granularity == "tensor" or role.scaling == "current":
-        return None
-    block = role.granularity if isinstance(role.granularity, str) else list(role.granularity)
-    if role.scaling == "delayed":
-        return f"scaling: delayed keeps one amax per tensor, so granularity {block} is impossible; allowed: granularity: tensor"
-    return f"scaling: none has no scale to give each {block}, so granularity {block} is impossible; allowed: scaling: current"
+@dataclass(frozen=True)
+class Conflict:
+    """Keys of a role that contradict each other, the sentence about them, and what makes a valid role of it under `strict: false`."""
+
+    keys: frozenset[str]
+    text: str
+    mended: dict[str, object]
+
+
+def role_conflict(role: Role) -> Conflict | None:
+    """The first contradiction between the keys of a complete role, or None."""
+    return next(_conflicts(role), None)
+
+
+def _conflicts(role: Role) -> Iterator[Conflict]:
+    found = (*_scaling_conflicts(role), *_overflow_conflicts(role))
+    yield from (Conflict(frozenset(keys.split()), text, mended) for keys, text, mended in found)
+
+
+def _scaling_conflicts(role: Role) -> Iterator[tuple[str, str, dict[str, object]]]:
+    scaling, block = role.scaling, role.granularity if isinstance(role.granularity, str) else list(role.granularity)
+    if block != "tensor" and scaling != "current":
+        why = {"delayed": "keeps one amax per tensor, so", "fixed": "has one max_value, so", "none": f"has no scale to give each {block}, so"}
+        hint = "scaling: current" if scaling == "none" else "granularity: tensor"
+        text = f"scaling: {scaling} {why[scaling]} granularity {block} is impossible; allowed: {hint}"
+        yield "scaling granularity", text, {"granularity": "tensor"}
+    if scaling == "fixed" and role.max_value is None:
+        yield "scaling", "scaling: fixed needs a max_value, the magnitude that becomes the largest code", {"scaling": "current"}
+    if scaling != "fixed" and role.max_value is not None:
+        yield "scaling max_value", f"max_value has no effect with scaling: {scaling}; allowed: scaling: fixed", {"max_value": None}
+    for key in ("statistic", "clip", "scale_format"):
+        value, default = getattr(role, key), Role.model_fields[key].default
+        fixed = key == "scale_format" and scaling == "fixed"
+        if value != default and scaling != "current" and not fixed:
+            also = " or fixed" if key == "scale_format" else ""
+            text = f"{key}: {value} has no effect with scaling: {scaling}; allowed: scaling: current{also}"
+            yield f"scaling {key}", text, {key: default}
+    if role.percentile is not None and role.statistic != "percentile":
+        text = f"percentile has no effect with statistic: {role.statistic}; allowed: statistic: percentile"
+        yield "statistic percentile", text, {"percentile": None}
+
+
+def _overflow_conflicts(role: Role) -> Iterator[tuple[str, str, dict[str, object]]]:
+    if role.overflow == "saturate":
+        return
+    saturate: dict[str, object] = {"overflow": "saturate"}
+    if formats.get(role.format).nan == "none":
+        text = f"format {role.format} has neither inf nor NaN, so overflow: nonfinite is impossible; allowed: overflow: saturate"
+        yield "format overflow", text, saturate
+    below = {"statistic": role.statistic != "max", "clip": role.clip < 1.0, "scale_format": role.scale_format != "float32"}
+    for key in (key for key, holds in below.items() if holds and role.scaling == "current"):
+        text = (
+            f"{key}: {getattr(role, key)} puts the largest code below max |x|, so overflow: nonfinite would make inf or NaN of ordinary "
+            "values; allowed: overflow: saturate"
+        )
+        yield f"{key} overflow", text, saturate
 
 
 def document_problems(document: Document) -> Iterator[Problem]:
@@ -63,16 +113,17 @@ def _layer_problems(layer: Layer, path: KeyPath) -> Iterator[Problem]:
         keys = getattr(layer, name) if name in layer.model_fields_set else None
         if keys is not None and not keys.model_fields_set:
             yield (*path, name), "changes nothing: the mapping is empty"
-        elif isinstance(keys, Role) and {"scaling", "granularity"} <= keys.model_fields_set and (text := role_conflict(keys)):
-            yield (*path, name), text
+        elif isinstance(keys, Role):
+            texts = (conflict.text for conflict in _conflicts(keys) if conflict.keys <= keys.model_fields_set and len(conflict.keys) > 1)
+            yield from (((*path, name), text) for text in texts)
 
 
 def merged_problems(defaults: Layer, rules: tuple[Rule, ...], loss_scaling: str) -> Iterator[Problem]:
     """Problems of a recipe after `extends`. Paths say `defaults` or count merged rules."""
     for name in ROLES:
         role = getattr(defaults, name)
-        if role is not None and (text := role_conflict(role)):
-            yield ("defaults", name), text
+        if role is not None and (conflict := role_conflict(role)):
+            yield ("defaults", name), conflict.text
     if loss_scaling != "dynamic":
         return
     layers: list[tuple[KeyPath, Layer]] = [(("defaults",), defaults), *((("rules", n), rule) for n, rule in enumerate(rules))]

@@ -17,8 +17,9 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Annotated, Any
 
-from pydantic import BaseModel, BeforeValidator, ConfigDict, field_validator
+from pydantic import BaseModel, BeforeValidator, ConfigDict, field_validator, model_validator
 
+from fp8fx import formats
 from fp8fx.recipe.source import shorten
 from fp8fx.recipe.values import (
     LISTED,
@@ -40,12 +41,15 @@ from fp8fx.recipe.values import (
     OpKind,
     Overflow,
     Pattern,
+    Percentile,
     Positive,
     Precision,
     Rounding,
+    ScaleFormat,
     ScaleOrder,
     Scaling,
     Seed,
+    Statistic,
     Switch,
     Text,
     Version,
@@ -68,11 +72,38 @@ class Role(Model):
 
     model_config = ConfigDict(json_schema_extra=lambda schema: _drop_defaults(schema))
 
-    format: Format = field("number format: a name of fp8fx.formats, any eXmY, or a torch dtype", default="e4m3fn")
-    scaling: Scaling = field("none: scale 1; current: from this tensor's amax; delayed: from earlier steps", default="current")
-    granularity: Granularity = field("one scale per tensor, per row of the contraction, or per [rows, columns] block", default="tensor")
+    format: Format = field("number format: any eXmY or intN, a torch dtype, or an mx name for all of a role", default="e4m3fn")
+    scaling: Scaling = field(
+        "none: scale 1; current: from this tensor's statistic; delayed: from earlier steps; fixed: from max_value", default="current"
+    )
+    max_value: Annotated[Positive | None, OR_NONE] = field("fixed: the magnitude that becomes the largest code", default=None)
+    statistic: Statistic = field("current: what of |x| becomes the largest code; mse: what gives the least squared error", default="max")
+    percentile: Annotated[Percentile | None, OR_NONE] = field("for statistic: percentile; 99.9 if it is not written", default=None)
+    clip: Positive = field("current: multiplies the statistic", default=1.0)
+    granularity: Granularity = field(
+        "one scale per tensor, per row of the contraction, per group of N along it, or per [rows, columns] block", default="tensor"
+    )
+    scale_format: ScaleFormat = field("e8m0: powers of two by the rule of OCP MX, 2^(floor(log2 amax) - floor(log2 fmax))", default="float32")
+    power_of_two: Annotated[Switch | None, OR_NONE] = field("only powers of two as scales; else as scale.power_of_two says", default=None)
     rounding: Rounding = field("how a value between two codes is rounded", default="nearest_even")
     overflow: Overflow = field("what becomes of values beyond the largest: the largest, or inf and NaN", default="saturate")
+
+
+    @model_validator(mode="before")
+    @classmethod
+    def _mx(cls, data: object) -> object:
+        """`format: mxfp4` writes all that the OCP formats say, under the keys beside it."""
+        name = data.get("format") if isinstance(data, Mapping) else None
+        if not isinstance(name, str) or name not in formats.MX:
+            return data
+        assert isinstance(data, Mapping)
+        whole = {"scaling": "current", "granularity": {"group": 32}, "scale_format": "e8m0", "overflow": "saturate"}
+        return whole | {**data, "format": formats.MX[name]}
+
+    @field_validator("max_value", "percentile", "power_of_two", mode="before")
+    @classmethod
+    def _unset(cls, value: object) -> object:
+        return None if value == "none" else value
 
 
 def _role(value: object) -> object:

@@ -43,6 +43,10 @@ _START = {
 }
 
 
+# Writing one of these takes back what only its former value read, unless that is written beside it.
+_RESETS = {"scaling": ("max_value", "statistic", "percentile", "clip"), "statistic": ("percentile",)}
+
+
 def preset(mode: str) -> Layer:
     """The layer that a mode alone makes."""
     return merge(Layer(), Layer(mode=mode))
@@ -83,4 +87,7 @@ def _merge_role(name: str, layer: dict[str, Any], keys: Role | None) -> Role | N
             current = current.model_copy(update={"rounding": layer["rounding"]})
         if layer["overflow"] is not None and name in FORWARD:
             current = current.model_copy(update={"overflow": layer["overflow"]})
-    return current.model_copy(update={key: getattr(keys, key) for key in keys.model_fields_set})
+    written = keys.model_fields_set
+    dropped = {key for writer, gone in _RESETS.items() if writer in written for key in gone} - written
+    update = {key: Role.model_fields[key].default for key in dropped}
+    return current.model_copy(update=update | {key: getattr(keys, key) for key in written})

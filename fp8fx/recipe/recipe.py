@@ -13,7 +13,7 @@ import yaml
 
 from fp8fx.errors import RecipeError
 from fp8fx.recipe import resolve as resolving
-from fp8fx.recipe.grammar import Boundary, Delayed, Document, Layer, LossScaling, Match, Model, Rule, Scale
+from fp8fx.recipe.grammar import Boundary, Delayed, Document, Layer, LossScaling, Match, Model, Role, Rule, Scale
 from fp8fx.recipe.load import Loaded, Merged, follow, is_path, load, merge_chain, shipped
 from fp8fx.recipe.match import Modules, Site
 from fp8fx.recipe.resolve import Resolution
@@ -191,10 +191,17 @@ def _layer(layer: Layer, keys: Iterable[str], *, complete: bool = False) -> dict
 
 def _plain(value: Any, complete: bool = False) -> Any:
     if isinstance(value, Model):
-        return {key: _plain(entry) for key, entry in value.model_dump(exclude_unset=not complete).items()}
+        entries = value.model_dump(exclude_unset=not complete).items()
+        return {key: _plain(entry) for key, entry in entries if not (complete and _silent(value, key, entry))}
     if isinstance(value, tuple):
         return [_plain(entry) for entry in value]
     return "none" if value is None else value
+
+
+def _silent(model: Model, key: str, value: object) -> bool:
+    """A key that few roles have, and that says what leaving it out says."""
+    few = ("max_value", "statistic", "percentile", "clip", "scale_format", "power_of_two")
+    return isinstance(model, Role) and key in few and value == Role.model_fields[key].default
 
 
 def _rule(rule: Rule) -> dict[str, Any]:

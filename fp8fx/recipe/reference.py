@@ -51,6 +51,7 @@ def _number(entry: dict[str, Any]) -> str:
     bounds = [f"from {entry['minimum']} on"] if "minimum" in entry else []
     bounds += [f"above {entry['exclusiveMinimum']}"] if "exclusiveMinimum" in entry else []
     bounds += [f"below {entry['exclusiveMaximum']}"] if "exclusiveMaximum" in entry else []
+    bounds += [f"up to {entry['maximum']}"] if "maximum" in entry else []
     return f"{kind} {', '.join(bounds)}".strip()
 
 
@@ -59,7 +60,7 @@ _KINDS: dict[str, Callable[[dict[str, Any]], str]] = {
     "integer": _number,
     "number": _number,
     "boolean": lambda entry: "`true`, `false`",
-    "object": lambda entry: f"a mapping of step to {_allowed(entry['additionalProperties'])}",
+    "object": lambda entry: "`{group: N}`" if "properties" in entry else f"a mapping of step to {_allowed(entry['additionalProperties'])}",
     "string": lambda entry: "text",
 }
 

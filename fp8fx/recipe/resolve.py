@@ -220,13 +220,13 @@ def _settle(layer: Layer, where: str, by: str, notes: list[str], strict: bool) -
     """
     for name in ROLES:
         role: Role | None = getattr(layer, name)
-        if role is None or (problem := role_conflict(role)) is None:
-            continue
-        if role.scaling == "none":
-            notes.append(f"{by}: granularity of {name} has no effect where scaling is none")
-        else:
-            complain(f"{where}.{name}", f"after merging, {problem}", strict)
-        layer = layer.model_copy(update={name: role.model_copy(update={"granularity": "tensor"})})
+        while role is not None and (conflict := role_conflict(role)) is not None:
+            if role.scaling == "none" and "granularity" in conflict.mended:
+                notes.append(f"{by}: granularity of {name} has no effect where scaling is none")
+            else:
+                complain(f"{where}.{name}", f"after merging, {conflict.text}", strict)
+            role = role.model_copy(update=conflict.mended)
+            layer = layer.model_copy(update={name: role})
     return layer
 
 
@@ -245,7 +245,7 @@ def _site_spec(layer: Layer, document: Document) -> SiteSpec:
 
 
 def tensor_spec(role: Role, scale: Scale) -> TensorSpec:
-    """A role as a spec. Without a scale `power_of_two` and `eps` mean nothing: left out, so that equal work has equal text."""
+    """A role as a spec. What means nothing there is left out, so that equal work has equal text."""
     spec = TensorSpec(
         format=role.format,
         scaling=role.scaling,
@@ -255,8 +255,14 @@ def tensor_spec(role: Role, scale: Scale) -> TensorSpec:
     )
     if role.scaling == "none":
         return spec
-    spec = dataclasses.replace(spec, power_of_two=scale.power_of_two)
-    return spec if role.scaling == "delayed" else dataclasses.replace(spec, eps=scale.eps)
+    if role.scale_format == "float32":  # e8m0 has a rule of its own
+        spec = dataclasses.replace(spec, power_of_two=scale.power_of_two if role.power_of_two is None else role.power_of_two)
+    if role.scaling == "delayed":
+        return spec
+    percentile = {} if role.percentile is None else {"percentile": role.percentile}
+    return dataclasses.replace(
+        spec, eps=scale.eps, scale_format=role.scale_format, max_value=role.max_value, statistic=role.statistic, clip=role.clip, **percentile
+    )
 
 
 def _unused(step: Step, n: int, used: set[tuple[int, int]], modules: Modules | None, strict: bool, partial: bool) -> Iterator[str]:

@@ -9,7 +9,7 @@ from __future__ import annotations
 import contextlib
 import math
 import re
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from typing import Annotated, Any
 
@@ -20,7 +20,7 @@ from pydantic_core import CoreSchema, core_schema
 from fp8fx import formats
 from fp8fx.errors import FormatError, allowed, nearest
 from fp8fx.recipe.source import shorten
-from fp8fx.spec import OVERFLOWS, ROUNDINGS, SCALINGS
+from fp8fx.spec import OVERFLOWS, ROUNDINGS, SCALE_FORMATS, SCALINGS, STATISTICS
 from fp8fx.spec import Granularity as Block
 
 
@@ -71,6 +71,8 @@ OPS = (
 
 Mode = Annotated[str, Choice(MODES)]
 Scaling = Annotated[str, Choice(SCALINGS)]
+Statistic = Annotated[str, Choice(STATISTICS)]
+ScaleFormat = Annotated[str, Choice(SCALE_FORMATS)]
 Rounding = Annotated[str, Choice(ROUNDINGS)]
 Overflow = Annotated[str, Choice(OVERFLOWS)]
 Precision = Annotated[str, Choice(("fp8", "high_precision"))]
@@ -121,6 +123,16 @@ Count = Annotated[int, BeforeValidator(_whole), AfterValidator(_at_least(0)), Wi
 CountFrom1 = Annotated[int, BeforeValidator(_whole), AfterValidator(_at_least(1)), WithJsonSchema({"type": "integer", "minimum": 1})]
 _POSITIVE = {"type": "number", "exclusiveMinimum": 0}
 Positive = Annotated[float, BeforeValidator(_number), AfterValidator(_at_least(0, above=True)), WithJsonSchema(_POSITIVE)]
+_PERCENT = {"type": "number", "exclusiveMinimum": 0, "maximum": 100}
+
+
+def _percent(value: float) -> float:
+    if not 0 < value <= 100:
+        raise ValueError(f"got {value:.12g}; allowed: a number above 0 and up to 100, in percent")
+    return value
+
+
+Percentile = Annotated[float, BeforeValidator(_number), AfterValidator(_percent), WithJsonSchema(_PERCENT)]
 Growth = Annotated[float, BeforeValidator(_number), AfterValidator(_at_least(1)), WithJsonSchema({"type": "number", "minimum": 1})]
 _FRACTION = {"type": "number", "exclusiveMinimum": 0, "exclusiveMaximum": 1}
 Fraction = Annotated[float, BeforeValidator(_number), AfterValidator(_at_least(0, above=True, below=1)), WithJsonSchema(_FRACTION)]
@@ -157,7 +169,8 @@ def _format(value: object) -> str:
         raise ValueError(str(error)) from None
 
 
-Format = Annotated[str, BeforeValidator(_format), WithJsonSchema({"type": "string", "examples": ["e4m3fn", "e5m2"]})]
+_EXAMPLES = ["e4m3fn", "e5m2", "e4m3b6.5", "ue4m4", "int8", *formats.MX]
+Format = Annotated[str, BeforeValidator(_format), WithJsonSchema({"type": "string", "examples": _EXAMPLES})]
 
 
 def _granularity(value: object) -> Block:
@@ -165,12 +178,16 @@ def _granularity(value: object) -> Block:
         return "tensor" if value == "tensor" else "row"
     if isinstance(value, list | tuple) and len(value) == 2 and all(type(side) is int and side > 0 for side in value):
         return (value[0], value[1])
-    words = "tensor, row (also token, channel) or a block [rows, columns] of whole numbers from 1 on"
+    if isinstance(value, Mapping) and list(value) == ["group"] and type(size := value["group"]) is int and size > 0:
+        return (1, size)
+    words = "tensor, row (also token, channel), a group {group: N} or a block [rows, columns], of whole numbers from 1 on"
     raise ValueError(refusal(value, words, ("tensor", "row", "token", "channel")))
 
 
-_BLOCK = {"type": "array", "items": {"type": "integer", "minimum": 1}, "minItems": 2, "maxItems": 2}
-_GRANULARITY = {"anyOf": [{"type": "string", "enum": ["tensor", "row", "token", "channel"]}, _BLOCK]}
+_SIDE = {"type": "integer", "minimum": 1}
+_BLOCK = {"type": "array", "items": _SIDE, "minItems": 2, "maxItems": 2}
+_GROUP = {"type": "object", "properties": {"group": _SIDE}, "required": ["group"], "additionalProperties": False}
+_GRANULARITY = {"anyOf": [{"type": "string", "enum": ["tensor", "row", "token", "channel"]}, _GROUP, _BLOCK]}
 Granularity = Annotated[Block, BeforeValidator(_granularity), WithJsonSchema(_GRANULARITY)]
 
 
