@@ -4,7 +4,8 @@
          site, input_spec, weight_spec, backward, dtype) -> y
 
 The products are those of the codes, in fp32, times the two scales; a scale per tensor is the only granularity that factors
-out of all three sums, so it is the only one a convolution takes.
+out of all three sums. The weight of a convolution that is not transposed may also have one scale per output channel, `row`: [O, 1, ...],
+which factors out of Y; for dX it stays inside of the sum, which reads the dequantized weight.
 """
 
 from __future__ import annotations
@@ -50,10 +51,15 @@ def conv_reference(
         return _laid_out(torch.convolution(x.to(dtype), w.to(dtype), None if b is None else b.to(dtype), *geometry), layout(x, w))
     left, right = forward_operand(x, input, input_spec), forward_operand(w, weight, weight_spec)
     result = torch.convolution(operand(left.values, left.format), operand(right.values, right.format), None, *geometry)
-    result = apply_scales(result, left.scale, right.scale)
+    result = apply_scales(result, left.scale, _of_output(right.scale))
     if b is not None:
         result = result + b.float().reshape(-1, *([1] * (w.dim() - 2)))
     return _laid_out(result.to(dtype), layout(x, w))
+
+
+def _of_output(scale: Tensor | None) -> Tensor | None:
+    """The scales of the weight's output channels as they lie in the output: [O, 1, ...] as [O, 1, ...] without the kernel's last dimension."""
+    return scale if scale is None or scale.dim() == 0 else scale.squeeze(-1)
 
 
 def _laid_out(y: Tensor, format: torch.memory_format) -> Tensor:
@@ -140,6 +146,8 @@ def _gradient(
     pair, kept, spec = other
     index = 0 if of_input else 1
     known = backward_operand(pair, spec) if kept is None else Operand(kept)
+    if of_input and known.scale is not None and known.scale.dim() > 0:
+        known = Operand(operand(known.values, known.format) * known.scale)
     dy = quantized if state.fp8(role) else Operand(grad)
     result = conv_gradient(
         dy.values,

@@ -157,6 +157,8 @@ def _known(operand: Any) -> bool:
 def _geometry_obstacle(call: SiteCall, spec: SiteSpec) -> str | None:
     specs = [getattr(spec, role) for role in ROLES]
     granularities = {s.granularity for s in specs if s is not None}
+    if call.op in CONVOLUTIONS and not call.options["transposed"] and spec.weight is not None and spec.weight.granularity == "row":
+        granularities = {s.granularity for s in specs if s is not None and s is not spec.weight}  # per output channel of the weight
     if call.op in (*CONVOLUTIONS, "grouped_mm") and granularities - {"tensor"}:
         return f"a {'grouped_mm' if call.op == 'grouped_mm' else 'convolution'} takes one scale per tensor only (granularity: tensor)"
     if call.op == "embedding":

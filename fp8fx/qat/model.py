@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import functools
 from collections.abc import Mapping, Sequence
 from typing import Any, TypeVar, cast
@@ -125,12 +126,12 @@ def recipe_of(recipe: RecipeLike) -> Recipe:
 def _start(sample: Sample, learn_mantissa: bool) -> LearnedQuantizer:
     """The quantizer whose largest value has the least error on the sample, of the base recipe's format and granularity."""
     spec = getattr(sample.site.spec, sample.role)
-    block = "tensor" if sample.flat else spec.granularity
+    spec = dataclasses.replace(spec, granularity="tensor") if sample.flat else spec
     if sample.largest == 0.0:  # all zeros: any grid holds them
-        return LearnedQuantizer(spec.format, block, 1.0, learn_mantissa)
+        return LearnedQuantizer(spec, 1.0, learn_mantissa)
     top = torch.full((), sample.largest, dtype=torch.float32, device=sample.parts[0].device)
-    best = ranked(errors(sample.rows(), candidates(spec.format, [block], MAX_VALUES), top))[0].candidate
-    return LearnedQuantizer(spec.format, block, best.fraction * (sample.largest if block == "tensor" else 1.0), learn_mantissa)
+    best = ranked(errors(sample.rows(), candidates(spec.format, [spec.granularity], MAX_VALUES), top))[0].candidate
+    return LearnedQuantizer(spec, best.fraction * (sample.largest if spec.granularity == "tensor" else 1.0), learn_mantissa)
 
 
 def learned_recipe(model: nn.Module) -> Recipe:
@@ -139,9 +140,7 @@ def learned_recipe(model: nn.Module) -> Recipe:
     known = cast(Quantizers, model._modules[QUANTIZERS])
     rules: dict[str, dict[str, Any]] = {}
     for site, role, quantizer in known.items():
-        base = runtime.sites[site].spec if site in runtime.sites else None
-        nonfinite = base is None or getattr(base, role).overflow != "saturate"
-        rules.setdefault(site, {"match": site})[role] = quantizer.entry(nonfinite)
+        rules.setdefault(site, {"match": site})[role] = quantizer.entry()
     for rule in rules.values():
         rule["reason"] = "learned"
     return Recipe.load(document_of(runtime.recipe, (), list(rules.values())))

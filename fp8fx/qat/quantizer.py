@@ -11,7 +11,8 @@ from torch import Tensor, nn
 
 from fp8fx import formats, numerics
 from fp8fx.qat.relaxed import learned_round, with_mantissa
-from fp8fx.spec import Granularity
+from fp8fx.search.result import role_entry
+from fp8fx.spec import TensorSpec
 
 
 class LearnedQuantizer(nn.Module):
@@ -24,10 +25,12 @@ class LearnedQuantizer(nn.Module):
 
     mantissa_bits: nn.Parameter | None
 
-    def __init__(self, format: str, granularity: Granularity, largest: float, learn_mantissa: bool) -> None:
+    def __init__(self, base: TensorSpec, largest: float, learn_mantissa: bool) -> None:
+        """base: what the recipe says of the role. largest: the first largest value, or factor."""
         super().__init__()
-        self.format = formats.get(format)
-        self.granularity = granularity
+        self.base = base
+        self.format = formats.get(base.format)
+        self.granularity = base.granularity
         self.log2_max = nn.Parameter(torch.tensor(largest, dtype=torch.float32).log2())
         start = nn.Parameter(torch.tensor(float(self.format.mantissa_bits), dtype=torch.float32)) if learn_mantissa else None
         self.register_parameter("mantissa_bits", start)
@@ -46,17 +49,14 @@ class LearnedQuantizer(nn.Module):
         """`rows` [R, K] on the grid; same dtype."""
         top = self.max_value.float()
         if self.granularity != "tensor":
-            statistic = numerics.amax(rows.detach(), self.granularity).clamp(min=1e-12)
+            statistic = numerics.amax(rows.detach(), self.granularity)
             top = top * numerics.expand_scale(statistic, self.granularity, tuple(rows.shape))
         return learned_round(rows, top, self.format, self.mantissa_bits)
 
-    def entry(self, nonfinite: bool) -> dict[str, Any]:
+    def entry(self) -> dict[str, Any]:
         """This role as a recipe writes it: the same float32 numbers, in their shortest decimal form."""
         value = float(np.format_float_scientific(np.float32(self.max_value.detach().float().item())))
-        block = self.granularity
-        found: dict[str, Any] = {"format": self.learned_format, "granularity": block if isinstance(block, str) else list(block)}
-        found |= {"scaling": "fixed", "max_value": value} if block == "tensor" else {"scaling": "current", "clip": value}
-        return found | ({"overflow": "saturate"} if nonfinite else {})
+        return role_entry(self.learned_format, self.granularity, ("max_value" if self.granularity == "tensor" else "clip", value), self.base)
 
     def extra_repr(self) -> str:
         return f"{self.learned_format}, {self.granularity}, max_value={self.max_value.item():g}"

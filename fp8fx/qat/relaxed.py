@@ -71,7 +71,7 @@ class _Relaxed(torch.autograd.Function):
         dtop = None
         if ctx.needs_input_grad[1]:
             edge = value.sign() if format.signed else (value > 0.0).float()
-            dtop = (grad * torch.where(clipped, edge, torch.where(low, error / top, 0.0))).sum_to_size(top.shape)
+            dtop = (grad * torch.where(clipped, edge, torch.where(low, error / top.clamp(min=1e-30), 0.0))).sum_to_size(top.shape)
         dm = None
         if mantissa_bits is not None and ctx.needs_input_grad[2]:
             slope = torch.where(low, -1.0 - bias_slope(format), -1.0)

@@ -93,15 +93,16 @@ def _granularity(value: Any) -> Granularity:
     named = {"tensor": "tensor", "row": "row", "token": "row", "channel": "row"}
     if isinstance(value, str) and value in named:
         return named[value]
-    if isinstance(value, tuple | list) and len(value) == 2 and all(isinstance(v, int) and v > 0 for v in value):
-        return int(value[0]), int(value[1])
-    raise ModelError(f"granularities are tensor, row (or token, channel) or (rows, columns) of a block; got {value!r}")
+    block = (1, value["group"]) if isinstance(value, dict) and list(value) == ["group"] else value
+    if isinstance(block, tuple | list) and len(block) == 2 and all(isinstance(v, int) and v > 0 for v in block):
+        return int(block[0]), int(block[1])
+    raise ModelError(f"granularities are tensor, row (or token, channel), {{'group': N}} or (rows, columns) of a block; got {value!r}")
 
 
-def rounded(rows: Tensor, candidate: Candidate, largest: Tensor | None = None, power_of_two: bool = False) -> Tensor:
+def rounded(rows: Tensor, candidate: Candidate, largest: Tensor | None = None) -> Tensor:
     """The matrix `rows` on the candidate's grid, float32. largest: float32 (), of the whole tensor where `rows` is a part of it."""
     amax = numerics.amax(rows, candidate.granularity) if largest is None or candidate.granularity != "tensor" else largest
-    scale = numerics.compute_scale(amax * candidate.fraction, candidate.format, power_of_two)
+    scale = numerics.compute_scale(amax * candidate.fraction, candidate.format)
     shape = tuple(rows.shape)
     inverse = numerics.expand_scale(numerics.inverse(scale), candidate.granularity, shape)
     codes = numerics.round_to_format(rows.float() * inverse, candidate.format)
@@ -109,11 +110,11 @@ def rounded(rows: Tensor, candidate: Candidate, largest: Tensor | None = None, p
 
 
 @torch.no_grad()
-def errors(rows: Tensor, space: Sequence[Candidate], largest: Tensor | None = None, power_of_two: bool = False) -> list[Found]:
+def errors(rows: Tensor, space: Sequence[Candidate], largest: Tensor | None = None) -> list[Found]:
     """The error of every candidate on the matrix `rows`."""
     x = rows.detach().float()
     power = float(x.double().square().mean())
-    return [Found(c, float((rounded(x, c, largest, power_of_two).double() - x.double()).square().mean()), power) for c in space]
+    return [Found(c, float((rounded(x, c, largest).double() - x.double()).square().mean()), power) for c in space]
 
 
 def ranked(found: Sequence[Found]) -> list[Found]:

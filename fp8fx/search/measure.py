@@ -83,7 +83,7 @@ def apply(candidate: Candidate | None, operand: Operand | None, x: Tensor, large
     if candidate is None or operand is None or operand.spec is None:
         return x
     top = torch.full((), largest, dtype=torch.float32, device=x.device)
-    rows = rounded(operand.rows(x.detach()), candidate, top, operand.spec.power_of_two)
+    rows = rounded(operand.rows(x.detach()), candidate, top)
     return operand.restore(rows, x).to(x.dtype)
 
 

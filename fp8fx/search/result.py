@@ -18,7 +18,7 @@ from rich.table import Table
 from fp8fx.errors import RecipeError
 from fp8fx.recipe import Recipe
 from fp8fx.search.candidates import Candidate, Found
-from fp8fx.spec import TensorSpec
+from fp8fx.spec import Granularity, TensorSpec
 
 
 @dataclass(frozen=True)
@@ -48,12 +48,17 @@ class Choice:
 
     def entry(self) -> dict[str, Any]:
         """The role as a recipe writes it."""
-        block = self.candidate.granularity
-        found: dict[str, Any] = {"format": self.candidate.format, "granularity": block if isinstance(block, str) else list(block)}
-        found |= {"scaling": "fixed", "max_value": self.max_value} if self.fixed else {"scaling": "current", "clip": self.candidate.fraction}
-        if self.base.overflow != "saturate":  # a format without NaN cannot do else, and clipping is what was measured
-            found["overflow"] = "saturate"
-        return found
+        value = ("max_value", self.max_value) if self.fixed else ("clip", self.candidate.fraction)
+        return role_entry(self.candidate.format, self.candidate.granularity, value, self.base)
+
+
+def role_entry(format: str, granularity: Granularity, value: tuple[str, float], base: TensorSpec) -> dict[str, Any]:
+    """A role with a found or learned grid. Of the base, what would change that grid is taken back: scales are float32, and saturate."""
+    block = granularity if isinstance(granularity, str) else list(granularity)
+    found = {"format": format, "granularity": block, "scaling": "fixed" if value[0] == "max_value" else "current", value[0]: value[1]}
+    changed = {"scale_format": base.scale_format != "float32", "power_of_two": base.power_of_two, "overflow": base.overflow != "saturate"}
+    plain = {"scale_format": "float32", "power_of_two": False, "overflow": "saturate"}
+    return found | {key: plain[key] for key, differs in changed.items() if differs}
 
 
 def six_digits(value: float) -> float:

@@ -152,8 +152,7 @@ class _Searcher:
                 f"scale per tensor, and the space holds {kinds}. Add 'tensor' to granularities, or leave the layer out"
             )
         top = torch.full((), sample.largest, dtype=torch.float32, device=sample.parts[0].device)
-        spec = operands[0].spec
-        return errors(sample.rows(), space, top, spec is not None and spec.power_of_two)
+        return errors(sample.rows(), space, top)
 
     def choice(self, sample: Sample, order: Sequence[Found]) -> Choice:
         spec = getattr(sample.site.spec, sample.role)
