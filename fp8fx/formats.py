@@ -234,7 +234,9 @@ def _integer(name: str, bits: int) -> Format:
 def _build(name: str, exponent_bits: int, mantissa_bits: int, bias: float, style: str, signed: bool) -> Format:
     """The format of a name outside the table; its `max` comes from the list of its codes."""
     if not exponent_bits >= 1 or not 2 <= exponent_bits + mantissa_bits + signed <= 8:
-        raise FormatError(f"format {name!r} must have at least 1 exponent bit, and at least 2 and at most 8 bits{' with its sign' if signed else ''}")
+        raise FormatError(
+            f"format {name!r} must have at least 1 exponent bit, and at least 2 and at most 8 bits{' with its sign' if signed else ''}"
+        )
     if style == "ieee" and mantissa_bits == 0:
         raise FormatError(f"format {name!r} has no mantissa bit to tell NaN from inf; write {name.removesuffix('ieee')}fn or fnuz")
     if style == "fnuz" and not signed:

@@ -39,9 +39,9 @@ def round_to_format(
     """Values of `format` nearest to `x` in the sense of `rounding`; float32, same shape.
 
     x: any float dtype and shape. random_bits: int32 or int64 of x's shape holding 32 random bits each, for `stochastic` only.
-    overflow `saturate`: inf and what rounds beyond max become +-max (0 for what is negative, in a format without a sign). `nonfinite`: what rounds beyond max becomes inf, or NaN
-    where the format has no inf; `toward_zero` keeps max, `up` keeps -max and `down` keeps +max for finite x. What a format
-    without a sign would round to a negative number becomes NaN.
+    overflow `saturate`: inf and what rounds beyond max become +-max. `nonfinite`: what rounds beyond max becomes inf, or NaN
+    where the format has no inf; `toward_zero` keeps max, `up` keeps -max and `down` keeps +max for finite x. In a format without
+    a sign a negative number becomes 0, and under `nonfinite` NaN unless it rounds to 0.
     NaN gives NaN; -0 stays -0, or becomes +0 in a format without it.
     No gradient passes (`fp8fx.fake_quantize` has one).
     Raises ModelError for integer x, FormatError for an unknown mode or one that the format cannot do.
@@ -63,7 +63,7 @@ def _round(x: Tensor, format: Format, rounding: str, overflow: str, random_bits:
 
 
 def _on_grid(x: Tensor, format: Format, snap: bool) -> Tensor:
-    """x in units of the format's factor, float64. snap: a value of the format, which is rounded to float32, is the grid value it stands for."""
+    """x in units of the format's factor, float64. snap: a value of the format, itself rounded to float32, is the grid value it means."""
     t = x.double() / torch.full((), format.factor, dtype=torch.float64, device=x.device)  # a tensor: CUDA multiplies by 1 / a number
     if not snap:
         return t

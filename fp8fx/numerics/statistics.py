@@ -25,7 +25,7 @@ _BITS = 61
 
 
 def grouped(x: Tensor, granularity: Granularity, dims: tuple[int, ...] = (-1,)) -> Tensor:
-    """`x` as [..., n], the elements under one scale last; float32 |x|, -1 for what does not count: NaN, inf and the padding of edge blocks."""
+    """|x| as [..., n], the elements under one scale last; float32, -1 for what does not count: NaN, inf, the padding of edge blocks."""
     magnitude = x.detach().float().abs()
     magnitude = torch.where(magnitude < math.inf, magnitude, -1.0)
     return _grouped(magnitude, granularity, dims, -1.0)

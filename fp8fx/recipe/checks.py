@@ -42,7 +42,11 @@ def _conflicts(role: Role) -> Iterator[Conflict]:
 def _scaling_conflicts(role: Role) -> Iterator[tuple[str, str, dict[str, object]]]:
     scaling, block = role.scaling, role.granularity if isinstance(role.granularity, str) else list(role.granularity)
     if block != "tensor" and scaling != "current":
-        why = {"delayed": "keeps one amax per tensor, so", "fixed": "has one max_value, so", "none": f"has no scale to give each {block}, so"}
+        why = {
+            "delayed": "keeps one amax per tensor, so",
+            "fixed": "has one max_value, so",
+            "none": f"has no scale to give each {block}, so",
+        }
         hint = "scaling: current" if scaling == "none" else "granularity: tensor"
         text = f"scaling: {scaling} {why[scaling]} granularity {block} is impossible; allowed: {hint}"
         yield "scaling granularity", text, {"granularity": "tensor"}

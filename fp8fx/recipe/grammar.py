@@ -83,11 +83,12 @@ class Role(Model):
     granularity: Granularity = field(
         "one scale per tensor, per row of the contraction, per group of N along it, or per [rows, columns] block", default="tensor"
     )
-    scale_format: ScaleFormat = field("e8m0: powers of two by the rule of OCP MX, 2^(floor(log2 amax) - floor(log2 fmax))", default="float32")
+    scale_format: ScaleFormat = field(
+        "e8m0: powers of two by the rule of OCP MX, 2^(floor(log2 amax) - floor(log2 fmax))", default="float32"
+    )
     power_of_two: Annotated[Switch | None, OR_NONE] = field("only powers of two as scales; else as scale.power_of_two says", default=None)
     rounding: Rounding = field("how a value between two codes is rounded", default="nearest_even")
     overflow: Overflow = field("what becomes of values beyond the largest: the largest, or inf and NaN", default="saturate")
-
 
     @model_validator(mode="before")
     @classmethod

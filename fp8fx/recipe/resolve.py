@@ -259,9 +259,15 @@ def tensor_spec(role: Role, scale: Scale) -> TensorSpec:
         spec = dataclasses.replace(spec, power_of_two=scale.power_of_two if role.power_of_two is None else role.power_of_two)
     if role.scaling == "delayed":
         return spec
-    percentile = {} if role.percentile is None else {"percentile": role.percentile}
+    percentile = TensorSpec.percentile if role.percentile is None else role.percentile
     return dataclasses.replace(
-        spec, eps=scale.eps, scale_format=role.scale_format, max_value=role.max_value, statistic=role.statistic, clip=role.clip, **percentile
+        spec,
+        eps=scale.eps,
+        scale_format=role.scale_format,
+        max_value=role.max_value,
+        statistic=role.statistic,
+        clip=role.clip,
+        percentile=percentile,
     )
 
 
