@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
-from fp8fx.errors import FP8Error, ModelError
+from fp8fx.errors import CaptureError, FP8Error, ModelError
 
 Forward = Callable[[nn.Module, Any], Any]
 
@@ -76,12 +76,18 @@ def call(model: nn.Module, batch: Any, forward: Forward | None, number: int) -> 
         if isinstance(batch, Mapping):
             return model(**batch)
         return model(*batch) if isinstance(batch, tuple | list) else model(batch)
-    except FP8Error:
-        raise
+    except FP8Error as error:
+        if not (isinstance(error, CaptureError) and "forward fails on these inputs" in str(error)):
+            raise
+        raise _refused(batch, forward, number, error) from error
     except Exception as error:
-        shapes = ", ".join(str(tuple(t.shape)) for t in _tensors(batch))
-        hint = "" if forward is not None else " If the batch holds more than the model's arguments, give forward=lambda model, batch: ..."
-        raise ModelError(f"the model cannot run on calibration batch {number} (shapes {shapes}): {error}.{hint}") from error
+        raise _refused(batch, forward, number, error) from error
+
+
+def _refused(batch: Any, forward: Forward | None, number: int, error: Exception) -> ModelError:
+    shapes = ", ".join(str(tuple(t.shape)) for t in _tensors(batch))
+    hint = "" if forward is not None else " If the batch holds more than the model's arguments, give forward=lambda model, batch: ..."
+    return ModelError(f"the model cannot run on calibration batch {number} (shapes {shapes}): {error}.{hint}")
 
 
 @torch.no_grad()
