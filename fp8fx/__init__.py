@@ -17,7 +17,9 @@ from fp8fx.errors import CaptureError, CheckpointError, FormatError, FP8Error, F
 from fp8fx.functional import compute_scale, dequantize, fake_quantize, quantize
 from fp8fx.loss_scaling import GradScaler
 from fp8fx.plan import Plan
+from fp8fx.qat import MasterWeights, qat, quantizer_parameters
 from fp8fx.recipe import Recipe
+from fp8fx.search import SearchResult, fold_batchnorm, recalibrate_batchnorm, search, search_format
 from fp8fx.sensitivity import sensitivity
 from fp8fx.show import listing
 from fp8fx.statistics import Statistics
@@ -33,25 +35,33 @@ __all__ = [
     "FormatError",
     "GradScaler",
     "KernelError",
+    "MasterWeights",
     "ModelError",
     "PassError",
     "Plan",
     "Recipe",
     "RecipeError",
     "Restored",
+    "SearchResult",
     "Statistics",
     "autocast",
     "compile",
     "compute_scale",
     "dequantize",
     "fake_quantize",
+    "fold_batchnorm",
     "invalidate",
     "listing",
     "load",
     "load_state_dict",
     "plan",
+    "qat",
     "quantize",
+    "quantizer_parameters",
+    "recalibrate_batchnorm",
     "reduce_amax",
+    "search",
+    "search_format",
     "save",
     "sensitivity",
     "state_dict",

@@ -21,6 +21,7 @@ from fp8fx.errors import CaptureError, ModelError, nearest
 RUNTIME = "_fp8fx_runtime"  # attribute of a compiled model
 BASE = "_fp8fx_base"  # attribute of its class: the class it was made from
 PREFIX = "_fp8fx."  # of fp8fx's own entries in a state_dict
+QUANTIZERS = "_fp8fx_qat"  # the module of learned formats in what fp8fx.qat makes
 
 
 def clone(model: nn.Module, share_buffers: bool = True) -> nn.Module:

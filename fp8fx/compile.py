@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from fp8fx.capture import symbolic
 from fp8fx.capture.layers import module_types
-from fp8fx.clone import PREFIX, RUNTIME, check_materialized, check_model, clone, compiled_class, plain, runtime_of, runtimes_of
+from fp8fx.clone import PREFIX, QUANTIZERS, RUNTIME, check_materialized, check_model, clone, compiled_class, plain, runtime_of, runtimes_of
 from fp8fx.entries import unmatched
 from fp8fx.errors import CaptureError, ModelError
 from fp8fx.options import Options
@@ -190,7 +190,7 @@ def load_state_dict(fast: nn.Module, state: Mapping[str, Tensor]) -> None:
 
 
 def _ours(key: str) -> bool:
-    return f".{PREFIX}" in f".{key}"
+    return f".{PREFIX}" in f".{key}" or f".{QUANTIZERS}." in f".{key}"
 
 
 def strip(state: Mapping[str, Any]) -> dict[str, Any]:

@@ -31,6 +31,8 @@ statistics
 compile backend
 sensitivity
 loss_scaling checkpoint
+search
+qat
 trainers
 targets
 commands

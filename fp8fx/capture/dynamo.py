@@ -33,6 +33,12 @@ from fp8fx.errors import CaptureError, FP8Error
 _FORWARDS = ("forward", "_call_impl", "_wrapped_call_impl", "inner", "run")
 
 
+def _owner_key(placeholders: Sequence[fx.Node], example_inputs: Sequence[Any]) -> tuple[str, ...]:
+    """Whose frame it is: the parameters it reads; buffers only where it reads none, since training reads more of a batch norm's."""
+    named = [(n.meta[TENSOR_NAME], value) for n, value in zip(placeholders, example_inputs, strict=False) if n.meta[TENSOR_NAME]]
+    return tuple(name for name, value in named if isinstance(value, nn.Parameter)) or tuple(name for name, _ in named)
+
+
 def from_dynamo(
     module: fx.GraphModule,
     example_inputs: Sequence[Any],
@@ -63,7 +69,7 @@ def from_dynamo(
         node.meta[MODULE] = _module_path(node, prefixes, own)
     _readable_names(copied.graph)
     expand_attention(copied)
-    counts = numbering.start((frame, tuple(filter(None, (node.meta[TENSOR_NAME] for node in placeholders)))))
+    counts = numbering.start((frame, _owner_key(placeholders, example_inputs)))
     assign_site_names(copied.graph, names, counts)
     numbering.finish(counts)
     copied.recompile()
