@@ -111,8 +111,8 @@ def _as_on_a_gpu() -> Iterator[None]:
     """Graphs are lowered for kernels, and products become aten's, though every tensor is on the CPU."""
     context = runtime.Context
 
-    def on_gpu(*args: Any) -> Any:
-        return dataclasses.replace(context(*args), device="cuda", device_name="", weights_inside=True)
+    def on_gpu(*args: Any, **further: Any) -> Any:
+        return dataclasses.replace(context(*args, **further), device="cuda", device_name="", weights_inside=True)
 
     by_inductor = inner_module._by_inductor
     with (
