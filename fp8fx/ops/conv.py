@@ -3,15 +3,9 @@
     conv(x, w, b, input, weight, meter, scales, rng, stride, padding, dilation, transposed, output_padding, groups,
          site, input_spec, weight_spec, backward, dtype) -> y
 
-<<<<<<< HEAD
-The products are those of the codes, in fp32, times the two scales. A scale per tensor factors out of all three sums. The weight may
-also have one per output channel (transposed and with groups: per output channel of a group, the same for all groups), which factors out
-of Y; in dX, which sums over the output channels, the dequantized weight takes the place of its codes.
-=======
 The products are those of the codes, in fp32, times the two scales. A scale per tensor factors out of all three sums. The weight may also
 have one per output channel (transposed and with groups: per output channel of a group, the same for all groups), which factors out of
 Y; in dX, which sums over the output channels, the dequantized weight takes the place of its codes.
->>>>>>> formats
 """
 
 from __future__ import annotations

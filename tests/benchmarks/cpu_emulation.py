@@ -7,11 +7,7 @@ else happens on the machine meets all alike; the figure is the median of 15. Bar
     compiled eXmY, any            at least 2 x as fast as the faster of these two, and at most 1.05 x the time of compiled e4m3fn
     compiled, any                 at least 3 x as fast as qtorch's float_quantize with the same bits, where `qtorch` can be imported
 
-<<<<<<< HEAD
-The C++ of qtorch 0.3.0 is compiled here with -O3, which it does not ask for itself (it needs ninja and a compiler); it runs on one
-=======
 The C++ of qtorch 0.3.0 is compiled here with -O3, which it does not ask for itself (that needs ninja and a compiler); it runs on one
->>>>>>> formats
 thread and allocates its output. int8 is shown too.
 """
 
