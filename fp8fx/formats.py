@@ -134,8 +134,9 @@ class Format:
         return [self.value(code) for code in range(1 << self.bits)]
 
     def finite_values(self) -> list[float]:
-        """The distinct finite values in ascending order (zero once)."""
-        return sorted({value for value in self.codes() if math.isfinite(value)})
+        """The distinct finite values in ascending order (zero once), without the lowest two's complement, which is never made."""
+        lowest = -self.max if self.integer else -math.inf
+        return sorted({value for value in self.codes() if math.isfinite(value) and value >= lowest})
 
     def __str__(self) -> str:
         return self.name

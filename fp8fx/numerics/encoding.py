@@ -88,6 +88,7 @@ def decode(codes: Tensor, format: str | torch.dtype | Format | None = None) -> T
     Raises FormatError where `format` is missing or is not that of the codes.
     """
     format = codes_format(codes, format)
+    codes = codes if format.torch_dtype is None else codes.view(format.torch_dtype)
     if format.torch_dtype is torch.float8_e5m2:
         return codes.float()  # the cast is the fastest form already
     if plain_cpu(codes):

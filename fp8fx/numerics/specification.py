@@ -32,7 +32,7 @@ def round_value(x: float, format: str | Format, rounding: str = "nearest_even", 
     if math.isnan(x):
         return math.nan
     if format.base is not None:
-        if x in format.finite_values():
+        if abs(x) in grid(format)[:-1] and (x >= 0.0 or format.signed):
             return x if x != 0.0 or format.signed_zero else 0.0
         y = round_value(x / format.factor, format.base, rounding, overflow, random_bits)  # a float64 quotient, by definition
         return struct.unpack("f", struct.pack("f", y * format.factor))[0]  # type: ignore[no-any-return]

@@ -35,6 +35,7 @@ _GFLOAT_MODES = {
     "toward_zero": gfloat.RoundMode.TowardZero,
     "up": gfloat.RoundMode.TowardPositive,
     "down": gfloat.RoundMode.TowardNegative,
+    "stochastic": gfloat.RoundMode.StochasticFastest,  # up where r + bits / 2^32 >= 1: with 32 bits, our definition
 }
 
 
@@ -59,8 +60,8 @@ def gfloat_format(format_: Format) -> gfloat.FormatInfo:
         format_.name,
         format_.bits,
         format_.mantissa_bits + 1,
-        bias=format_.bias,
-        is_signed=True,
+        bias=int(format_.bias),
+        is_signed=format_.signed,
         domain=gfloat.Domain.Extended if format_.has_inf else gfloat.Domain.Finite,
         has_nz=format_.signed_zero,
         num_high_nans={"ieee": 2**format_.mantissa_bits - 1, "fn": 1, "fnuz": 0, "none": 0}[format_.nan],
@@ -69,12 +70,13 @@ def gfloat_format(format_: Format) -> gfloat.FormatInfo:
     )
 
 
-def gfloat_round(x: Tensor, name: str, rounding: str, overflow: str) -> Tensor:
+def gfloat_round(x: Tensor, name: str, rounding: str, overflow: str, random_bits: Tensor | None = None) -> Tensor:
     """gfloat's answer in float32. Its vectorised form; NaN, which it refuses where a format has none, is put back afterwards."""
     info, values = gfloat_format(formats.get(name)), x.double().numpy()
     nan = np.isnan(values)
+    bits = () if random_bits is None else (random_bits.numpy(), 32)
     with np.errstate(over="ignore"):
-        rounded = gfloat.round_ndarray(info, np.where(nan, 0.0, values), _GFLOAT_MODES[rounding], overflow == "saturate")
+        rounded = gfloat.round_ndarray(info, np.where(nan, 0.0, values), _GFLOAT_MODES[rounding], overflow == "saturate", *bits)
     return torch.from_numpy(np.where(nan, np.nan, rounded)).float()
 
 
