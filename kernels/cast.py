@@ -24,6 +24,7 @@ from fp8fx.errors import KernelError
 from fp8fx.formats import Format
 from fp8fx.kernels.amax import amax_each, amax_parts
 from fp8fx.kernels.cast_kernel import cast_kernel
+from fp8fx.kernels.cast_rows import MOST, cast_rows
 from fp8fx.kernels.codes import hardware_format
 from fp8fx.kernels.column_sums import check_sum, partials, sum_partials
 from fp8fx.kernels.launch import launch
@@ -108,7 +109,9 @@ def cast_current(
     counts: bool = False,
     bias_grad: Tensor | None = None,
 ) -> Quantized:
-    """Current scaling: amax in one read of x, scales and codes in a second. granularity `tensor`, `row` or `column` for q, likewise qT.
+    """Current scaling: amax in one read of x, scales and codes in a second (scales per row of q alone: see `cast_rows`).
+
+    granularity: `tensor`, `row` or `column` for q, granularity_t likewise for qT.
 
     With layout `both` and granularity_t None, or the same, q and qT share codes and scale. Scales have the shapes of
     `fp8fx.numerics.amax`: [], [..., M, 1] or [..., 1, K], also those of qT. record, counts and bias_grad as for `cast`.
@@ -126,6 +129,9 @@ def cast_current(
         own, turned = ((scale, amax) if side else (None, None) for side in sides)
         return Quantized(q, t, own[0], turned[0], own[1], turned[1])
     record, recording = check_record("cast_current", record, None, counts)
+    if sides == ("row", None) and recording < 2 and bias_grad is None and x.dim() > 1 and x.numel() > 0 and x.shape[-1] <= MOST:
+        q, scale, amax = cast_rows(x, hardware_format(format), how, power_of_two, eps, record)
+        return Quantized(q, None, scale, None, amax, None)
     found = dict(zip(wanted, amax_each(x, wanted), strict=True))
     scales = {g: torch.empty(axis_shape(x.shape, g), dtype=torch.float32, device=x.device) for g in wanted}
     scaling = {g: Scaling(found[g], True, scales[g], power_of_two, eps) for g in wanted}
@@ -162,6 +168,7 @@ def _launch(
     seen = long_rows(x) if flat else matrices(x)
     block_m, block_k, warps = _CONFIGS["flat" if flat and seen.k == 4096 else "rows" if result.t is None else "transposed"]
     sums = None if bias_grad is None else partials(x, seen.tile_rows(block_m), seen.k)
+    whole = (axes[1] if axes[0] == -1 else axes[0]) == 0  # two scales of rows are no scale with its amax
     # A pointer that the constexprs switch off is never read: any tensor stands in.
     pointers = (result.q, result.t, scaling.scale, scaling.made, turned.scale, turned.made, result.record, sums, how.rng)
     launch(
@@ -171,7 +178,7 @@ def _launch(
         {
             "AXIS": axes[0],
             "AXIS_T": axes[1],
-            "MAKE": (scaling.from_amax, scaling.parts, scaling.power_of_two, scaling.eps, format.max, scaling.and_amax),
+            "MAKE": (scaling.from_amax, scaling.parts, scaling.power_of_two, scaling.eps, format.max, scaling.and_amax if whole else 0),
             "HOW": (format.name == "e5m2", how.stochastic, how.nonfinite, seen.k % 4 == 0),
             "PACKED": packing(seen.m) if result.t is not None else 0,
             "RECORD": recording,

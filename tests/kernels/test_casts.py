@@ -150,10 +150,34 @@ def test_each_layout_with_scales_along_its_contraction(device: str) -> None:
         assert q is not None
         same_bytes(q.contiguous(), expected)
         same_floats(scale, wanted)
+    two = cast_current(x[:2].to(device), "e4m3fn", "row", "column", "both", power_of_two=True)  # two scales, no scale and its amax
+    same_bytes(two.q, numerics.quantize_tensor(x[:2], spec, (-1,))[0])
     alone = cast_current(x.to(device), "e4m3fn", "row", "column", "transposed", power_of_two=True)
     assert alone.q is None
     assert made.q_t is not None
     same_bytes(alone.q_t, made.q_t.cpu())
+
+
+@pytest.mark.parametrize("shape", [(2, 9, 200), (5, 9000), (3, 17)], ids=str)
+def test_rows_in_one_read(device: str, shape: tuple[int, ...]) -> None:
+    """Codes in x's own layout under scales per row: a kernel of its own."""
+    rng, key = torch.tensor([5, 6, 7]), 99
+    wide = specials(torch.randn(*shape[:-1], shape[-1] + 24)).to(torch.bfloat16)
+    wide[..., 1, :] = 0.0
+    for x, (rounding, format, power_of_two) in itertools.product(
+        (wide[..., : shape[-1]].contiguous(), wide[..., 8 : shape[-1] + 8]),
+        (("nearest_even", "e4m3fn", False), ("stochastic", "e5m2", True)),
+    ):
+        spec = TensorSpec(format=format, granularity="row", rounding=rounding, overflow="nonfinite", power_of_two=power_of_two)
+        bits = random_bits(x.shape, rng, key) if rounding == "stochastic" else None
+        expected, scale, largest = numerics.quantize_tensor(x, spec, (-1,), bits)
+        how, record = Rounding(rounding, "nonfinite", rng.to(device), key), torch.zeros(1, device=device)
+        there = wide.to(device)[..., 8 : shape[-1] + 8] if not x.is_contiguous() else x.to(device)
+        made = cast_current(there, format, "row", how=how, power_of_two=power_of_two, record=record)
+        same_bytes(made.q, expected)
+        same_floats(made.scale, scale)
+        same_floats(made.amax, largest)
+        same_floats(record[0], largest.max())
 
 
 @pytest.mark.parametrize("block", [(1, 128), (128, 128), (128, 1), (1, 32), (64, 64)], ids=str)

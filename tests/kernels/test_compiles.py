@@ -52,6 +52,8 @@ ELEMENTWISE: dict[str, Callable[[], Any]] = {
     "cast odd": lambda: cast(X[:101, :77], "e4m3fn", ONE, layout="both"),
     "cast stochastic": lambda: cast(X, "e5m2", ONE, layout="both", how=STOCHASTIC),
     "cast current": lambda: cast_current(X, "e4m3fn", "row", "column", "both", power_of_two=True),
+    "cast rows": lambda: cast_current(torch.empty(64, 14336, dtype=torch.bfloat16), "e4m3fn", "row"),
+    "cast few columns by rows": lambda: cast_current(X, "e5m2", "row", how=STOCHASTIC, record=RECORD),
     "cast block": lambda: cast_block(X, "e4m3fn", layout="both"),
     "cast square block": lambda: cast_block(X, "e4m3fn", (128, 128), layout="both"),
     "swiglu": lambda: activation_cast(X, X, "silu", "e4m3fn", ONE, amax=ONE),
