@@ -35,6 +35,7 @@ def _by_inductor(module: fx.GraphModule, example_inputs: list[Any], mode: str | 
     patches = torch._inductor.list_mode_options(mode) if mode else None
     if patches and patches.get("triton.cudagraphs"):
         _keep_in_place(module)
+        _make_constants(example_inputs)
     table: dict[str, Any] = {"decompositions": decompositions()} if cuda else {}
     return compile_fx(module, example_inputs, config_patches=patches, **table)  # type: ignore[return-value]
 
@@ -47,3 +48,12 @@ def _keep_in_place(module: fx.GraphModule) -> None:
     for node in module.graph.find_nodes(op="placeholder"):
         if node.meta.get("extra") in (RECORDS, GRAD_RECORDS):
             node.meta["tensor_dict"] = {**(node.meta.get("tensor_dict") or {}), "_dynamo_static_input_type": "unguarded"}
+
+
+def _make_constants(example_inputs: list[Any]) -> None:
+    devices = {x.device for x in example_inputs if isinstance(x, Tensor) and x.is_cuda}
+    if devices and triton_works():
+        from fp8fx.ops import cuda
+
+        for device in devices:
+            cuda.one(device)

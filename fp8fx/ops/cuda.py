@@ -36,7 +36,8 @@ SAMPLED = 256  # rows of a gradient that the underflow counts look at: a share o
 
 
 @functools.cache
-def _one(device: torch.device) -> Tensor:
+def one(device: torch.device) -> Tensor:
+    """The scale of what has none. It lives on, so the first call must not lie inside of a CUDA graph, whose memory it would be in."""
     return torch.ones((), device=device)
 
 
@@ -55,7 +56,7 @@ def scaled(
 ) -> Tensor:
     if format_a not in FORMATS or format_b not in FORMATS or dtype not in DTYPES or accumulate not in ACCUMULATORS:
         return scaled_mm_reference(a, scale_a, format_a, block_a, b, scale_b, format_b, block_b, bias, dtype, accumulate)
-    one_a, one_b = (_one(a.device) if scale is None else scale for scale in (scale_a, scale_b))
+    one_a, one_b = (one(a.device) if scale is None else scale for scale in (scale_a, scale_b))
     aligned = (a.data_ptr() | b.data_ptr()) % 16 == 0
     if aligned and torch_has(a, one_a, b, one_b, bias, dtype, bool(block_a or block_b)):
         return torch._scaled_mm(a, b, one_a, one_b, bias, None, dtype, accumulate == "fast")
@@ -81,7 +82,7 @@ def _own_product(
     key: int = 0,
 ) -> tuple[Tensor, ...]:
     """The project's own kernel; (y,)."""
-    scale_a, scale_b = (_one(a.device) if scale is None else scale for scale in (scale_a, scale_b))
+    scale_a, scale_b = (one(a.device) if scale is None else scale for scale in (scale_a, scale_b))
     how = Rounding(rounding, overflow, rng, key)
     return (scaled_mm.scaled_mm(a, b, scale_a, scale_b, bias, dtype, accumulate, block_a, block_b, round_to=round_to, how=how),)
 

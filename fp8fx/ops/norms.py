@@ -16,7 +16,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from fp8fx.ops.act_linear import cast_of, cast_of_fake
+from fp8fx.ops.act_gradients import cast_of, cast_of_fake
 from fp8fx.ops.library import define
 from fp8fx.ops.producers import make_anchor
 
