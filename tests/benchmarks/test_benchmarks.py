@@ -233,3 +233,15 @@ def test_kernel_benchmarks_in_the_interpreter(tmp_path: Path) -> None:
     assert len(casts["gbs"]) == 22
     assert update["update_us"] > 0
     assert json.loads((tmp_path / "costs.json").read_text())["source"] == "measured"
+
+
+def test_arithmetic(script: Any, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    path = tmp_path / "out.json"
+    assert (
+        script("arithmetic").main(
+            ["--tiny", "--no-compile", "--only", "multiplier=mitchell", "--only", "products=e5m2", "--json", str(path)]
+        )
+        == 0
+    )
+    assert [row["form"] for row in json.loads(path.read_text())["rows"]] == ["factored", "tiles"]
+    assert "FAIL" not in capsys.readouterr().out
