@@ -59,7 +59,7 @@ def test_ptq_of_the_pretrained_model(monkeypatch: pytest.MonkeyPatch) -> None:
     torch.testing.assert_close(reference, mean, atol=1e-5, rtol=0)
 
     row = ptq.compare("INT8", "row", reference, ptq.embed(fp8fx.compile(model, ptq.recipe("int8", "row")), batches))
-    assert row.cosine > 0.998
-    assert row.lowest > 0.995
+    assert row.cosine > 0.995
+    assert row.lowest > 0.99
     assert ptq.compare("", "", reference, reference).neighbours == 1
     assert len((EXAMPLES / "sentences.txt").read_text().splitlines()) == 2 * ptq.BATCH
