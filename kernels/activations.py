@@ -161,9 +161,9 @@ def check_operands(where: str, dy: Tensor | None, h: Tensor | Kept, u: Tensor | 
         check_input(x, where)
     if any(x.shape != first.shape or x.dtype != first.dtype for x in plain):
         raise KernelError(f"{where}: dy, h and u must agree in shape and dtype, got {[(tuple(x.shape), x.dtype) for x in plain]}")
-    for x in (h, u):
-        if isinstance(x, Kept):
-            _check_kept(where, x, first.shape)
+    for kept in (h, u):
+        if isinstance(kept, Kept):
+            _check_kept(where, kept, first.shape)
     return first
 
 
