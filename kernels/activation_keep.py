@@ -6,7 +6,7 @@
     amax                           of a, in partial amaxes: what `cast(..., from_amax=True)` makes the scale of a from
 
 Current scaling reads h and u twice: for the amax, then for the codes. Where codes of h and u are kept too, a takes h's place between the
-two, and u is free before the codes of a are made: as many bytes are moved, and 12 a pair of elements are alive in place of 14.
+two, and u is free before the codes of a are made: as many bytes are moved, and 6 per element of a are alive in place of 8.
 """
 
 from __future__ import annotations
