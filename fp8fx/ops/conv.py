@@ -58,7 +58,7 @@ def conv_reference(
 
 
 def _of_output(scale: Tensor | None) -> Tensor | None:
-    """The scales of the weight's output channels as they lie in the output: [O, 1, ...] as [O, 1, ...] without the kernel's last dimension."""
+    """The scales of output channels, [O, 1, ...] as the weight has them, with one dimension less: as they lie in the output."""
     return scale if scale is None or scale.dim() == 0 else scale.squeeze(-1)
 
 

@@ -95,7 +95,9 @@ class Tap(nn.Module):
 
     def __init__(self, runtime: TapRuntime, site: Site, target: Any, method: bool, places: tuple[int | str, int | str]) -> None:
         super().__init__()
-        vars(self).update(runtime=weakref.ref(runtime), site=site, target=target, method=method, places=places)
+        self.runtime: Any = weakref.ref(runtime)  # Dynamo's caches keep graphs for longer than anyone keeps the model
+        self.site, self.method, self.places = site, method, places
+        vars(self)["target"] = target  # not by assignment: a module would become a child
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         def product(x: Tensor, w: Tensor) -> Any:
@@ -106,11 +108,12 @@ class Tap(nn.Module):
                 else:
                     named[place] = value
             if self.method:
-                return getattr(positional[0], self.target)(*positional[1:], **named)
-            return self.target(*positional, **named)
+                return getattr(positional[0], vars(self)["target"])(*positional[1:], **named)
+            return vars(self)["target"](*positional, **named)
 
         x, w = (args[place] if isinstance(place, int) else kwargs[place] for place in self.places)
-        return alive(self.runtime).handle(self.site, x, w, product) if mode() == FP8 else product(x, w)
+        runtime: Any = alive(self.runtime)
+        return runtime.handle(self.site, x, w, product) if mode() == FP8 else product(x, w)
 
 
 class TapRuntime(Runtime):
@@ -183,4 +186,3 @@ def tapped(model: nn.Module, runtime: TapRuntime) -> nn.Module:
     runtime.attach(fast)
     runtime.original = model
     return fast
-
