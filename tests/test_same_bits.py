@@ -32,6 +32,26 @@ RECIPES: dict[str, Any] = {
 }
 
 
+def every(overflow: str = "saturate", **role: Any) -> dict[str, Any]:
+    """hybrid with the keys of `role` in each of its roles."""
+    return {"extends": "hybrid", "defaults": {"input": role, "weight": role, "grad_output": {**role, "overflow": overflow}}}
+
+
+FIXED = {"scaling": "fixed", "max_value": 3.0}
+STUDIES: dict[str, Any] = {
+    "mxfp8": every(format="mxfp8_e4m3"),
+    "mxfp4": every(format="mxfp4"),
+    "ragged groups": every(format="int4", granularity={"group": 3}, statistic="mse"),
+    "int8 rows": every(format="int8", granularity="row", statistic="mean", clip=4.0),
+    "fractional bias": every(format="e4m3b6.5", statistic="percentile", percentile=99.0),
+    "unsigned": {"extends": "hybrid", "defaults": {"weight": {"format": "ue4m4"}}},
+    "fixed": every("nonfinite", format="e3m4fn", **FIXED),
+    "fixed, all roles": {"extends": "direct", "defaults": dict.fromkeys(("input", "weight", "output", "grad_input", "grad_weight"), FIXED)},
+    "random integers": {**every(format="int5"), "rules": [{"match": "*", "rounding": "stochastic"}]},
+}
+RECIPES |= STUDIES
+
+
 def inputs_of(name: str, dtype: torch.dtype) -> tuple[Any, ...]:
     return tuple(x.to(dtype) if x.is_floating_point() else x for x in CASES[name][1]())
 
@@ -57,8 +77,14 @@ def test_every_operation(name: str, recipe: str) -> None:
 
 
 @pytest.mark.parametrize("name", [name for name in TOGETHER if name in WITH_PARAMETERS and name not in OTHER_ACTIVATIONS])
-@pytest.mark.parametrize("recipe", [name for name in RECIPES if name not in ("hybrid", "direct")])
+@pytest.mark.parametrize("recipe", [name for name in RECIPES if name not in ("hybrid", "direct", *STUDIES)])
 def test_operations_that_meet(name: str, recipe: str) -> None:
+    check(name, recipe)
+
+
+@pytest.mark.parametrize("name", ["shared", "chain through shapes", "feed gelu", "attention", "conv and norm"])
+@pytest.mark.parametrize("recipe", STUDIES)
+def test_formats_and_scales_that_are_emulated(name: str, recipe: str) -> None:
     check(name, recipe)
 
 

@@ -3,9 +3,9 @@
     conv(x, w, b, input, weight, meter, scales, rng, stride, padding, dilation, transposed, output_padding, groups,
          site, input_spec, weight_spec, backward, dtype) -> y
 
-The products are those of the codes, in fp32, times the two scales; a scale per tensor is the only granularity that factors
-out of all three sums. The weight of a convolution that is not transposed may also have one scale per output channel, `row`: [O, 1, ...],
-which factors out of Y; for dX it stays inside of the sum, which reads the dequantized weight.
+The products are those of the codes, in fp32, times the two scales. A scale per tensor factors out of all three sums. The weight may also
+have one per output channel (transposed and with groups: per output channel of a group, the same for all groups), which factors out of
+Y; in dX, which sums over the output channels, the dequantized weight takes the place of its codes.
 """
 
 from __future__ import annotations
@@ -51,15 +51,17 @@ def conv_reference(
         return _laid_out(torch.convolution(x.to(dtype), w.to(dtype), None if b is None else b.to(dtype), *geometry), layout(x, w))
     left, right = forward_operand(x, input, input_spec), forward_operand(w, weight, weight_spec)
     result = torch.convolution(operand(left.values, left.format), operand(right.values, right.format), None, *geometry)
-    result = apply_scales(result, left.scale, _of_output(right.scale))
+    result = apply_scales(result, left.scale, _by_channel(right.scale, w.dim(), groups if transposed else 1))
     if b is not None:
         result = result + b.float().reshape(-1, *([1] * (w.dim() - 2)))
     return _laid_out(result.to(dtype), layout(x, w))
 
 
-def _of_output(scale: Tensor | None) -> Tensor | None:
-    """The scales of output channels, [O, 1, ...] as the weight has them, with one dimension less: as they lie in the output."""
-    return scale if scale is None or scale.dim() == 0 else scale.squeeze(-1)
+def _by_channel(scale: Tensor | None, dims: int, groups: int) -> Tensor | None:
+    """Scales per output channel, as they lie in the weight, as [1, channels, 1, ...]; any other as it is."""
+    if scale is None or scale.dim() == 0:
+        return scale
+    return scale.reshape(-1).repeat(groups).reshape(1, -1, *([1] * (dims - 2)))
 
 
 def _laid_out(y: Tensor, format: torch.memory_format) -> Tensor:
@@ -99,6 +101,8 @@ def conv_gradient_reference(
 ) -> Tensor:
     """dX (`of_input`, `other` is W) or dW (`other` is X), of shape `size`, from dY: one of the two gradient GEMMs."""
     dy, known = operand(grad, format_grad), operand(other, format_other)
+    if scale_other is not None and scale_other.dim() > 0:  # a weight's, per output channel: the sum goes over these
+        known, scale_other = known * scale_other, None
     wanted = dy.new_empty(1).expand(size)
     x, w = (wanted, known) if of_input else (known, wanted)
     geometry = (stride, padding, dilation, transposed, output_padding, groups)
@@ -146,8 +150,6 @@ def _gradient(
     pair, kept, spec = other
     index = 0 if of_input else 1
     known = backward_operand(pair, spec) if kept is None else Operand(kept)
-    if of_input and known.scale is not None and known.scale.dim() > 0:
-        known = Operand(operand(known.values, known.format) * known.scale)
     dy = quantized if state.fp8(role) else Operand(grad)
     result = conv_gradient(
         dy.values,

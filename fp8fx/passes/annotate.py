@@ -26,7 +26,7 @@ from fp8fx.capture.sites import CONVOLUTIONS, SiteCall, read_site, unsupported
 from fp8fx.passes.contract import DECISION, Context, PassResult, SiteDecision, Skip
 from fp8fx.passes.profit import without_gain
 from fp8fx.recipe import Decision, Site
-from fp8fx.spec import ROLES, SiteSpec
+from fp8fx.spec import ROLES, SiteSpec, TensorSpec
 
 ACTIVATIONS = {
     F.relu, torch.relu, F.gelu, F.silu, F.sigmoid, torch.sigmoid, torch.tanh, F.tanh, F.leaky_relu, F.elu, F.relu6, F.hardswish,
@@ -157,16 +157,20 @@ def _known(operand: Any) -> bool:
 def _geometry_obstacle(call: SiteCall, spec: SiteSpec) -> str | None:
     specs = [getattr(spec, role) for role in ROLES]
     granularities = {s.granularity for s in specs if s is not None}
-    if call.op in CONVOLUTIONS and not call.options["transposed"] and spec.weight is not None and spec.weight.granularity == "row":
-        granularities = {s.granularity for s in specs if s is not None and s is not spec.weight}  # per output channel of the weight
-    if call.op in (*CONVOLUTIONS, "grouped_mm") and granularities - {"tensor"}:
-        return f"a {'grouped_mm' if call.op == 'grouped_mm' else 'convolution'} takes one scale per tensor only (granularity: tensor)"
+    if call.op == "grouped_mm" and granularities - {"tensor"}:
+        return "a grouped_mm takes one scale per tensor only (granularity: tensor)"
+    if call.op in CONVOLUTIONS and ({s.granularity for s in specs if s not in (None, spec.weight)} - {"tensor"} or _blocks(spec.weight)):
+        return "a convolution takes one scale per tensor only (granularity: tensor; of its weight also channel)"
     if call.op == "embedding":
         if call.options["max_norm"] is not None or call.options["sparse"]:
             return "an embedding with max_norm or sparse gradients"
         if any(not isinstance(g, str) for g in granularities):
             return "an embedding has no block scales"
     return None
+
+
+def _blocks(spec: TensorSpec | None) -> bool:
+    return spec is not None and not isinstance(spec.granularity, str)
 
 
 def _applicable(call: SiteCall, spec: SiteSpec) -> SiteSpec:

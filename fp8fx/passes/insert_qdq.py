@@ -190,7 +190,8 @@ class _Writer:
         batched = value is None or value.dim() == dims + 2
         x = x if batched else self.emit(call, torch.unsqueeze, x, 0)
         left = self.quantize(call, x, spec.input, [1], made.name, "input")
-        right = self.quantize(call, call.w, spec.weight, list(range(1, dims + 2)), made.name, "weight")  # `row`: per output channel
+        channel = 1 if o["transposed"] else 0
+        right = self.quantize(call, call.w, spec.weight, [d for d in range(dims + 2) if d != channel], made.name, "weight")
         geometry = (list(o["stride"]), padding, list(o["dilation"]), o["transposed"], list(o["output_padding"]), o["groups"])
         y = self.emit(call, ops.conv.default, x, call.w, call.bias, left, right, *row, self.rng, *geometry, *tail)
         return y if batched else self.emit(call, torch.squeeze, y, 0)

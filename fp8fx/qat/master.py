@@ -121,7 +121,7 @@ class MasterWeights:
             if (ours["dtype"], ours["rounding"]) != (_name(self.dtype), self.rounding):
                 raise CheckpointError(
                     f"this optimizer state was saved with master weights in {ours['dtype']}, rounding {ours['rounding']}, here they are "
-                    f"in {_name(self.dtype)}, rounding {self.rounding}. Make fp8fx.MasterWeights as it was, or drop {STATE!r} from the state"
+                    f"in {_name(self.dtype)}, rounding {self.rounding}. Make fp8fx.MasterWeights as it was, or drop {STATE!r} from it"
                 )
             self.seed, self.steps = int(ours["seed"]), int(ours["steps"])
         return kept

@@ -123,7 +123,7 @@ def fits(candidate: Candidate, operand: Operand, site: Site, flat: bool = False)
         return True
     if flat or operand.layout == "none" or site.op == "grouped_mm":
         return False
-    return block == "row" if operand.layout == "tail" or site.op == "embedding" else True
+    return block == "row" if operand.layout in ("tail", "turned_tail") or site.op == "embedding" else True
 
 
 class _Searcher:

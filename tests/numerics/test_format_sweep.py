@@ -13,19 +13,65 @@ import torch
 from numerics.oracles import DETERMINISTIC, all_values, assert_same, decisive, gfloat_round
 from torch import Tensor
 
+import fp8fx
 from fp8fx import formats
 from fp8fx.errors import FormatError
 from fp8fx.numerics import decode, encode, round_to_format
 from fp8fx.numerics.encoding import _decode_bits, _encode_bits
 from fp8fx.numerics.specification import round_value
 
-SIGNED = """
-e4m3fn e5m2 e4m3ieee e3m4ieee e3m4fn e2m5 e4m3fnuz e5m2fnuz e3m2 e2m3 e2m1 e4m2 e3m3 e5m1 e6m1 e2m4fn e3m2fnuz e1m6fn e5m2fn e7m0fn e4m0fnuz
-e4m3none e3m4none e2m5none e5m2none e1m6none e6m1fn e3m3fn e2m4none e2m5fnuz e2m2fn e3m1none e4m1fn e1m2none e2m0none e4m3b11fnuz e4m3b4fn
-e5m2b20 e3m4b-2 e2m1b3 e4m3b15none int8 int7 int6 int5 int4 int3 int2
-""".split()
-UNSIGNED = "ue4m4 ue5m3fn ue3m5none ue2m6 ue2m1 ue4m3fn ue1m7none ue4m4b9fn".split()
-FRACTIONAL = "e4m3b6.5 e5m2b14.25fn e3m4b3.75none e2m5b0.1 e2m1b1.9 e4m3b8.3fnuz ue4m4b6.3".split()
+SIGNED = [
+    "e4m3fn",
+    "e5m2",
+    "e4m3ieee",
+    "e3m4ieee",
+    "e3m4fn",
+    "e2m5",
+    "e4m3fnuz",
+    "e5m2fnuz",
+    "e3m2",
+    "e2m3",
+    "e2m1",
+    "e4m2",
+    "e3m3",
+    "e5m1",
+    "e6m1",
+    "e2m4fn",
+    "e3m2fnuz",
+    "e1m6fn",
+    "e5m2fn",
+    "e7m0fn",
+    "e4m0fnuz",
+    "e4m3none",
+    "e3m4none",
+    "e2m5none",
+    "e5m2none",
+    "e1m6none",
+    "e6m1fn",
+    "e3m3fn",
+    "e2m4none",
+    "e2m5fnuz",
+    "e2m2fn",
+    "e3m1none",
+    "e4m1fn",
+    "e1m2none",
+    "e2m0none",
+    "e4m3b11fnuz",
+    "e4m3b4fn",
+    "e5m2b20",
+    "e3m4b-2",
+    "e2m1b3",
+    "e4m3b15none",
+    "int8",
+    "int7",
+    "int6",
+    "int5",
+    "int4",
+    "int3",
+    "int2",
+]
+UNSIGNED = ["ue4m4", "ue5m3fn", "ue3m5none", "ue2m6", "ue2m1", "ue4m3fn", "ue1m7none", "ue4m4b9fn"]
+FRACTIONAL = ["e4m3b6.5", "e5m2b14.25fn", "e3m4b3.75none", "e2m5b0.1", "e2m1b1.9", "e4m3b8.3fnuz", "ue4m4b6.3"]
 MODES = (*DETERMINISTIC, "stochastic")
 BFLOAT16 = all_values(torch.bfloat16)
 BITS = torch.randint(0, 2**32, BFLOAT16.shape, dtype=torch.int64, generator=torch.Generator().manual_seed(0))
@@ -131,6 +177,21 @@ def test_stochastic_rounding_is_unbiased(name: str) -> None:
             r = (float(x) - low) / (high - low)
             mean = float(round_to_format(x.expand(n), name, "stochastic", random_bits=bits).double().mean())
             assert abs(mean - float(x)) <= (high - low) * (5 * math.sqrt(r * (1 - r) / n) + 2.0**-32 + 2.0**-23)
+
+
+@pytest.mark.parametrize("name", ["e4m3b6.5", "ue4m4", "int5", "e4m3b11fnuz"])
+def test_compiled(name: str) -> None:
+    """One graph each, with the same bits."""
+    x = decisive(name, torch.float32)
+
+    def both(x: Tensor) -> tuple[Tensor, Tensor]:
+        codes = fp8fx.quantize(x, name, rounding="nearest_even")
+        return codes.view(torch.uint8), fp8fx.dequantize(codes, None, name)
+
+    codes, values = torch.compile(both, fullgraph=True)(x)
+    wanted, decoded = both(x)
+    assert torch.equal(codes, wanted)
+    assert_same(values, decoded, x)
 
 
 @pytest.mark.parametrize(

@@ -109,7 +109,7 @@ REFUSED: dict[str, tuple[nn.Module, Any, tuple[Any, ...], str]] = {
         CONVOLUTION,
         {"extends": "hybrid", "defaults": {"input": ROW}},
         SIGNAL,
-        "a convolution takes one scale per tensor only (granularity: tensor)",
+        "a convolution takes one scale per tensor only (granularity: tensor; of its weight also channel)",
     ),
     "experts by rows": (
         seeded(Experts),
