@@ -29,7 +29,7 @@ from fp8fx.numerics.delayed import delayed_scale, delayed_update
 from fp8fx.ops.available import triton_works
 from fp8fx.ops.quantize import UNMEASURED
 from fp8fx.passes.contract import Slot
-from fp8fx.recipe.grammar import Delayed
+from fp8fx.recipe.sections import Delayed
 
 LOG = logging.getLogger("fp8fx")
 ORDER = {"before": "history_first", "after": "scale_first"}  # is the scale renewed before this step's tensors are quantized, or after?

@@ -120,8 +120,8 @@ class MasterWeights:
         if ours is not None:
             if (ours["dtype"], ours["rounding"]) != (_name(self.dtype), self.rounding):
                 raise CheckpointError(
-                    f"this optimizer state was saved with master weights in {ours['dtype']}, rounding {ours['rounding']}, and here they are "
-                    f"in {_name(self.dtype)}, rounding {self.rounding}. Make fp8fx.MasterWeights as it was, or remove {STATE!r} from the state"
+                    f"this optimizer state was saved with master weights in {ours['dtype']}, rounding {ours['rounding']}, here they are "
+                    f"in {_name(self.dtype)}, rounding {self.rounding}. Make fp8fx.MasterWeights as it was, or drop {STATE!r} from it"
                 )
             self.seed, self.steps = int(ours["seed"]), int(ours["steps"])
         return kept
@@ -178,7 +178,12 @@ def _to_bfloat16(x: Tensor, rounding: str, bits: Tensor | None) -> Tensor:
     elif rounding == "nearest_even":
         add = 0x7FFF + ((magnitude >> 16) & 1)
     else:
-        toward = {"nearest_away": 0x8000, "toward_zero": 0, "up": torch.where(negative, 0, 0xFFFF), "down": torch.where(negative, 0xFFFF, 0)}
+        toward: dict[str, Tensor | int] = {
+            "nearest_away": 0x8000,
+            "toward_zero": 0,
+            "up": torch.where(negative, 0, 0xFFFF),
+            "down": torch.where(negative, 0xFFFF, 0),
+        }
         add = toward[rounding]
     cut = ((magnitude + add) & ~0xFFFF).clamp(max=0x7F7F0000)  # overflow becomes the largest
     cut = torch.where(magnitude > 0x7F800000, magnitude, cut)  # NaN stays

@@ -56,7 +56,9 @@ class LearnedQuantizer(nn.Module):
     def entry(self) -> dict[str, Any]:
         """This role as a recipe writes it: the same float32 numbers, in their shortest decimal form."""
         value = float(np.format_float_scientific(np.float32(self.max_value.detach().float().item())))
-        return role_entry(self.learned_format, self.granularity, ("max_value" if self.granularity == "tensor" else "clip", value), self.base)
+        return role_entry(
+            self.learned_format, self.granularity, ("max_value" if self.granularity == "tensor" else "clip", value), self.base
+        )
 
     def extra_repr(self) -> str:
         return f"{self.learned_format}, {self.granularity}, max_value={self.max_value.item():g}"
@@ -77,7 +79,7 @@ class Quantizers(nn.Module):
         self.by_name[self.key(site, role)] = quantizer
 
     def get(self, site: str, role: str) -> LearnedQuantizer | None:
-        found = self.by_name[self.key(site, role)] if self.key(site, role) in self.by_name else None
+        found = self.by_name._modules.get(self.key(site, role))
         assert found is None or isinstance(found, LearnedQuantizer)
         return found
 

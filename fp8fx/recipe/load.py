@@ -21,8 +21,9 @@ from pydantic import BaseModel, ValidationError
 from fp8fx.errors import FP8Warning, RecipeError, nearest
 from fp8fx.recipe import source as sources
 from fp8fx.recipe.checks import document_problems, match_problems, merged_problems
-from fp8fx.recipe.grammar import Boundary, Document, Layer, LossScaling, Match, Rule
+from fp8fx.recipe.grammar import Document, Layer, Match, Rule
 from fp8fx.recipe.merge import merge, preset
+from fp8fx.recipe.sections import Boundary, LossScaling
 from fp8fx.recipe.source import KeyPath, Source
 from fp8fx.recipe.values import switch
 

@@ -13,10 +13,11 @@ import yaml
 
 from fp8fx.errors import RecipeError
 from fp8fx.recipe import resolve as resolving
-from fp8fx.recipe.grammar import Boundary, Delayed, Document, Layer, LossScaling, Match, Model, Role, Rule, Scale
+from fp8fx.recipe.grammar import Document, Layer, Match, Role, Rule
 from fp8fx.recipe.load import Loaded, Merged, follow, is_path, load, merge_chain, shipped
 from fp8fx.recipe.match import Modules, Site
 from fp8fx.recipe.resolve import Resolution
+from fp8fx.recipe.sections import Boundary, Delayed, LossScaling, Model, Scale
 from fp8fx.recipe.source import from_dict
 from fp8fx.spec import ROLES
 

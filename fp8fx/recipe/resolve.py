@@ -13,10 +13,11 @@ from typing import Any
 
 from fp8fx.recipe import match as matching
 from fp8fx.recipe.checks import role_conflict
-from fp8fx.recipe.grammar import Document, Layer, Match, Role, Rule, Scale
+from fp8fx.recipe.grammar import Document, Layer, Match, Role, Rule
 from fp8fx.recipe.load import Merged, complain, sugar_rule
 from fp8fx.recipe.match import Modules, Site
 from fp8fx.recipe.merge import merge
+from fp8fx.recipe.sections import Scale
 from fp8fx.spec import GEMMS, ROLES, SiteSpec, TensorSpec
 
 # Sites that `first` and `last` may mean. An embedding is a lookup, and bmm or attention have no weight of their own.

@@ -1,6 +1,6 @@
 """Batch norms beside quantization: folding them into the layer before, and estimating their statistics again under it.
 
-    BN(conv(x, w) + b) = conv(x, w * g / sqrt(var + eps)) + (b - mean) * g / sqrt(var + eps) + beta         in evaluation
+BN(conv(x, w) + b) = conv(x, w * g / sqrt(var + eps)) + (b - mean) * g / sqrt(var + eps) + beta         in evaluation
 """
 
 from __future__ import annotations
@@ -47,7 +47,9 @@ def fold_batchnorm(model: nn.Module, example_inputs: Any = None) -> nn.Module:
     for layer, norm in pairs:
         _fold(folded, layer, norm)
     if not pairs and any(isinstance(module, _BatchNorm) for module in model.modules()):
-        warnings.warn("fp8fx.fold_batchnorm: the model has batch norms, and none could be folded into a layer before it", FP8Warning, stacklevel=2)
+        warnings.warn(
+            "fp8fx.fold_batchnorm: the model has batch norms, and none could be folded into a layer before it", FP8Warning, stacklevel=2
+        )
     return folded
 
 
@@ -108,7 +110,8 @@ def _fold(root: nn.Module, layer_path: str, norm_path: str) -> None:
 def _fused_convolution(layer: Any, statistics: tuple[Any, ...]) -> tuple[nn.Parameter, nn.Parameter]:
     """torch's own formula; a transposed convolution in groups holds its output channels as [I, O / groups]."""
     if not layer.transposed or layer.groups == 1:
-        return fusion.fuse_conv_bn_weights(layer.weight, layer.bias, *statistics, transpose=layer.transposed)
+        mean, var, eps, gain, shift = statistics
+        return fusion.fuse_conv_bn_weights(layer.weight, layer.bias, mean, var, eps, gain, shift, layer.transposed)
     mean, var, eps, gain, shift = statistics
     gain = torch.ones_like(mean) if gain is None else gain
     shift = torch.zeros_like(mean) if shift is None else shift

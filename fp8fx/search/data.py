@@ -26,7 +26,9 @@ def batches_of(data: Any, batches: int | None = None) -> list[Any]:
     inf, or of another form (count of tensors, dtypes, dimensions) than the first.
     """
     if batches is not None and (isinstance(batches, bool) or not isinstance(batches, int) or batches < 1):
-        raise ModelError(f"batches is how many batches of the calibration data are used, an int from 1 on, or None for all; got {batches!r}")
+        raise ModelError(
+            f"batches is how many batches of the calibration data are used, an int from 1 on, or None for all; got {batches!r}"
+        )
     one = isinstance(data, Tensor | Mapping)
     if not one and not isinstance(data, Iterable):
         raise ModelError(f"calibration data is a tensor, a dict of keyword arguments, or an iterable of batches; got {type(data).__name__}")
@@ -34,7 +36,9 @@ def batches_of(data: Any, batches: int | None = None) -> list[Any]:
     if not found:
         raise ModelError("the calibration data is empty: it gave no batch. (An iterator that was read to its end before gives none.)")
     if batches is not None and len(found) < batches:
-        raise ModelError(f"the calibration data was exhausted midway: batches={batches}, and it gave {len(found)}. Give more, or ask for fewer")
+        raise ModelError(
+            f"the calibration data was exhausted midway: batches={batches}, and it gave {len(found)}. Give more, or ask for fewer"
+        )
     for number, batch in enumerate(found):
         _check(batch, found[0], number)
     return found
@@ -51,7 +55,7 @@ def _check(batch: Any, first: Any, number: int) -> None:
         if tensor.is_floating_point() and not bool(tensor.isfinite().all()):
             count = int((~tensor.isfinite()).sum())
             raise ModelError(
-                f"{where} is not finite: {count} of the {tensor.numel()} elements of a tensor of shape {tuple(tensor.shape)} are NaN or inf, "
+                f"{where} is not finite: {count} of the {tensor.numel()} elements of a tensor {tuple(tensor.shape)} are NaN or inf, "
                 "and no scale could be computed from it"
             )
     form, wanted = _form(batch), _form(first)

@@ -73,7 +73,7 @@ class Sampling:
             count = int((~value.isfinite()).sum())
             raise ModelError(
                 f"layer {site.name!r}: {count} of the {value.numel()} elements of its {operand.role} are NaN or inf in calibration, before "
-                "anything is quantized. Look for the first layer of the model that gives such values, or leave this one out with exempt=[...]"
+                "anything is quantized. Look for the first layer of the model that gives such values, or leave it out with exempt=[...]"
             )
         sample.add(operand.rows(value), self.elements)
 

@@ -100,7 +100,9 @@ def _roles(roles: Sequence[str]) -> tuple[str, ...]:
         raise ModelError("the search space is empty: roles has no entry")
     for role in found:
         if role not in ROLES:
-            raise ModelError(f"fp8fx.search(roles=...): got {role!r}; the roles that can be searched are {allowed(ROLES)}.{nearest(role, ROLES)}")
+            raise ModelError(
+                f"fp8fx.search(roles=...): got {role!r}; the roles that can be searched are {allowed(ROLES)}.{nearest(role, ROLES)}"
+            )
     return found
 
 
@@ -121,7 +123,7 @@ def fits(candidate: Candidate, operand: Operand, site: Site, flat: bool = False)
         return True
     if flat or operand.layout == "none" or site.op == "grouped_mm":
         return False
-    return block == "row" if operand.layout == "tail" or site.op == "embedding" else True
+    return block == "row" if operand.layout in ("tail", "turned_tail") or site.op == "embedding" else True
 
 
 class _Searcher:
@@ -148,7 +150,7 @@ class _Searcher:
         if not space:
             kinds = ", ".join(sorted({c.text for c in self.space}))
             raise ModelError(
-                f"the search space has nothing for the {sample.role} of layer {sample.site.name!r} ({sample.site.op}): it can only have one "
+                f"the search space has nothing for the {sample.role} of layer {sample.site.name!r} ({sample.site.op}): it takes only one "
                 f"scale per tensor, and the space holds {kinds}. Add 'tensor' to granularities, or leave the layer out"
             )
         top = torch.full((), sample.largest, dtype=torch.float32, device=sample.parts[0].device)

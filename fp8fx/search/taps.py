@@ -37,7 +37,7 @@ Handler = Callable[["Site", Tensor, Tensor, Product], Tensor]
 class Operand:
     """One operand of a site: the role it has, its spec in the base recipe, and where its contraction lies.
 
-    layout: `last` and `second_last` dimension; `tail`, all but the first (the weight of a convolution); `none` for what takes one scale
+    layout: `last` and `second_last` dimension; `tail`, all but the first (the weight of a convolution; `turned_tail`: all but the second, of a transposed one); `none` for what takes one scale
     per tensor only (the input of a convolution).
     """
 
@@ -47,12 +47,14 @@ class Operand:
 
     def rows(self, x: Tensor) -> Tensor:
         """`x` as a matrix whose rows are contracted: what a scale per row or block is meant for."""
-        if self.layout == "second_last":
-            x = x.mT
-        return x.reshape(x.shape[0] if x.dim() else 1, -1) if self.layout in ("tail", "none") else x.reshape(-1, x.shape[-1])
+        if self.layout in ("second_last", "turned_tail"):
+            x = x.mT if self.layout == "second_last" else x.transpose(0, 1)
+        return x.reshape(x.shape[0] if x.dim() else 1, -1) if self.layout in ("tail", "turned_tail", "none") else x.reshape(-1, x.shape[-1])
 
     def restore(self, rows: Tensor, x: Tensor) -> Tensor:
         """The matrix that `rows` gave, in the shape of `x` again."""
+        if self.layout == "turned_tail":
+            return rows.reshape(x.transpose(0, 1).shape).transpose(0, 1)
         return rows.reshape(x.mT.shape).mT if self.layout == "second_last" else rows.reshape(x.shape)
 
 
@@ -83,7 +85,7 @@ def site_of(call: SiteCall, name: str, op: str, spec: SiteSpec) -> Site:
         left = ("weight" if weights[0] else "input", "weight" if weights[1] else "input")
         right = ("last", "second_last")
     elif call.op in CONVOLUTIONS:
-        right = ("none", "none" if call.options["transposed"] else "tail")
+        right = ("none", "turned_tail" if call.options["transposed"] else "tail")
     elif call.transposed_weight:
         right = ("last", "second_last")
     roles = [Operand(role, getattr(spec, role), layout) for role, layout in zip(left, right, strict=True)]
@@ -95,7 +97,9 @@ class Tap(nn.Module):
 
     def __init__(self, runtime: TapRuntime, site: Site, target: Any, method: bool, places: tuple[int | str, int | str]) -> None:
         super().__init__()
-        vars(self).update(runtime=weakref.ref(runtime), site=site, target=target, method=method, places=places)
+        self.runtime: Any = weakref.ref(runtime)  # Dynamo's caches keep graphs for longer than anyone keeps the model
+        self.site, self.method, self.places = site, method, places
+        vars(self)["target"] = target  # not by assignment: a module would become a child
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         def product(x: Tensor, w: Tensor) -> Any:
@@ -106,11 +110,12 @@ class Tap(nn.Module):
                 else:
                     named[place] = value
             if self.method:
-                return getattr(positional[0], self.target)(*positional[1:], **named)
-            return self.target(*positional, **named)
+                return getattr(positional[0], vars(self)["target"])(*positional[1:], **named)
+            return vars(self)["target"](*positional, **named)
 
         x, w = (args[place] if isinstance(place, int) else kwargs[place] for place in self.places)
-        return alive(self.runtime).handle(self.site, x, w, product) if mode() == FP8 else product(x, w)
+        runtime: Any = alive(self.runtime)
+        return runtime.handle(self.site, x, w, product) if mode() == FP8 else product(x, w)
 
 
 class TapRuntime(Runtime):
@@ -183,4 +188,3 @@ def tapped(model: nn.Module, runtime: TapRuntime) -> nn.Module:
     runtime.attach(fast)
     runtime.original = model
     return fast
-

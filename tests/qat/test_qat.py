@@ -69,7 +69,9 @@ def seen(model: nn.Module, x: Tensor) -> dict[tuple[str, str], tuple[str, Tensor
     return found
 
 
-@pytest.mark.parametrize(("recipe", "learn"), [("e4m3fn", "max_value"), ("e4m3fn", ("max_value", "mantissa_bits")), (CHANNELS, "max_value")])
+@pytest.mark.parametrize(
+    ("recipe", "learn"), [("e4m3fn", "max_value"), ("e4m3fn", ("max_value", "mantissa_bits")), (CHANNELS, "max_value")]
+)
 def test_the_learned_recipe_runs_the_same_numbers(recipe: Any, learn: Any) -> None:
     model, trained, x = made(recipe, learn=learn)
     losses = train(trained, x)
@@ -157,7 +159,7 @@ def test_mistakes() -> None:
     x = torch.randn(2, 3, 8, 8)
     with pytest.raises(fp8fx.ModelError, match="Did you mean 'mantissa_bits'"):
         made(learn="mantissa")
-    with pytest.raises(fp8fx.ModelError, match="neither a shipped recipe .* nor a format"):
+    with pytest.raises(fp8fx.ModelError, match=r"neither a shipped recipe .* nor a format"):
         made("e4m3x")
     with pytest.raises(fp8fx.ModelError, match="nothing to learn"):
         made(learn=())
@@ -165,7 +167,7 @@ def test_mistakes() -> None:
         fp8fx.qat(Net(), "none", data=x)
     with pytest.raises(fp8fx.ModelError, match="data is empty"):
         fp8fx.qat(Net(), data=[])
-    with pytest.raises(fp8fx.ModelError, match="not made by fp8fx.qat"):
+    with pytest.raises(fp8fx.ModelError, match=r"not made by fp8fx.qat"):
         fp8fx.quantizer_parameters(Net())
     with pytest.raises(fp8fx.ModelError, match="compiled by fp8fx already"):
         fp8fx.compile(made()[1])

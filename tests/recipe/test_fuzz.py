@@ -14,7 +14,8 @@ from hypothesis import strategies as st
 
 from fp8fx.errors import RecipeError
 from fp8fx.recipe import Recipe, Site
-from fp8fx.recipe.grammar import Document, Layer, LossScaling, Match, Role, Rule
+from fp8fx.recipe.grammar import Document, Layer, Match, Role, Rule
+from fp8fx.recipe.sections import LossScaling
 from fp8fx.recipe.source import from_text
 from fp8fx.recipe.values import OPS
 

@@ -248,7 +248,7 @@ def test_a_model_that_overflows_names_the_layer() -> None:
     model, data = made(1)
     with torch.no_grad():
         model.conv.weight.fill_(3e38)
-    with pytest.raises(fp8fx.ModelError, match="layer 'matmul': .* are NaN or inf in calibration"):
+    with pytest.raises(fp8fx.ModelError, match=r"layer 'matmul': .* are NaN or inf in calibration"):
         fp8fx.search(model, data, progress=False)
 
 
@@ -256,5 +256,5 @@ def test_single_tensors_that_cannot_be_searched() -> None:
     for x, message in ((torch.zeros(3), "all 3 elements of x are zero"), (torch.zeros(0), "has no elements"), (NAN, "is not finite")):
         with pytest.raises(fp8fx.ModelError, match=message):
             fp8fx.search_format(x)
-    with pytest.raises(fp8fx.ModelError, match="must be a floating point tensor, got torch.int64"):
+    with pytest.raises(fp8fx.ModelError, match=r"must be a floating point tensor, got torch.int64"):
         fp8fx.search_format(torch.arange(3))
