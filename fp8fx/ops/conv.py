@@ -74,8 +74,9 @@ def _unfolded(x: Operand, w: Operand, geometry: Geometry, accumulate: str) -> Te
     sizes = zip(values.shape[2:], padding, dilation, weight.shape[2:], stride, strict=True)
     size = [(n + 2 * p - d * (k - 1) - 1) // s + 1 for n, p, d, k, s in sizes]
     result = values.new_empty((values.shape[0], weight.shape[0], *size))
+    window = tuple(weight.shape[2:]), tuple(dilation), tuple(padding), tuple(stride)
     for image, out in zip(values, result, strict=True):
-        columns = unfold(image[None], list(weight.shape[2:]), dilation, padding, stride)[0].chunk(groups)
+        columns = unfold(image[None], *window)[0].chunk(groups)
         out.copy_(torch.cat([multiply(k, c) for k, c in zip(kernels, columns, strict=True)]).view(out.shape))
     return result.squeeze(2) if flat else result
 
