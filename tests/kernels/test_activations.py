@@ -82,8 +82,9 @@ def same_pairs(ours: Any, theirs: Any) -> None:
         same_bytes(a, b.cpu())
 
 
-@pytest.mark.parametrize(("activation", "gated"), [("silu", True), ("gelu", False), ("relu", True)])
-@pytest.mark.parametrize("shape", [(70, 150), (64, 256)])
+@pytest.mark.parametrize(
+    ("activation", "gated", "shape"), [("silu", True, (34, 150)), ("gelu", False, (34, 150)), ("relu", True, (64, 128))]
+)
 def test_inputs_kept_in_fp8(device: str, activation: str, gated: bool, shape: tuple[int, int]) -> None:
     """Codes of h and u are the reference's, and what reads them sees their values; a gradient by two launches is that of one."""
     for dtype in (torch.float32,) if device == "cpu" else (torch.float32, torch.bfloat16):
