@@ -71,6 +71,10 @@ class Quantizers(nn.Module):
         super().__init__()
         self.by_name = nn.ModuleDict()
 
+    def forward(self, x: Any) -> Any:
+        """`x`: an nn.Sequential calls all its children, and this one changes nothing."""
+        return x
+
     @staticmethod
     def key(site: str, role: str) -> str:
         return f"{site.replace('.', '/')}/{role}"

@@ -37,8 +37,8 @@ Handler = Callable[["Site", Tensor, Tensor, Product], Tensor]
 class Operand:
     """One operand of a site: the role it has, its spec in the base recipe, and where its contraction lies.
 
-    layout: `last` and `second_last` dimension; `tail`, all but the first (the weight of a convolution; `turned_tail`: all but the second, of a transposed one); `none` for what takes one scale
-    per tensor only (the input of a convolution).
+    layout: `last` and `second_last` dimension; `tail`, all but the first (the weight of a convolution); `turned_tail`, all but
+    the second (of a transposed one); `none` for what takes one scale per tensor only (the input of a convolution).
     """
 
     role: str

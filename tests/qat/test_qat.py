@@ -171,3 +171,14 @@ def test_mistakes() -> None:
         fp8fx.quantizer_parameters(Net())
     with pytest.raises(fp8fx.ModelError, match="compiled by fp8fx already"):
         fp8fx.compile(made()[1])
+
+
+def test_a_sequential_root_and_transposed_channels() -> None:
+    """nn.Sequential calls all its children, of which the quantizers are one; a transposed weight has its output channels second."""
+    torch.manual_seed(0)
+    model, x = nn.Sequential(nn.ConvTranspose2d(4, 6, 3)), torch.randn(4, 4, 5, 5)
+    trained = fp8fx.qat(model, CHANNELS, data=x).eval()
+    with torch.no_grad():
+        y = fp8fx.compile(model, trained.recipe()).eval()(x)
+        assert torch.allclose(trained(x), y, atol=1e-5)
+        assert not torch.equal(y, model(x))
