@@ -35,7 +35,7 @@ from fp8fx.ops.producers import make_anchor
 from fp8fx.ops.quantize import as_matrix
 from fp8fx.spec import SiteSpec, TensorSpec
 
-APART = 2**26  # elements of da from which on dh and du are made one after the other
+APART = 2**27  # elements of da from which on dh and du are made one after the other; half as many where h and u are kept in FP8
 
 
 def act_linear_reference(
@@ -164,7 +164,7 @@ def _gradients(
     scales = [state.scale("grad_output") for state in states[: 2 if gated else 1]] + [None] * (not gated)
     records, rng, sites = [state.own_record("grad_output") for state in states], states[0].rng, [state.site for state in states]
     size = flat.numel()
-    if not gated or not isinstance(size, int) or size < APART:
+    if not gated or not isinstance(size, int) or size < (APART if block_h is None else APART // 2):
         return act_backward_cast(  # type: ignore[no-any-return]
             flat, h, u, block_h, block_u, activation, rng, *sites, spec.text, *scales, *records, layout, sums
         )
