@@ -26,7 +26,7 @@ from fp8fx.kernels.launch import Launch, hooked, recorded, recording
 TRIES = 4  # torch looks over an operator's shoulder in its first calls, which then do more than they will
 MOST_TAPES = 4096  # of one function; sizes that change at every call would fill the memory
 _HARMLESS = {"empty", "empty_strided", "new_empty", "view", "t", "transpose", "unbind", "select", "slice", "alias", "detach", "as_strided",
-             "unsqueeze", "squeeze", "permute", "expand", "_unsafe_view", "split", "split_with_sizes", "new_empty_strided"}  # fmt: skip
+             "unsqueeze", "squeeze", "permute", "expand", "_unsafe_view", "split", "split_with_sizes", "new_empty_strided", "mT"}  # fmt: skip
 _ZEROED = {"zeros", "new_zeros"}
 
 try:  # the allocation that Inductor's own code calls: a quarter of torch.empty's time
@@ -157,6 +157,8 @@ class _Watch(TorchDispatchMode):
             self.made.add(result.untyped_storage().data_ptr())
         if name in _ZEROED:
             self.zeroed.add(result.untyped_storage().data_ptr())
+        elif name == "reshape":  # below an operator's autograd it is shown as it is; a copy would be taken for a constant
+            self.harmless &= result.untyped_storage().data_ptr() == args[0].untyped_storage().data_ptr()
         elif name not in _HARMLESS:
             self.harmless = False
         return result

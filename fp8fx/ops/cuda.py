@@ -24,7 +24,7 @@ from fp8fx.ops import linear as linear_op
 from fp8fx.ops import quantize as quantize_op
 from fp8fx.ops.cuda_casts import DTYPES, cast, cast_amax, cast_current, has_kernel, quantize, round_values, rounding_of
 from fp8fx.ops.cuda_norms import norm_backward, norm_cast
-from fp8fx.ops.inductor import FORMATS, torch_has
+from fp8fx.ops.inductor import FORMATS, cut_by_batches, torch_has
 from fp8fx.ops.library import LIBRARY, REFERENCES, without_autocast
 from fp8fx.ops.operands import forward_operand
 from fp8fx.ops.quantize import as_matrix
@@ -129,6 +129,8 @@ def linear(x: Tensor, w: Tensor, b: Tensor | None, input: list[Tensor], weight: 
     if "output" not in spec.gemms or not input or not weight:
         return linear_op.linear_reference(x, w, b, input, weight, *rest)
     left, right = forward_operand(x, input, input_spec), forward_operand(w, weight, weight_spec).mT
+    if cut_by_batches(x, left.block):
+        return linear_op.linear_reference(x, w, b, input, weight, *rest)
     scale = left.scale if x.dim() == 2 or left.scale is None or left.scale.dim() == 0 else left.scale.view(-1, left.scale.shape[-1])
     values, _, format, block = left.arguments()
     values = values if x.dim() == 2 else as_matrix(values)

@@ -30,7 +30,7 @@ from fp8fx.ops.cuda_casts import DTYPES, laid_out, rounding_of
 from fp8fx.ops.mlp import ACTIVATIONS
 from fp8fx.ops.producers import make_anchor
 from fp8fx.ops.quantize import as_matrix
-from fp8fx.spec import TensorSpec
+from fp8fx.spec import SiteSpec, TensorSpec
 
 ROWS = 4096  # at a time, where h and u are only needed to make codes: enough for a product to run at full speed
 
@@ -76,7 +76,8 @@ def act_linear(
 
     shape, how = (*x.shape[:-1], w1.shape[0]), (spec, rng, site, scale, record, layout)
     if kept_in_fp8(backward1):
-        q, qt, made, *kept = _kept_codes(of_rows, w1.new_empty(shape, dtype=dtype, device="meta"), w1, w2 is not None, activation, *how)
+        like = w1.new_empty(shape, dtype=dtype, device="meta")
+        q, qt, made, *kept = _kept_codes(of_rows, like, w1, w2 is not None, _draws(backward1, backward2), activation, *how)
     else:
         h, u = of_rows(None)
         q, qt, made = _ACT_CAST(h, u, activation, *how)
@@ -84,11 +85,17 @@ def act_linear(
     return make_anchor(shape, dtype, x.device), q if layout == "transposed" else q.view(shape), qt, made, *kept
 
 
+def _draws(*backward: str) -> bool:
+    """An output before the activation is rounded stochastically."""
+    return any((out := SiteSpec.parse_backward(text).output) is not None and out.stochastic for text in backward if text)
+
+
 def _kept_codes(
     of_rows: Callable[[slice | None], tuple[Tensor, Tensor | None]],
     like: Tensor,
     w: Tensor,
     gated: bool,
+    draws: bool,
     activation: str,
     spec: str,
     rng: Tensor | None,
@@ -106,7 +113,7 @@ def _kept_codes(
         del u
         return *_CAST_PARTS(h, parts, spec, rng, site, record, layout), *kept
     q, q_t, *kept = _room(matrix, w, TensorSpec.parse(spec).format, layout, gated)
-    step = ROWS if m >= 2 * ROWS else max(m, 1)
+    step = ROWS if m >= 2 * ROWS and not draws else max(m, 1)  # random bits are numbered by the rows of the whole
     for row in range(0, m, step):
         h, u = of_rows(slice(row, min(row + step, m)) if step < m else None)
         _ACT_INTO(h, u, activation, spec, rng, site, scale, record, q, q_t, row, *kept)
@@ -319,7 +326,7 @@ def act_backward_up(
     layout: str,
     sums: bool,
 ) -> tuple[Tensor, ...]:
-    """du = act(h) * da is what forward makes of h and u, to the bit."""
+    """du = act(h) * da is what forward makes of h and u. silu may differ in its last bit from that of the launch that makes both."""
     parsed, gate = TensorSpec.parse(spec), _kept(h, block_h)
     current, how = parsed.scaling == "current", rounding_of(parsed, rng, site, casts.GRADIENT)
     made = grad.new_empty(1 if current else 0, dtype=torch.float32)

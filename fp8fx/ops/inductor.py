@@ -61,6 +61,11 @@ def on_gpu(x: Tensor) -> bool:
     return x.is_cuda
 
 
+def cut_by_batches(x: Tensor, block: tuple[int, ...]) -> bool:
+    """Blocks of several rows of x [..., M, K] end where each matrix does: seen as one matrix, they would not lie on its grid of blocks."""
+    return x.dim() > 2 and bool(block) and block[0] > 1 and x.shape[-2] % block[0] != 0
+
+
 def _scaled_mm(
     a: Tensor,
     scale_a: Tensor | None,
@@ -89,6 +94,8 @@ def _linear(x: Tensor, w: Tensor, b: Tensor | None, input: list[Tensor], weight:
     if not on_gpu(x) or "output" not in spec.gemms or not input or not weight:
         return NotImplemented
     left, right = forward_operand(x, input, input_spec), forward_operand(w, weight, weight_spec).mT
+    if cut_by_batches(x, left.block):
+        return NotImplemented
     scale = left.scale
     if scale is not None and scale.dim() > 2:
         scale = as_matrix(scale)

@@ -183,7 +183,8 @@ def _geometry_obstacle(call: SiteCall, spec: SiteSpec) -> str | None:
     granularities = {s.granularity for s in specs if s is not None}
     if call.op == "grouped_mm" and granularities - {"tensor"}:
         return "a grouped_mm takes one scale per tensor only (granularity: tensor)"
-    if call.op in CONVOLUTIONS and ({s.granularity for s in specs if s not in (None, spec.weight)} - {"tensor"} or _blocks(spec.weight)):
+    others = {s.granularity for role, s in zip(ROLES, specs, strict=True) if s is not None and role != "weight"}
+    if call.op in CONVOLUTIONS and (others - {"tensor"} or _blocks(spec.weight)):
         return "a convolution takes one scale per tensor only (granularity: tensor; of its weight also channel)"
     if call.op == "embedding":
         if call.options["max_norm"] is not None or call.options["sparse"]:

@@ -83,8 +83,6 @@ def _obstacle(cast: fx.Node, a: fx.Node, act: fx.Node, gate: fx.Node, up: fx.Nod
     specs = [SiteSpec.parse_backward(str(linear.args[11])) for linear in linears]
     if not all(spec.columns for spec in specs):
         return "a linear layer before it does not run on kernels"
-    if any(len(linear.args[4]) > 2 for linear in linears):  # type: ignore[arg-type]
-        return "a weight that is shared has random bits of another layer"
     gradients = {None if spec.grad_output is None else spec.grad_output.text for spec in specs}
     if len(gradients) > 1 or any(TensorSpec.parse(str(text)).granularity != "tensor" for text in gradients):
         return "the gradients of its linear layers are quantized in different ways"
