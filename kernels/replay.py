@@ -26,7 +26,8 @@ from fp8fx.kernels.launch import Launch, hooked, recorded, recording
 TRIES = 4  # torch looks over an operator's shoulder in its first calls, which then do more than they will
 MOST_TAPES = 4096  # of one function; sizes that change at every call would fill the memory
 _HARMLESS = {"empty", "empty_strided", "new_empty", "view", "t", "transpose", "unbind", "select", "slice", "alias", "detach", "as_strided",
-             "unsqueeze", "squeeze", "permute", "expand", "_unsafe_view", "split", "split_with_sizes", "new_empty_strided", "mT"}  # fmt: skip
+             "unsqueeze", "squeeze", "permute", "expand", "_unsafe_view", "split", "split_with_sizes",
+             "new_empty_strided", "mT"}  # fmt: skip
 _ZEROED = {"zeros", "new_zeros"}
 
 try:  # the allocation that Inductor's own code calls: a quarter of torch.empty's time

@@ -70,9 +70,8 @@ def act_linear(
         h = linear(part, w1, b1, codes, weight1, None, None, rng, site1, input_spec, weight1_spec, backward1, dtype)
         if w2 is None:
             return as_matrix(h), None
-        return as_matrix(h), as_matrix(
-            linear(part, w2, b2, codes, weight2, None, None, rng, site2, input_spec, weight2_spec, backward2, dtype)
-        )
+        u = linear(part, w2, b2, codes, weight2, None, None, rng, site2, input_spec, weight2_spec, backward2, dtype)
+        return as_matrix(h), as_matrix(u)
 
     shape, how = (*x.shape[:-1], w1.shape[0]), (spec, rng, site, scale, record, layout)
     if kept_in_fp8(backward1):
@@ -326,7 +325,7 @@ def act_backward_up(
     layout: str,
     sums: bool,
 ) -> tuple[Tensor, ...]:
-    """du = act(h) * da is what forward makes of h and u. silu may differ in its last bit from that of the launch that makes both."""
+    """du = act(h) * da, by the forward's kernel: its silu may differ in the last bit."""
     parsed, gate = TensorSpec.parse(spec), _kept(h, block_h)
     current, how = parsed.scaling == "current", rounding_of(parsed, rng, site, casts.GRADIENT)
     made = grad.new_empty(1 if current else 0, dtype=torch.float32)
