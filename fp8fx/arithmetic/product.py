@@ -22,7 +22,7 @@ from fp8fx.arithmetic import operands as op
 from fp8fx.arithmetic.multiplier import LARGEST_MANTISSA, Multiplier
 from fp8fx.arithmetic.numbers import number, rounder
 from fp8fx.arithmetic.operands import Parts
-from fp8fx.arithmetic.spec import HOPPER, Arithmetic
+from fp8fx.arithmetic.spec import HOPPER, Arithmetic, Given
 from fp8fx.arithmetic.tiles import Steps
 from fp8fx.errors import ModelError
 
@@ -33,8 +33,9 @@ ROWS, COLUMNS = 32, 512  # of an eager tile: 64 KiB, so that the dozen temporari
 Formats = tuple[str, str]
 
 
-def form_of(arithmetic: Arithmetic, formats: Formats = ("", "")) -> str:
-    """The form that a product of operands in these formats ("": float32, any value) takes: one of FORMS."""
+def form_of(arithmetic: Given, formats: Formats = ("", "")) -> str:
+    """The form that a product of operands in these formats ("": float32, any value) takes: one of FORMS. arithmetic: as in `matmul`."""
+    arithmetic = Arithmetic.of(arithmetic)
     if arithmetic.products != "float32" or arithmetic.accumulate != "float32":
         return "tiles"
     if arithmetic.multiplier == "exact":

@@ -137,6 +137,9 @@ class Arithmetic:
         return Arithmetic(**given)
 
 
+Given = Arithmetic | str | Mapping[str, Any]  # what `Arithmetic.of` takes
+
+
 def _chunked(given: Mapping[str, Any]) -> dict[str, Any]:
     """{chunk: 64, inner: float16, outer: float32} as Arithmetic's own keys."""
     unknown = [str(key) for key in given if key not in ("chunk", "inner", "outer")]
