@@ -195,10 +195,19 @@ def test_texts() -> None:
         ({"multiplier": "codes", "operands": "e2m1"}, "e2m1 has 4 bits, the codes of codes have 8"),
         ({"products": "e3m2"}, "e3m2 has neither inf nor NaN, so overflow must be saturate"),
         ({"multiplicator": "mitchell"}, "unknown key 'multiplicator'.*Did you mean 'multiplier'"),
+        ("chunk=8/accumulate=fp16/chunk=4", "chunk: given 2 times, as 8 and 4; write it once"),
+        ({"accumulate": {"chunk": 8, "inner": "float16"}, "chunk": 4}, "chunk: given twice, beside accumulate and in accumulate"),
+        ({"accumulate": {"chunk": 8, "outer": "float16"}, "outer": "float32"}, "outer: given twice"),
+        ({"products": "e4m3"}, r"products: format 'e4m3' is ambiguous: write e4m3fn \(448\) or e4m3ieee \(240\)$"),
+        ({"accumulate": "e3m4"}, r"accumulate: format 'e3m4' is ambiguous: write e3m4fn \(30\) or e3m4ieee \(15.5\)$"),
+        ({"accumulate": "hoper_fast"}, "accumulate: unknown number format.*Also allowed: hopper_fast. Did you mean 'hopper_fast'"),
+        ({"outer": "flaot16"}, "outer: unknown number format 'flaot16'.*Did you mean 'float16'"),
+        ({"operands": "e4m3"}, "operands: format 'e4m3' is ambiguous"),
+        ({"rounding": "nearest"}, "rounding: unknown rounding 'nearest'"),
         ({"accumulate": {"inner": "float16"}}, "accumulate: got .*allowed: a format, hopper_fast"),
     ],
 )
-def test_impossible_arithmetic(keys: dict[str, object], message: str) -> None:
+def test_impossible_arithmetic(keys: str | dict[str, object], message: str) -> None:
     with pytest.raises((FormatError, ModelError), match=message):
         Arithmetic.of(keys)
 
