@@ -133,6 +133,10 @@ def test_what_it_does_not_reach() -> None:
     assert reasons(nn.Linear(4, 4), torch.ones(2, 4), {"multiplier": "recipe_codes", "gradients": "same"}) == [
         "a table over codes needs every operand in one format of 8 bits; here they are e4m3fn, e5m2"
     ]
+    register("codes_of_e5m2", torch.ones(256, 256), format="e5m2")
+    assert reasons(nn.Linear(4, 4), torch.ones(2, 4), {"multiplier": "codes_of_e5m2"}) == [
+        "table codes_of_e5m2 is one over the codes of e5m2; here the operands are e4m3fn"
+    ]
     embedding = fp8fx.plan(nn.Embedding(4, 8), recipe({"multiplier": "mitchell"}), example_inputs=torch.zeros(2, dtype=torch.int64))
     assert "arithmetic" not in embedding.rows[0].formats
 

@@ -98,6 +98,8 @@ class Arithmetic:
             raise ModelError("hopper_fast adds exact products: multiplier must be exact, or choose another accumulate")
         if table is not None and table.mantissa_bits is None and self.operands and formats.get(self.operands).bits != 8:
             raise ModelError(f"operands: {self.operands} has {formats.get(self.operands).bits} bits, the codes of {self.multiplier} have 8")
+        if table is not None and self.operands and (wrong := table.mismatch([self.operands])):
+            raise ModelError(f"operands: {wrong}")
 
     def table(self, mantissa_bits: int | None) -> Multiplier | None:
         """The multiplier's table; for Mitchell's that of `mantissa_bits`. None for an exact one and for Mitchell's of no given width."""

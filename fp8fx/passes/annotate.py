@@ -20,7 +20,6 @@ import torch
 from torch import fx
 from torch.nn import functional as F
 
-from fp8fx import formats
 from fp8fx.arithmetic.room import overflow_note
 from fp8fx.arithmetic.spec import Arithmetic
 from fp8fx.capture.graph import ALIASES, MODULE, SITE, VAL, tensor
@@ -213,10 +212,10 @@ def _arithmetic_obstacle(call: SiteCall, spec: SiteSpec) -> str | None:
     if table is None or table.mantissa_bits is not None or "output" not in spec.gemms:
         return None
     roles = [spec.input, spec.weight, *([spec.grad_output] if wanted.gradients == "same" else [])]
-    names = {"high precision" if role is None else role.format for role in roles}
-    if len(names) > 1 or any(role is None or formats.get(role.format).bits != 8 for role in roles):
+    if None in roles:
+        names = {"high precision" if role is None else role.format for role in roles}
         return f"a table over codes needs every operand in one format of 8 bits; here they are {', '.join(sorted(names))}"
-    return None
+    return table.mismatch([role.format for role in roles if role is not None])
 
 
 def _room(spec: SiteSpec) -> str | None:

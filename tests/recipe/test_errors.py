@@ -12,6 +12,7 @@ from typing import Any
 import pytest
 import torch
 
+from fp8fx.arithmetic import multiplier
 from fp8fx.errors import FP8Warning, RecipeError
 from fp8fx.recipe import Recipe, Site
 
@@ -26,7 +27,8 @@ def message(source: Any) -> str:
 
 
 @pytest.mark.parametrize(("text", "expected"), CASES, ids=[repr(text)[:40] for text, _ in CASES])
-def test_message(text: str, expected: str, tmp_path: Path) -> None:
+def test_message(text: str, expected: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(multiplier, "_REGISTERED", {})  # messages list what other tests registered
     path = tmp_path / "bad.yaml"
     path.write_text(text)
     assert message(path).replace(f"{tmp_path}/", "") == expected.removesuffix("\n")
