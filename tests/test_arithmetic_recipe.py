@@ -148,4 +148,4 @@ def test_blocks_sum_apart() -> None:
     module, x = nn.Linear(16, 8, bias=False), torch.randn(4, 16)
     y = fp8fx.compile(module, recipe({"accumulate": "hopper_fast"}, **block))(x)
     plain = fp8fx.compile(module, {"extends": "hybrid", "defaults": block})(x)
-    assert 0.0 < float((y - plain).abs().max()) < 0.02
+    assert 0.0 < float((y - plain).detach().abs().max()) < 0.02
