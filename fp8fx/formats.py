@@ -168,7 +168,7 @@ TABLE: dict[str, Format] = {
 # Names of whole roles in recipes: the OCP MX formats, by the format of their elements.
 MX = {"mxfp8_e4m3": "e4m3fn", "mxfp8_e5m2": "e5m2", "mxfp6_e3m2": "e3m2", "mxfp6_e2m3": "e2m3", "mxfp4": "e2m1"}
 
-_AMBIGUOUS = {"e4m3": "e4m3fn (448) or e4m3ieee (240)", "e3m4": "e3m4fn (30) or e3m4ieee (15.5)"}
+AMBIGUOUS = {"e4m3": "e4m3fn (448) or e4m3ieee (240)", "e3m4": "e3m4fn (30) or e3m4ieee (15.5)"}
 _PATTERN = re.compile(r"(u?)e([0-9])m([0-9])(?:b(-?[0-9]+(?:\.[0-9]+)?))?(ieee|fnuz|fn|none)?")
 _INTEGER = re.compile(r"int([0-9]+)")
 _SMALLEST, _LARGEST = 2.0**-126, 2.0**125  # of a format's values: float32 holds them, and what lies between and beyond, as normal numbers
@@ -195,8 +195,8 @@ def get(format: str | torch.dtype | Format) -> Format:
 
 
 def _parse(name: str | torch.dtype) -> Format:
-    if isinstance(name, str) and name in _AMBIGUOUS:
-        raise FormatError(f"format {name!r} is ambiguous: write {_AMBIGUOUS[name]}")
+    if isinstance(name, str) and name in AMBIGUOUS:
+        raise FormatError(f"format {name!r} is ambiguous: write {AMBIGUOUS[name]}")
     if isinstance(name, str) and name in MX:
         element = f"its elements are {MX[name]}, with an e8m0 scale per group of 32"
         raise FormatError(f"{name!r} names a whole role of a recipe, not the format of a number: {element}")
@@ -213,7 +213,7 @@ def _parse(name: str | torch.dtype) -> Format:
     usual = 2 ** (max(exponent_bits, 1) - 1) - (style != "fnuz")
     bias = usual if match[4] is None else float(match[4])
     number = "" if bias == usual else f"b{_number(bias)}"
-    ambiguous = signed and not number and layout in _AMBIGUOUS
+    ambiguous = signed and not number and layout in AMBIGUOUS
     canonical = f"{match[1]}{layout}{number}{style if style != default or ambiguous else ''}"
     if canonical in TABLE:
         return TABLE[canonical]  # "e5m2ieee" is "e5m2"

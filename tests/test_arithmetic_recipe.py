@@ -79,6 +79,21 @@ def test_the_plan_shows_it() -> None:
     assert not any("accumulate" in note for note in plan.notes)
 
 
+def test_the_plan_warns_where_products_of_codes_overflow() -> None:
+    def reason(**keys: Any) -> str:
+        return fp8fx.plan(nn.Linear(8, 8), recipe(keys), example_inputs=torch.ones(2, 8)).rows[0].reason
+
+    said = reason(products="e5m10", accumulate="float16")
+    assert "products of e4m3fn and e4m3fn codes reach 200704, and products: float16 ends at 65504; shift: -2 is the largest" in said
+    assert "products of e4m3fn and e4m3fn codes reach 100352, and accumulate: float16 ends at 65504" in reason(accumulate="fp16", shift=-1)
+    assert "overflow" not in reason(products="e5m10", accumulate="float16", shift=-2)
+    assert "overflow" not in reason(products="e5m10", overflow="saturate") + reason(products="e5m10", rounding="toward_zero")
+    assert "overflow" not in reason(accumulate="hopper_fast") + reason(multiplier="mitchell") + reason(products="e8m7")
+    with_gradients = reason(products="e5m10", shift=-6, gradients="same")
+    assert "products of e5m2 and e4m3fn codes reach 401408, and products: float16 ends at 65504; shift: -9 is" in with_gradients
+    assert "shift: -13 is" in reason(products="e3m4fn")
+
+
 @pytest.mark.parametrize(
     "layer",
     [
@@ -117,6 +132,10 @@ def test_what_it_does_not_reach() -> None:
     assert reasons(nn.Linear(4, 4), torch.ones(2, 4), {"multiplier": "recipe_codes"}) == []
     assert reasons(nn.Linear(4, 4), torch.ones(2, 4), {"multiplier": "recipe_codes", "gradients": "same"}) == [
         "a table over codes needs every operand in one format of 8 bits; here they are e4m3fn, e5m2"
+    ]
+    register("codes_of_e5m2", torch.ones(256, 256), format="e5m2")
+    assert reasons(nn.Linear(4, 4), torch.ones(2, 4), {"multiplier": "codes_of_e5m2"}) == [
+        "table codes_of_e5m2 is one over the codes of e5m2; here the operands are e4m3fn"
     ]
     embedding = fp8fx.plan(nn.Embedding(4, 8), recipe({"multiplier": "mitchell"}), example_inputs=torch.zeros(2, dtype=torch.int64))
     assert "arithmetic" not in embedding.rows[0].formats

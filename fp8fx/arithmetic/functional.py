@@ -6,7 +6,6 @@ With `gradients: exact` both are ordinary float32 products; with `same` they use
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from typing import Any
 
 import torch
@@ -14,17 +13,16 @@ from torch import Tensor
 
 from fp8fx.arithmetic import operands as op
 from fp8fx.arithmetic.product import product
-from fp8fx.arithmetic.spec import Arithmetic
+from fp8fx.arithmetic.spec import Arithmetic, Given
 from fp8fx.errors import ModelError
 
-Given = Arithmetic | str | Mapping[str, Any]
 
-
-def matmul(a: Tensor, b: Tensor, arithmetic: Given, *, compiled: bool = False) -> Tensor:
-    """`a` [..., M, K] @ `b` [..., K, N] -> [..., M, N] in the wider dtype of the two; computed in float32. Differentiable once.
+def matmul(a: Tensor, b: Tensor, arithmetic: Given, *, compiled: bool = False, dtype: torch.dtype | None = None) -> Tensor:
+    """`a` [..., M, K] @ `b` [..., K, N] -> [..., M, N]; computed in float32, then cast to `dtype` once. Differentiable once.
 
     arithmetic: an `Arithmetic`, its text, or a mapping of its keys. compiled: on a CPU, tiles through Inductor; the same bits, after
-    some seconds of compilation per arithmetic.
+    some seconds of compilation per arithmetic. dtype: of the result; by default the wider one of the two operands, and float32 where
+    either is a float8 one. float16 ends at 65504 whatever `accumulate` is: dtype=torch.float32 keeps what lies beyond.
     Raises ModelError for operands that are no float matrices or do not fit, FormatError and ModelError for a wrong arithmetic.
     """
     text = _text(arithmetic)
@@ -37,16 +35,43 @@ def matmul(a: Tensor, b: Tensor, arithmetic: Given, *, compiled: bool = False) -
         raise ModelError(f"arithmetic.matmul: {list(a.shape)} by {list(b.shape)}: the last of a and the last but one of b must be equal")
     if a.device != b.device:
         raise ModelError(f"arithmetic.matmul: a is on {a.device} and b on {b.device}; move one of them")
-    dtype = torch.promote_types(a.dtype, b.dtype)
-    return _arithmetic_mm(a.to(dtype), b.to(dtype), text, compiled)
+    narrow = a.dtype.itemsize == 1 or b.dtype.itemsize == 1
+    usual = torch.float32 if narrow else torch.promote_types(a.dtype, b.dtype)
+    wanted = usual if dtype is None else _checked(dtype)
+    work = usual if wanted == usual else torch.float32  # the product returns its operands' dtype
+    return _arithmetic_mm(a.to(work), b.to(work), text, compiled).to(wanted)
 
 
-def linear(x: Tensor, w: Tensor, bias: Tensor | None = None, arithmetic: Given = "exact", *, compiled: bool = False) -> Tensor:
-    """`x` [..., K] times `w` [N, K] transposed, plus `bias` [N] in the result's dtype: [..., N]. Else as `matmul`."""
+def linear(
+    x: Tensor,
+    w: Tensor,
+    bias: Tensor | None = None,
+    arithmetic: Given = "exact",
+    *,
+    compiled: bool = False,
+    dtype: torch.dtype | None = None,
+) -> Tensor:
+    """`x` [..., K] times `w` [N, K] transposed, plus `bias` [N], which is cast to the result's dtype: [..., N]. Else as `matmul`."""
+    for name, operand in (("x", x), ("w", w), *(() if bias is None else (("bias", bias),))):
+        if not isinstance(operand, Tensor) or not operand.is_floating_point():
+            got = getattr(operand, "dtype", type(operand).__name__)
+            raise ModelError(f"arithmetic.linear: {name} must be a floating point tensor, got {got}")
     if x.dim() < 1 or w.dim() != 2:
         raise ModelError(f"arithmetic.linear: x must be [..., K] and w [N, K]; got {list(x.shape)} and {list(w.shape)}")
-    y = matmul(x.reshape(-1, x.shape[-1]), w.mT, arithmetic, compiled=compiled).reshape(*x.shape[:-1], w.shape[0])
-    return y if bias is None else y + bias
+    if x.shape[-1] != w.shape[1]:
+        raise ModelError(f"arithmetic.linear: x {list(x.shape)} and w {list(w.shape)}: their last dimensions, K, must be equal")
+    if bias is not None and bias.shape != w.shape[:1]:
+        raise ModelError(
+            f"arithmetic.linear: bias must be [{w.shape[0]}], one element per row of w {list(w.shape)}; got {list(bias.shape)}"
+        )
+    y = matmul(x.reshape(-1, x.shape[-1]), w.mT, arithmetic, compiled=compiled, dtype=dtype).reshape(*x.shape[:-1], w.shape[0])
+    return y if bias is None else y + bias.to(y.dtype)
+
+
+def _checked(dtype: object) -> torch.dtype:
+    if not isinstance(dtype, torch.dtype) or not dtype.is_floating_point or dtype.itemsize == 1:
+        raise ModelError(f"dtype: got {dtype!r}; allowed: torch.float32, torch.bfloat16, torch.float16 or torch.float64")
+    return dtype
 
 
 @torch.compiler.assume_constant_result

@@ -20,7 +20,7 @@ from __future__ import annotations
 
 import functools
 import os
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -28,7 +28,9 @@ import numpy
 import torch
 from torch import Tensor
 
+from fp8fx import formats
 from fp8fx.errors import ModelError, allowed, nearest
+from fp8fx.formats import Format
 
 LARGEST_MANTISSA = 7
 CODES = 256
@@ -51,11 +53,23 @@ class Factors:
 
 @dataclass(frozen=True, eq=False)
 class Multiplier:
-    """A table of products. `mantissa_bits` is None for one over codes."""
+    """A table of products. `mantissa_bits` is None for one over codes; `format` is the one of those codes, "" where nobody said."""
 
     name: str
     table: Tensor = field(repr=False)  # float32 [n, n]
     mantissa_bits: int | None
+    format: str = ""
+
+    def mismatch(self, names: Collection[str]) -> str | None:
+        """Why operands in these formats ("": float32) cannot be looked up in a table over codes; None where they can, or it is none."""
+        known = ", ".join(sorted({name or "float32" for name in names}))
+        if self.mantissa_bits is not None:
+            return None
+        if len(set(names)) > 1 or any(not name or formats.get(name).bits != 8 for name in names):
+            return f"a table over codes needs every operand in one format of 8 bits; here they are {known}"
+        if self.format and any(formats.get(name).name != self.format for name in names):
+            return f"table {self.name} is one over the codes of {self.format}; here the operands are {known}"
+        return None
 
     @functools.cached_property
     def factors(self) -> Factors | None:
@@ -65,8 +79,16 @@ class Multiplier:
         return by_rank or (by_rows if by_rows.terms <= MOST_TERMS else None)
 
     @functools.lru_cache(maxsize=64)  # noqa: B019  (a handful of multipliers per process, kept by the registry anyway)
-    def table_on(self, device: torch.device) -> Tensor:
-        return self.table.to(device)
+    def table_on(self, device: torch.device, format: str = "") -> Tensor:
+        """The table as the tiles read it, for operands in `format`: at codes of inf and NaN, which are themselves the first factor there,
+        one over codes has the sign of the other operand, so that the product is IEEE's."""
+        if self.mantissa_bits is not None:
+            return self.table.to(device)
+        values = torch.tensor(formats.get(format).codes())
+        special = ~values.isfinite()
+        sign = torch.where(special, 1.0, values.sign())
+        table = torch.where(special[:, None], sign, self.table)
+        return torch.where(special, sign[:, None], table).to(device)
 
 
 def mitchell_table(mantissa_bits: int) -> Tensor:
@@ -88,17 +110,20 @@ _REGISTERED: dict[str, Multiplier] = {}
 BUILT_IN = ("exact", "mitchell")
 
 
-def register(name: str, table: Any) -> Multiplier:
+def register(name: str, table: Any, format: str | torch.dtype | Format | None = None) -> Multiplier:
     """Make `table` known as `name` in this process: a tensor, an array or nested lists, [2^m, 2^m] or [256, 256] as above.
 
-    Raises ModelError for a name that is taken (by another table) or no identifier, and for what is wrong with the table.
+    format: of a code table, the format of its codes: operands in another one are refused, and entries at codes of inf and NaN, which are
+    never read, may be inf or NaN themselves.
+    Raises ModelError for a name that is taken (by another table) or no identifier, and for what is wrong with the table or the format;
+    FormatError for an unknown format.
     """
     if not isinstance(name, str) or not name.isidentifier() or name in BUILT_IN:
         raise ModelError(f"a multiplier's name is an identifier other than {allowed(BUILT_IN)}; got {name!r}")
-    made = checked(name, table)
+    made = checked(name, table, "" if format is None else formats.get(format).name)
     old = _REGISTERED.get(name)
-    if old is not None and not torch.equal(old.table, made.table):
-        raise ModelError(f"a multiplier called {name!r} is registered already, with another table: choose another name")
+    if old is not None and not (torch.equal(old.table, made.table) and old.format == made.format):
+        raise ModelError(f"a multiplier called {name!r} is registered already, with another table or format: choose another name")
     return _REGISTERED.setdefault(name, made)
 
 
@@ -126,8 +151,8 @@ def _load(path: str) -> Multiplier:
     return checked(path, array)
 
 
-def checked(name: str, table: Any) -> Multiplier:
-    """A Multiplier of `table`, or a ModelError that says what is wrong with it."""
+def checked(name: str, table: Any, format: str = "") -> Multiplier:
+    """A Multiplier of `table`, or a ModelError that says what is wrong with it. `format`: as in `register`, by name."""
     given = _tensor(name, table)
     size = given.shape[0] if given.dim() == 2 else 0
     mantissa_bits = size.bit_length() - 1
@@ -137,14 +162,29 @@ def checked(name: str, table: Any) -> Multiplier:
             f"multiplier {name}: got a table of shape {list(given.shape)}; allowed: [n, n] with n = {sizes} (pairs of mantissas), or "
             f"[{CODES}, {CODES}] (pairs of codes of an 8-bit format)"
         )
+    if format:
+        given = _without_specials(name, given, formats.get(format))
     single = given.to(torch.float32)
-    _refuse(name, given, ~torch.isfinite(given.double()), "is not a number: every product must be finite; those of inf and NaN are IEEE's")
+    why = "is not a number: every product must be finite; those of inf and NaN are IEEE's, whatever the table has: write 0 there"
+    why += "" if format or size != CODES else ", or say register(name, table, format=...)"
+    _refuse(name, given, ~torch.isfinite(given.double()), why)
     _refuse(name, given, single.double() != given.double(), "is not a float32 number: round the table first (table.astype('float32'))")
     if size == CODES:
-        return Multiplier(name, single, None)
+        return Multiplier(name, single, None, format)
     what = "lies outside [0, 8]: entries are products of significands 1 + i / 2^m, about 1 to 4; divide integer products by 4^m"
     _refuse(name, given, (single < 0.0) | (single > 8.0), what)
     return Multiplier(name, single, mantissa_bits)
+
+
+def _without_specials(name: str, table: Tensor, format: Format) -> Tensor:
+    """A code table with 0 at the codes of inf and NaN, whose entries are never read."""
+    if table.shape[0] != CODES or format.bits != 8:
+        raise ModelError(
+            f"multiplier {name}: format={format.name} is for tables [{CODES}, {CODES}] over the codes of a format of 8 bits; this is a "
+            f"table of shape {list(table.shape)}, and {format.name} has {format.bits} bits"
+        )
+    special = ~torch.tensor(format.codes()).isfinite()
+    return torch.where(special[:, None] | special, torch.zeros_like(table), table)
 
 
 def _tensor(name: str, table: Any) -> Tensor:

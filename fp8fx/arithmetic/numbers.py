@@ -61,6 +61,8 @@ def _build(name: str) -> Format:
     try:
         return formats.get(name)
     except FormatError as error:
+        if name in formats.AMBIGUOUS:
+            raise
         words = (*_NAMES, *formats.TABLE)
         raise FormatError(
             f"unknown number format {name!r}; allowed: {allowed(_NAMES)}, any eXmY with X from 2 to 8 and Y from 1 to 20, or a format of "
@@ -72,9 +74,11 @@ def check_mode(rounding: str, overflow: str) -> None:
     """Raise FormatError for a rounding or an overflow policy that sums and products cannot have."""
     if rounding not in MODES:
         why = " (random bits for each of M N K products are not drawn)" if rounding == "stochastic" else ""
-        raise FormatError(f"unknown rounding {rounding!r} of products and sums{why}; allowed: {allowed(MODES)}.{nearest(rounding, MODES)}")
+        raise FormatError(
+            f"rounding: unknown rounding {rounding!r} of products and sums{why}; allowed: {allowed(MODES)}.{nearest(rounding, MODES)}"
+        )
     if overflow not in OVERFLOWS:
-        raise FormatError(f"unknown overflow policy {overflow!r}; allowed: {allowed(OVERFLOWS)}.{nearest(overflow, OVERFLOWS)}")
+        raise FormatError(f"overflow: unknown overflow policy {overflow!r}; allowed: {allowed(OVERFLOWS)}.{nearest(overflow, OVERFLOWS)}")
 
 
 def rounder(format: Format, rounding: str = "nearest_even", overflow: str = "nonfinite") -> Callable[[Tensor], Tensor]:

@@ -22,7 +22,7 @@ from fp8fx.arithmetic import operands as op
 from fp8fx.arithmetic.multiplier import LARGEST_MANTISSA, Multiplier
 from fp8fx.arithmetic.numbers import number, rounder
 from fp8fx.arithmetic.operands import Parts
-from fp8fx.arithmetic.spec import HOPPER, Arithmetic
+from fp8fx.arithmetic.spec import HOPPER, Arithmetic, Given
 from fp8fx.arithmetic.tiles import Steps
 from fp8fx.errors import ModelError
 
@@ -33,8 +33,9 @@ ROWS, COLUMNS = 32, 512  # of an eager tile: 64 KiB, so that the dozen temporari
 Formats = tuple[str, str]
 
 
-def form_of(arithmetic: Arithmetic, formats: Formats = ("", "")) -> str:
-    """The form that a product of operands in these formats ("": float32, any value) takes: one of FORMS."""
+def form_of(arithmetic: Given, formats: Formats = ("", "")) -> str:
+    """The form that a product of operands in these formats ("": float32, any value) takes: one of FORMS. arithmetic: as in `matmul`."""
+    arithmetic = Arithmetic.of(arithmetic)
     if arithmetic.products != "float32" or arithmetic.accumulate != "float32":
         return "tiles"
     if arithmetic.multiplier == "exact":
@@ -145,12 +146,9 @@ def _indexed(a: Tensor, b: Tensor, table: Multiplier, given: Formats) -> tuple[P
     """Both operands, in whatever layout, as powers and indices into the table."""
     if table.mantissa_bits is not None:
         a, b = (op.with_mantissa(x, table.mantissa_bits, name) for x, name in zip((a, b), given, strict=True))
-    elif any(not name or formats.get(name).bits != 8 for name in given) or given[0] != given[1]:
-        known = " and ".join(name or "float32" for name in given)
-        raise ModelError(
-            f"multiplier {table.name}: a table over codes needs both operands in one format of 8 bits; got {known}. Write operands: e4m3fn "
-            "(or the format the table is made for), or quantize both to it"
-        )
+    elif wrong := table.mismatch(given):
+        usual = table.format or "e4m3fn"
+        raise ModelError(f"multiplier {table.name}: {wrong}. Write operands: {usual}, or quantize both to the format the table is made for")
     return op.indexed(a.contiguous(), table, given[0]), op.indexed(b.contiguous(), table, given[1])
 
 
@@ -165,7 +163,8 @@ def split(a: Tensor, b: Tensor, arithmetic: Arithmetic, given: Formats) -> tuple
         return Steps.of(arithmetic, "mitchell"), op.logarithmic(a), op.logarithmic(b)
     table = arithmetic.table(None)
     if table is not None:
-        return Steps.of(arithmetic, "table", table.table_on(a.device)), *_indexed(a, b, table, given)
+        left, right = _indexed(a, b, table, given)
+        return Steps.of(arithmetic, "table", table.table_on(a.device, given[0])), left, right
     if arithmetic.accumulate == HOPPER:
         return Steps.of(arithmetic, "exact"), op.with_exponent(a, given[0]), op.with_exponent(b, given[1])
     return Steps.of(arithmetic, "exact"), op.exact(a), op.exact(b)

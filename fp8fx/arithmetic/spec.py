@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import dataclasses
 import functools
-from collections.abc import Mapping
+from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass
 from typing import Any
 from urllib.parse import quote, unquote
@@ -19,6 +19,7 @@ from fp8fx.arithmetic import multiplier as multipliers
 from fp8fx.arithmetic.multiplier import BUILT_IN, Multiplier
 from fp8fx.arithmetic.numbers import check_mode, number
 from fp8fx.errors import FormatError, ModelError, allowed, nearest
+from fp8fx.formats import Format
 
 HOPPER = "hopper_fast"
 GRADIENTS = ("exact", "same")
@@ -58,11 +59,11 @@ class Arithmetic:
     gradients: str = "exact"
 
     def __post_init__(self) -> None:
-        self._name("operands", "" if self.operands == "" else formats.get(self.operands).name)
-        for key in ("products", "outer", "output"):
-            self._name(key, number(getattr(self, key)).name)
-        if self.accumulate != HOPPER:
-            self._name("accumulate", self._accumulator())
+        if self.operands != "":
+            self._name("operands", formats.get)
+        for key in ("products", "accumulate", "outer", "output"):
+            if getattr(self, key) != HOPPER or key != "accumulate":
+                self._name(key, number)
         check_mode(self.rounding, self.overflow)
         for key in ("products", "accumulate", "outer", "output"):
             name = getattr(self, key)
@@ -82,14 +83,14 @@ class Arithmetic:
             raise ModelError("hopper_fast has the range of float32: leave shift out")
         self._check_multiplier()
 
-    def _name(self, key: str, name: str) -> None:
-        object.__setattr__(self, key, name)
-
-    def _accumulator(self) -> str:
+    def _name(self, key: str, find: Callable[[Any], Format]) -> None:
+        """The format under `key` by its usual name. Raises FormatError with the key in front."""
+        given = getattr(self, key)
         try:
-            return number(self.accumulate).name
+            object.__setattr__(self, key, find(given).name)
         except FormatError as error:
-            raise FormatError(f"accumulate: {error} Also allowed: {HOPPER}.{nearest(self.accumulate, (HOPPER,))}") from None
+            also = key == "accumulate" and given not in formats.AMBIGUOUS
+            raise FormatError(f"{key}: {error}{f' Also allowed: {HOPPER}.{nearest(given, (HOPPER,))}' if also else ''}") from None
 
     def _check_multiplier(self) -> None:
         table = self.table(None)
@@ -97,6 +98,8 @@ class Arithmetic:
             raise ModelError("hopper_fast adds exact products: multiplier must be exact, or choose another accumulate")
         if table is not None and table.mantissa_bits is None and self.operands and formats.get(self.operands).bits != 8:
             raise ModelError(f"operands: {self.operands} has {formats.get(self.operands).bits} bits, the codes of {self.multiplier} have 8")
+        if table is not None and self.operands and (wrong := table.mismatch([self.operands])):
+            raise ModelError(f"operands: {wrong}")
 
     def table(self, mantissa_bits: int | None) -> Multiplier | None:
         """The multiplier's table; for Mitchell's that of `mantissa_bits`. None for an exact one and for Mitchell's of no given width."""
@@ -119,7 +122,12 @@ class Arithmetic:
     @functools.lru_cache(maxsize=1024)
     def parse(text: str) -> Arithmetic:
         """Read `text` back: `Arithmetic.parse(a.text) == a`."""
-        return Arithmetic(**_keys([] if text == "exact" else [part.partition("=") for part in text.split("/")]))
+        parts = [] if text == "exact" else [part.partition("=") for part in text.split("/")]
+        for key in {key for key, _, _ in parts}:
+            values = [value for other, _, value in parts if other == key]
+            if len(values) > 1:
+                raise ModelError(f"{key}: given {len(values)} times, as {' and '.join(values)}; write it once")
+        return Arithmetic(**_keys(parts))
 
     @staticmethod
     def of(value: Arithmetic | str | Mapping[str, Any]) -> Arithmetic:
@@ -132,18 +140,29 @@ class Arithmetic:
             raise ModelError(f"an arithmetic is an Arithmetic, its text or a mapping of its keys; got {type(value).__name__}")
         given = dict(value)
         if isinstance(given.get("accumulate"), Mapping):
-            given |= _chunked(given.pop("accumulate"))
+            given |= _chunked(given.pop("accumulate"), given)
         _known(given)
         return Arithmetic(**given)
 
 
-def _chunked(given: Mapping[str, Any]) -> dict[str, Any]:
-    """{chunk: 64, inner: float16, outer: float32} as Arithmetic's own keys."""
+Given = Arithmetic | str | Mapping[str, Any]  # what `Arithmetic.of` takes
+
+
+def _chunked(given: Mapping[str, Any], beside: Collection[str]) -> dict[str, Any]:
+    """{chunk: 64, inner: float16, outer: float32} as Arithmetic's own keys, none of which may stand beside it."""
     unknown = [str(key) for key in given if key not in ("chunk", "inner", "outer")]
     if unknown or "chunk" not in given:
         raise ModelError(f"accumulate: got {dict(given)}; allowed: a format, {HOPPER}, or {{chunk: 64, inner: float16, outer: float32}}")
+    check_once(given, beside)
     names = {"chunk": "chunk", "inner": "accumulate", "outer": "outer"}
     return {names[key]: value for key, value in given.items()}
+
+
+def check_once(sums: Collection[str], beside: Collection[str]) -> None:
+    """Raise ModelError for a key inside accumulate: {...} that is also beside it, where only one could count."""
+    for key in ("chunk", "outer"):
+        if key in sums and key in beside:
+            raise ModelError(f"{key}: given twice, beside accumulate and in accumulate: {{{key}: ...}}; write it once")
 
 
 def _known(given: Mapping[str, Any]) -> None:

@@ -3,7 +3,8 @@
     max          max |x|
     mean         mean |x|
     percentile   the least |x| that at least p percent of the elements do not exceed: a value that occurs, nothing is interpolated
-    mse          f * max |x|, with f of FRACTIONS the one whose codes have the least sum of squared errors
+    mse          f * max |x|, with f of FRACTIONS the one whose codes have the least sum of squared errors; of OCTAVES where scales are
+                 powers of two: those are all the scales that the others would round to, and the next one above
 
 All over the finite elements, and 0 where there is none. Sums are integers (int64), so that their order does not matter: an |x| counts in
 units of 2^-b of the power of two above max |x|, with b = 61 - log2 of how many are added, and a squared error in units of its square.
@@ -21,6 +22,8 @@ from fp8fx.spec import Granularity
 
 # From 2^(1/4) down to 2^-5 in eighths of an octave: the coarsest step, 9 percent, leaves the best error within a percent or so.
 FRACTIONS = tuple(2.0 ** (k / 8) for k in range(2, -41, -1))
+# Twice max |x| is under the next power of two, which under e8m0 is the first at which nothing saturates.
+OCTAVES = tuple(2.0**k for k in range(1, -6, -1))
 _BITS = 61
 
 
@@ -64,13 +67,19 @@ def percentile(groups: Tensor, percent: float) -> Tensor:
     return ordered.gather(-1, index.clamp(max=groups.shape[-1] - 1)).squeeze(-1).clamp(min=0.0)
 
 
-def least_error(largest: Tensor, error: Callable[[Tensor], Tensor], granularity: Granularity, dims: tuple[int, ...]) -> Tensor:
-    """The f * `largest` with the least error; `largest` is as `amax` gives it, and so is the result.
+def least_error(
+    largest: Tensor,
+    error: Callable[[Tensor], Tensor],
+    granularity: Granularity,
+    dims: tuple[int, ...],
+    fractions: tuple[float, ...] = FRACTIONS,
+) -> Tensor:
+    """The f * `largest`, f of `fractions`, with the least error; `largest` is as `amax` gives it, and so is the result.
 
     error: from a maximum, shaped as `largest`, to the float32 errors of all elements, x's shape; those of NaN and inf are 0.
     """
     best, best_error = largest, torch.zeros_like(largest, dtype=torch.int64)
-    for n, fraction in enumerate(FRACTIONS):
+    for n, fraction in enumerate(fractions):
         value = largest * torch.full_like(largest, fraction)
         errors = _grouped(error(value), granularity, dims, 0.0).double()
         unit = _above(largest).reshape(errors.shape[:-1]).unsqueeze(-1)

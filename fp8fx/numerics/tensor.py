@@ -62,7 +62,9 @@ def _scale(x: Tensor, spec: TensorSpec, format: Format, dims: tuple[int, ...], l
         return _scale_of(torch.full((), spec.max_value, dtype=torch.float32, device=x.device), spec, format)
     value = largest
     if spec.statistic == "mse":
-        value = statistics.least_error(largest, _error(x, spec, format), spec.granularity, dims)
+        powers = spec.scale_format == "e8m0" or spec.power_of_two
+        fractions = statistics.OCTAVES if powers else statistics.FRACTIONS
+        value = statistics.least_error(largest, _error(x, spec, format), spec.granularity, dims, fractions)
     elif spec.statistic != "max":
         groups = statistics.grouped(x, spec.granularity, dims)
         found = statistics.mean(groups) if spec.statistic == "mean" else statistics.percentile(groups, spec.percentile)

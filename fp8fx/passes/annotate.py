@@ -20,7 +20,7 @@ import torch
 from torch import fx
 from torch.nn import functional as F
 
-from fp8fx import formats
+from fp8fx.arithmetic.room import overflow_note
 from fp8fx.arithmetic.spec import Arithmetic
 from fp8fx.capture.graph import ALIASES, MODULE, SITE, VAL, tensor
 from fp8fx.capture.naming import weight_source
@@ -113,6 +113,8 @@ def _decide(node: fx.Node, call: SiteCall | None, site: Site, wanted: Decision, 
         if not any(role is not None and role.scaling == "delayed" for role in (getattr(spec, name) for name in ROLES)):
             return SiteDecision(site.name, site.op, "high_precision", "calibrating, and no scale of it is kept")
         spec = spec.replace(gemms=(), calibrating=True)
+    if note := _room(spec):
+        why = f"{why}; {note}"
     return SiteDecision(site.name, site.op, "fp8", why, spec, emulate_attention=call.op == "attention")
 
 
@@ -211,10 +213,24 @@ def _arithmetic_obstacle(call: SiteCall, spec: SiteSpec) -> str | None:
     if table is None or table.mantissa_bits is not None or "output" not in spec.gemms:
         return None
     roles = [spec.input, spec.weight, *([spec.grad_output] if wanted.gradients == "same" else [])]
-    names = {"high precision" if role is None else role.format for role in roles}
-    if len(names) > 1 or any(role is None or formats.get(role.format).bits != 8 for role in roles):
+    if None in roles:
+        names = {"high precision" if role is None else role.format for role in roles}
         return f"a table over codes needs every operand in one format of 8 bits; here they are {', '.join(sorted(names))}"
-    return None
+    return table.mismatch([role.format for role in roles if role is not None])
+
+
+def _room(spec: SiteSpec) -> str | None:
+    """What to say of an arithmetic in whose formats a product of codes overflows."""
+    if spec.arithmetic is None:
+        return None
+    wanted = Arithmetic.parse(spec.arithmetic)
+    operands = {
+        "output": (spec.input, spec.weight),
+        "grad_input": (spec.grad_output, spec.weight),
+        "grad_weight": (spec.grad_output, spec.input),
+    }
+    having = [operands[gemm] for gemm in spec.gemms if gemm == "output" or wanted.gradients == "same"]
+    return overflow_note(wanted, [(a.format, b.format) for a, b in having if a is not None and b is not None])
 
 
 def _applicable(call: SiteCall, spec: SiteSpec) -> SiteSpec:

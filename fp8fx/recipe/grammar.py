@@ -22,7 +22,7 @@ from typing import Annotated, Any
 from pydantic import BeforeValidator, ConfigDict, ValidationInfo, field_validator, model_validator
 
 from fp8fx import formats
-from fp8fx.arithmetic.spec import Arithmetic
+from fp8fx.arithmetic.spec import Arithmetic, check_once
 from fp8fx.errors import FP8Error
 from fp8fx.recipe.sections import Boundary, Delayed, LossScaling, Model, Scale
 from fp8fx.recipe.source import shorten
@@ -160,6 +160,10 @@ class Study(Model):
             if (unknown := [key for key in sums if key not in ("chunk", "inner", "outer")]) or "chunk" not in sums:
                 raise ValueError(f"accumulate: got {shorten(unknown or sums)}; allowed: {{chunk: 64, inner: float16, outer: float32}}")
             del data["accumulate"]
+            try:
+                check_once(sums, data)
+            except FP8Error as error:
+                raise ValueError(str(error)) from None
             data |= {"accumulate" if key == "inner" else key: entry for key, entry in sums.items()}
         path, folder = data.get("multiplier"), (info.context or {}).get("folder", "")
         if isinstance(path, str) and path.endswith(".npy"):

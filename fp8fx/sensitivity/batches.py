@@ -28,13 +28,23 @@ _ONE_LOSS = "the loss is one number per batch: a scalar tensor, such as cross_en
 
 
 def take(data: Any, count: int | None) -> list[Any]:
-    """The batches of `data`: all, or the first `count`. Raises ModelError for data that is empty, ends early or is not finite."""
+    """The batches of `data`: all, or the first `count`. Raises ModelError for data that is empty, ends early or is not finite, or that
+    fails when it is read."""
+    if callable(data) and not isinstance(data, Iterable):
+        name = getattr(data, "__name__", type(data).__name__)
+        raise ModelError(f"data is an iterable of batches, got the function {name}: call it, data={name}()")
     if isinstance(data, (Tensor, Mapping, str)) or not isinstance(data, Iterable):
         what = f"a tensor of shape {tuple(data.shape)}" if isinstance(data, Tensor) else f"a {type(data).__name__}"
         raise ModelError(f"data is an iterable of batches, got {what}: if it is one batch, put it in a list, [batch]")
     if count is not None and (isinstance(count, bool) or not isinstance(count, int) or count < 1):
         raise ModelError(f"batches is how many batches of data are used, an int from 1 on, or None for all; got {count!r}")
-    batches = list(itertools.islice(data, count))
+    batches: list[Any] = []
+    try:
+        batches.extend(itertools.islice(data, count))
+    except FP8Error:
+        raise
+    except Exception as error:
+        raise ModelError(f"batch {len(batches)} of data cannot be read: {type(error).__name__}: {error}") from error
     if not batches:
         raise ModelError("data holds no batch: a study needs at least one. (A generator that was read before is empty.)")
     if count is not None and len(batches) < count:

@@ -12,9 +12,9 @@ from typing import Any
 from rich.console import Console
 from rich.table import Table
 
-from fp8fx.errors import ModelError
+from fp8fx.errors import ModelError, nearest
 from fp8fx.recipe import Recipe
-from fp8fx.sensitivity.budget import increase
+from fp8fx.sensitivity.budget import Budget, increase
 from fp8fx.sensitivity.files import write_text
 from fp8fx.sensitivity.study import Study
 from fp8fx.sensitivity.suggest import Suggestion, suggest
@@ -63,7 +63,8 @@ class LayerResult:
         for found in self.roles:
             if found.role == role:
                 return found
-        raise KeyError(role)
+        known = [found.role for found in self.roles]
+        raise ModelError(f"layer {self.name!r} has no role {role!r}; it has: {', '.join(known)}.{nearest(role, known)}")
 
 
 class Sensitivity:
@@ -80,11 +81,13 @@ class Sensitivity:
         self.suggestion: Suggestion | None = None
 
     def __getitem__(self, name: str) -> LayerResult:
-        """One layer, by name."""
+        """One layer, by name. Raises ModelError for one that is not among `layers`."""
         for layer in self.layers:
             if layer.name == name:
                 return layer
-        raise KeyError(name)
+        known = [layer.name for layer in self.layers]
+        some = ", ".join(known[:8]) + (", ..." if len(known) > 8 else "")
+        raise ModelError(f"no layer {name!r} was measured; layers in FP8 are: {some}.{nearest(name, known)}")
 
     @property
     def ranking(self) -> list[LayerResult]:
@@ -95,26 +98,40 @@ class Sensitivity:
     def worst(self) -> LayerResult:
         return self.ranking[0]
 
-    def effect(self, layer: LayerResult) -> float:
-        """What the layer alone in FP8 adds to the loss in high precision; inf where the loss is not finite."""
+    def _layer(self, layer: LayerResult | str) -> LayerResult:
+        return layer if isinstance(layer, LayerResult) else self[layer]
+
+    def effect(self, layer: LayerResult | str) -> float:
+        """What the layer (or the one of that name) alone in FP8 adds to the loss in high precision; inf where the loss is not finite."""
+        layer = self._layer(layer)
         return layer.alone - self.high if math.isfinite(layer.alone) else math.inf
 
-    def gain(self, layer: LayerResult) -> float | None:
-        """What the loss in FP8 falls by if this layer alone is taken out; None where it was not measured."""
+    def gain(self, layer: LayerResult | str) -> float | None:
+        """What the loss in FP8 falls by if this layer (or the one of that name) alone is taken out; None where it was not measured."""
+        layer = self._layer(layer)
         return None if layer.without is None else self.full - layer.without
 
     def suggest(self, budget: Any) -> Recipe:
         """A recipe that extends the one given by exempting layers, and whose measured loss meets `budget` ('1%', or an increase: 0.02).
 
-        Kept in `suggestion`, with the figures. Raises ModelError, with them, where not even one layer in FP8 meets it.
+        Kept in `suggestion`, with the figures. Raises ModelError, with them, where not even one layer in FP8 meets it; `suggestion` is
+        None then.
         """
+        self.suggestion = None
         self.suggestion = suggest(self._study, [(layer.name, self.effect(layer)) for layer in self.ranking], self.full, budget)
         return self.suggestion.recipe
 
-    def save_suggestion(self, path: str | os.PathLike[str]) -> None:
-        """Write the last suggestion as YAML, whole or not at all. Raises ModelError without one, FP8Error where it cannot be written."""
+    def save_suggestion(self, path: str | os.PathLike[str], budget: Any = None) -> None:
+        """Write the last suggestion as YAML, whole or not at all; with `budget` the one for it, which is made first unless it is the last.
+
+        Raises ModelError without a suggestion and where none meets `budget`, FP8Error where it cannot be written.
+        """
+        if budget is not None and (self.suggestion is None or self.suggestion.budget != Budget.parse(budget)):
+            self.suggest(budget)
         if self.suggestion is None:
-            raise ModelError("there is no suggestion to save: call suggest(budget) first, or give fp8fx.sensitivity(..., budget=...)")
+            raise ModelError(
+                "there is no suggestion to save: suggest(budget) was not called, or found none; call it, or save_suggestion(path, budget)"
+            )
         write_text(path, self.suggestion.text())
 
     def table(self) -> Table:

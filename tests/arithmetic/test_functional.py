@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 import torch
 
-from fp8fx.arithmetic import linear, matmul
+from fp8fx.arithmetic import form_of, linear, matmul
 from fp8fx.errors import ModelError
 
 
@@ -48,6 +48,27 @@ def test_linear() -> None:
     assert linear(x[0, 0], w).shape == (5,)
 
 
+def test_the_result_dtype() -> None:
+    torch.manual_seed(0)
+    a, b = (torch.randn(4, 6) * 8).to(torch.float8_e4m3fn), torch.randn(6, 5).to(torch.float8_e5m2)
+    y = matmul(a, b, "exact")
+    assert y.dtype == torch.float32
+    torch.testing.assert_close(y, a.float() @ b.float())
+    assert linear(a, b.mT, torch.ones(5).half()).dtype == torch.float32
+    assert matmul(a, b.to(torch.float16), "exact").dtype == torch.float32
+    assert torch.equal(matmul(a, b, "exact", dtype=torch.bfloat16), y.bfloat16())
+    big = torch.full((1, 64), 64.0, dtype=torch.float16, requires_grad=True)
+    assert matmul(big, big.mT, "exact").item() == float("inf")
+    kept = matmul(big, big.mT.detach(), "exact", dtype=torch.float32)
+    assert kept.item() == 2.0**18
+    kept.sum().backward()
+    assert big.grad is not None
+    assert torch.equal(big.grad, big.detach())
+    for wrong in (torch.float8_e5m2, torch.int32, "float32"):
+        with pytest.raises(ModelError, match=r"dtype: got .*; allowed: torch.float32"):
+            matmul(a, b, "exact", dtype=wrong)  # type: ignore[arg-type]
+
+
 def test_under_torch_compile() -> None:
     torch.manual_seed(0)
     a, b = torch.randn(4, 6, requires_grad=True), torch.randn(6, 5)
@@ -83,3 +104,14 @@ def test_wrong_arithmetic() -> None:
         matmul(torch.ones(2, 2), torch.ones(2, 2), 3)  # type: ignore[arg-type]
     with pytest.raises(ModelError, match="x must be"):
         linear(torch.ones(2, 2), torch.ones(2))
+    with pytest.raises(ModelError, match=r"bias must be \[3\], one element per row of w \[3, 2\]; got \[2\]"):
+        linear(torch.ones(4, 2), torch.ones(3, 2), torch.ones(2))
+    with pytest.raises(ModelError, match=r"x \[4, 2\] and w \[3, 5\]: their last dimensions, K, must be equal"):
+        linear(torch.ones(4, 2), torch.ones(3, 5))
+    with pytest.raises(ModelError, match="bias must be a floating point tensor, got list"):
+        linear(torch.ones(4, 2), torch.ones(3, 2), [1.0, 2.0, 3.0])  # type: ignore[arg-type]
+
+
+def test_form_of_takes_text() -> None:
+    assert form_of("products=e5m2") == form_of({"products": "e5m2"}) == "tiles"
+    assert form_of("multiplier=mitchell", ("e4m3fn", "e4m3fn")) == "factored"

@@ -8,6 +8,7 @@ import pytest
 import torch
 from torch import Tensor
 
+from fp8fx import formats
 from fp8fx.arithmetic import Arithmetic, form_of, matmul, mitchell_table, register
 from fp8fx.arithmetic.definition import dot
 from fp8fx.arithmetic.product import product
@@ -195,19 +196,66 @@ def test_texts() -> None:
         ({"multiplier": "codes", "operands": "e2m1"}, "e2m1 has 4 bits, the codes of codes have 8"),
         ({"products": "e3m2"}, "e3m2 has neither inf nor NaN, so overflow must be saturate"),
         ({"multiplicator": "mitchell"}, "unknown key 'multiplicator'.*Did you mean 'multiplier'"),
+        ("chunk=8/accumulate=fp16/chunk=4", "chunk: given 2 times, as 8 and 4; write it once"),
+        ({"accumulate": {"chunk": 8, "inner": "float16"}, "chunk": 4}, "chunk: given twice, beside accumulate and in accumulate"),
+        ({"accumulate": {"chunk": 8, "outer": "float16"}, "outer": "float32"}, "outer: given twice"),
+        ({"products": "e4m3"}, r"products: format 'e4m3' is ambiguous: write e4m3fn \(448\) or e4m3ieee \(240\)$"),
+        ({"accumulate": "e3m4"}, r"accumulate: format 'e3m4' is ambiguous: write e3m4fn \(30\) or e3m4ieee \(15.5\)$"),
+        ({"accumulate": "hoper_fast"}, "accumulate: unknown number format.*Also allowed: hopper_fast. Did you mean 'hopper_fast'"),
+        ({"outer": "flaot16"}, "outer: unknown number format 'flaot16'.*Did you mean 'float16'"),
+        ({"operands": "e4m3"}, "operands: format 'e4m3' is ambiguous"),
+        ({"rounding": "nearest"}, "rounding: unknown rounding 'nearest'"),
         ({"accumulate": {"inner": "float16"}}, "accumulate: got .*allowed: a format, hopper_fast"),
     ],
 )
-def test_impossible_arithmetic(keys: dict[str, object], message: str) -> None:
+def test_impossible_arithmetic(keys: str | dict[str, object], message: str) -> None:
     with pytest.raises((FormatError, ModelError), match=message):
         Arithmetic.of(keys)
 
 
 def test_codes_need_a_format() -> None:
-    with pytest.raises(ModelError, match="needs both operands in one format of 8 bits; got float32 and float32"):
+    with pytest.raises(ModelError, match=r"needs every operand in one format of 8 bits; here they are float32. Write operands: e4m3fn"):
         matmul(torch.ones(2, 2), torch.ones(2, 2), "multiplier=codes")
-    with pytest.raises(ModelError, match="got e4m3fn and e5m2"):
+    with pytest.raises(ModelError, match="here they are e4m3fn, e5m2"):
         product(torch.ones(2, 2), torch.ones(2, 2), Arithmetic(multiplier="codes"), ("e4m3fn", "e5m2"))
+
+
+def test_a_code_table_of_a_named_format() -> None:
+    """bfloat16 products by table are those that `products: bfloat16` rounds; NaN where the codes are NaN; other formats are refused."""
+    values = torch.tensor(formats.get("e4m3fn").codes())
+    table = (values[:, None] * values).bfloat16().float()
+    assert bool(table.isnan().any())
+    made = register("short_products", table, format="e4m3fn")
+    assert register("short_products", table, format=torch.float8_e4m3fn) is made
+    a, b = on_grid(9, 20), on_grid(20, 7)
+    rest = "operands=e4m3fn/accumulate=float16"
+    assert torch.equal(matmul(a, b, f"multiplier=short_products/{rest}"), matmul(a, b, f"products=bfloat16/{rest}"))
+    a[0, 0] = float("nan")
+    assert bool(matmul(a, b, f"multiplier=short_products/{rest}")[0].isnan().all())
+    with pytest.raises(ModelError, match="operands: table short_products is one over the codes of e4m3fn; here the operands are e5m2"):
+        Arithmetic(multiplier="short_products", operands="e5m2")
+    with pytest.raises(ModelError, match=r"is one over the codes of e4m3fn; here the operands are e5m2. Write operands: e4m3fn"):
+        product(a, b, Arithmetic(multiplier="short_products"), ("e5m2", "e5m2"))
+    with pytest.raises(ModelError, match=r"nan, is not a number.*write 0 there, or say register\(name, table, format=...\)"):
+        register("unnamed", table)
+    with pytest.raises(ModelError, match=r"entry \[0, 127\], nan, is not a number"):
+        register("other", table, format="e5m2fnuz")
+    with pytest.raises(ModelError, match="registered already, with another table or format"):
+        register("short_products", made.table)
+    for wrong, format in ((mitchell_table(3), "e4m3fn"), (table, "e2m1")):
+        with pytest.raises(ModelError, match=r"is for tables \[256, 256\] over the codes of a format of 8 bits"):
+            register("wrong", wrong, format=format)
+
+
+@pytest.mark.parametrize("accumulate", ["float32", "e8m13"])
+def test_infinite_codes_of_a_table_are_ieee(accumulate: str) -> None:
+    """Whatever the table has there: signs, 0 inf = NaN."""
+    values = torch.tensor(formats.get("e5m2").codes())
+    register("products_of_e5m2", (values[:, None] * values).nan_to_num(0.0, 0.0, 0.0))
+    inf = float("inf")
+    a, b = torch.tensor([[inf], [-inf], [2.0], [0.0]]), torch.tensor([[2.0, -1.0, 0.0, inf, -inf]])
+    got = product(a, b, Arithmetic(multiplier="products_of_e5m2", accumulate=accumulate), ("e5m2", "e5m2"))
+    assert torch.equal(got.nan_to_num(7.0, 100.0, -100.0), (a @ b).nan_to_num(7.0, 100.0, -100.0))
 
 
 def test_a_table_of_exact_products_is_a_float_product() -> None:

@@ -98,6 +98,37 @@ def test_mse_is_the_least_of_all_candidates(format: str, granularity: object) ->
         assert quadratic_error(group, got * formats.get(format).max, format) <= min(errors) * (1 + 1e-5)
 
 
+@pytest.mark.parametrize("format", ["e4m3b6.5", "e4m3fn", "e2m1", "int4", "int8"])
+@pytest.mark.parametrize("keys", [{"scale_format": "e8m0"}, {"power_of_two": True}])
+def test_mse_finds_the_best_power_of_two(format: str, keys: dict[str, object]) -> None:
+    """Of all from 2^-5 of the scale that amax makes to twice it, and of those two and four times the one at which nothing saturates."""
+    for seed in range(6):
+        x = normal(1, 60, seed=seed) * 2.0 ** (seed / 6)
+        scale = quantize_tensor(x, TensorSpec(format=format, statistic="mse", **keys))[1].item()  # type: ignore[arg-type]
+        usual = quantize_tensor(x, TensorSpec(format=format, **keys))[1].item()  # type: ignore[arg-type]
+        assert math.frexp(scale)[0] == 0.5
+        largest = formats.get(format).max
+
+        def error(scale: float, x: Tensor = x, largest: float = largest) -> float:
+            values = [round_value(v / scale, formats.get(format)) * scale - v for v in x.reshape(-1).tolist()]
+            return sum(v * v for v in values)
+
+        assert error(scale) <= min(error(usual * 2.0**k) for k in range(-5, 4)) * (1 + 1e-5)
+
+
+def test_mse_under_e8m0_reaches_the_scale_at_which_nothing_saturates() -> None:
+    """e4m3b6.5 ends at 1.33 * 2^8: values near the next power of two are cut by the scale of OCP MX."""
+    x = torch.full((1, 64), 1.9)
+    x[0, 32:] = normal(32, seed=2) * 0.1
+
+    def error(**keys: object) -> float:
+        spec = TensorSpec(format="e4m3b6.5", **keys)  # type: ignore[arg-type]
+        codes, scale, _ = quantize_tensor(x, spec)
+        return float((dequantize_tensor(codes, scale, "e4m3b6.5") - x).square().sum())
+
+    assert error(statistic="mse", scale_format="e8m0") == error(statistic="mse", power_of_two=True) < 0.1 * error(scale_format="e8m0")
+
+
 def test_mse_does_better_than_max_where_the_largest_values_are_rare() -> None:
     x = normal(20000, seed=1)
 

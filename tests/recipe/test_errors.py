@@ -28,7 +28,7 @@ def message(source: Any) -> str:
 
 @pytest.mark.parametrize(("text", "expected"), CASES, ids=[repr(text)[:40] for text, _ in CASES])
 def test_message(text: str, expected: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(multiplier, "_REGISTERED", {})  # other tests of this process may have given names, which messages list
+    monkeypatch.setattr(multiplier, "_REGISTERED", {})  # messages list what other tests registered
     path = tmp_path / "bad.yaml"
     path.write_text(text)
     assert message(path).replace(f"{tmp_path}/", "") == expected.removesuffix("\n")

@@ -46,8 +46,15 @@ def test_data() -> None:
     refused(r"batch 0 of data\[0\] has no elements: its shape is \(0, 8\)", [(torch.randn(0, 8), torch.zeros(0))])
     refused("data is an iterable of batches, got a tensor of shape .*put it in a list", torch.randn(4, 8))
     refused("batches is how many", batches=0)
+    refused(r"data is an iterable of batches, got the function good: call it, data=good\(\)", good)
+    refused("batch 2 of data cannot be read: OSError: the disk is gone", broken(2))
     wrong = [*good(1), (torch.randn(4, 9), torch.randint(0, 3, (4,)))]
     refused(r"batch 1 of data, \(float32 \[4, 9\], int64 \[4\]\): in high precision already.*RuntimeError: mat1", wrong)
+
+
+def broken(count: int) -> Iterator[tuple[Tensor, Tensor]]:
+    yield from good(count)
+    raise OSError("the disk is gone")
 
 
 def test_an_additive_mask_is_finite_enough() -> None:
@@ -101,12 +108,36 @@ def test_a_budget_that_cannot_be_met_says_the_figures_and_writes_nothing(tmp_pat
         found.suggest("0%")
     with pytest.raises(ModelError, match="there is no suggestion to save"):
         found.save_suggestion(tmp_path / "out.yaml")
-    found.suggest("100%")
+    assert found.suggest("100%") is not None
+    assert found.suggestion is not None
+    with pytest.raises(ModelError, match="cannot be met"):
+        found.suggest("0%")
+    with pytest.raises(ModelError, match="there is no suggestion to save"):  # not the older one
+        found.save_suggestion(tmp_path / "out.yaml")
+    with pytest.raises(ModelError, match="cannot be met"):
+        found.save_suggestion(tmp_path / "out.yaml", "0%")
+    found.save_suggestion(tmp_path / "good.yaml", "100%")
+    assert "budget 100%" in (tmp_path / "good.yaml").read_text()
+    kept = found.suggestion
+    found.save_suggestion(tmp_path / "good.yaml", budget="100%")
+    assert found.suggestion is kept
+    (tmp_path / "good.yaml").unlink()
     (tmp_path / "there").mkdir()
     for path in (tmp_path / "none" / "out.yaml", tmp_path / "there"):
         with pytest.raises(FP8Error, match="cannot be written"):
             found.save_suggestion(path)
     assert [path.name for path in tmp_path.iterdir()] == ["there"]
+
+
+def test_names() -> None:
+    found = fp8fx.sensitivity(nn.Sequential(nn.Linear(8, 3)), good(1), gradients=False)
+    assert found.effect("0") == found.effect(found["0"])
+    assert found.gain("0") == found.gain(found["0"])
+    for ask in (found.effect, found.gain, found.__getitem__):
+        with pytest.raises(ModelError, match=r"no layer '00' was measured; layers in FP8 are: 0. Did you mean '0'"):
+            ask("00")
+    with pytest.raises(ModelError, match=r"layer '0' has no role 'wieght'; it has: input, weight. Did you mean 'weight'"):
+        found["0"]["wieght"]
 
 
 MODELS = """
@@ -122,6 +153,9 @@ class Own(nn.Module):
         return {"loss": self.fc(x).square().mean()}
 def batches():
     yield torch.randn(4, 8), torch.randint(0, 3, (4,))
+def broken():
+    yield torch.randn(4, 8), torch.randint(0, 3, (4,))
+    raise OSError("the disk is gone")
 def loss(model, batch):
     return nn.functional.cross_entropy(model(batch[0]), batch[1])
 def impossible(model, batch):
@@ -160,6 +194,7 @@ def test_the_command(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
         ((*common, "--suggest", str(out)), "give --budget, e.g. --budget 1%"),
         ((*common, "--budget", "a lot"), "budget 'a lot'"),
         ((*common, "--html", str(tmp_path / "none" / "x.html")), "there is no folder"),
+        ((f"{file}:model", "--data", f"{file}:broken"), "error: batch 1 of data cannot be read: OSError: the disk is gone"),
         ((*common, "--batches", "4"), "data ended after 1 of 4 batches"),
     ):
         code, text = run(*words)
