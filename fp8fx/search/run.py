@@ -19,6 +19,7 @@ from fp8fx.search.measure import Key, OutputErrors, Outputs, Quantized, Sample, 
 from fp8fx.search.progress import progress as progress_bar
 from fp8fx.search.result import Choice, SearchResult
 from fp8fx.search.taps import Operand, Site, TapRuntime, tapped
+from fp8fx.sensitivity.files import check_place
 from fp8fx.spec import Granularity
 
 SHORTLIST = 3  # largest values per format and granularity, by the tensor's own error, whose error in the output is measured
@@ -56,11 +57,13 @@ def search(
     inputs: for `output`. quantized: a layer gets what the layers before it, quantized as chosen, give; float: what they give unquantized.
     scaling: fixed writes the largest value into the recipe (one scale per tensor only); current lets each tensor's own magnitude
     set it, times the fraction found.
-    out: a file for the recipe, written when all is done, whole or not at all.
+    out: a file for the recipe, written when all is done, whole or not at all; its place is checked first.
 
     Raises ModelError for data or a search space that is empty or cannot be used, and where there is nothing to search; RecipeError and
-    FormatError for a base or formats that are none.
+    FormatError for a base or formats that are none; FP8Error for an `out` that cannot be written.
     """
+    if out is not None:
+        check_place(out)
     _check_words(objective=objective, inputs=inputs, scaling=scaling)
     wanted_roles = _roles(roles)
     space = candidates(formats, granularities, max_values)

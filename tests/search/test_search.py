@@ -244,6 +244,15 @@ def test_errors_of_the_loader_and_of_the_disk_pass_through(tmp_path: Path) -> No
         result.save(tmp_path / "missing" / "found.yaml")
 
 
+def test_a_place_that_cannot_be_written_is_known_before_the_search(tmp_path: Path) -> None:
+    def forward(model: nn.Module, batch: Tensor) -> Tensor:
+        raise AssertionError("the search has begun")
+
+    for place, message in ((tmp_path / "missing" / "found.yaml", "there is no folder"), (tmp_path, "it is a directory")):
+        with pytest.raises(fp8fx.FP8Error, match=message):
+            fp8fx.search(made(1)[0], [GOOD], out=place, forward=forward, progress=False)
+
+
 def test_a_model_that_overflows_names_the_layer() -> None:
     model, data = made(1)
     with torch.no_grad():
