@@ -63,7 +63,8 @@ def qat(
     """A clone of `model` that rounds weights and inputs to grids which are trained with the weights, for the layers `recipe` quantizes.
 
     recipe: as for fp8fx.compile, or the name of a format, or a dict of role (input, weight) to format. What it says of formats and
-    granularities is where training starts; of scaling, gradients and outputs nothing is used: gradients stay in high precision.
+    granularities is where training starts; of scaling and gradients nothing is used: gradients stay in high precision. Layers whose
+    outputs it rounds, with an arithmetic or with e8m0 scales are refused: `recipe()` could not say what was trained.
     learn: max_value, the largest value of each grid, or, for scales per row or block, its ratio to each one's own largest magnitude;
     mantissa_bits, how the bits of each format are split into exponent and mantissa. What is not named keeps its first value.
     data, batches, forward: as for fp8fx.search; the largest values start with the least mean square error on about `samples` elements.
@@ -84,6 +85,8 @@ def qat(
     run_all(fast.eval(), found, forward)
     for module, flag in flags:
         module.training = flag
+    for site in runtime.sites.values():
+        _check_honoured(site)
     known = Quantizers()
     for (name, role), sample in sampling.samples.items():
         if sample.parts:
@@ -108,6 +111,25 @@ def _learned(learn: str | Sequence[str]) -> tuple[str, ...]:
     if not found:
         raise ModelError(f"fp8fx.qat(learn=...): nothing to learn; allowed are {allowed(LEARNED)}, one or both")
     return found
+
+
+def _check_honoured(site: Site) -> None:
+    """ModelError where the recipe asks a layer for what training does not do: what is learned would not describe what was trained."""
+    spec, asked = site.spec, {}
+    if spec.output is not None:
+        asked["output"] = (f"rounded to {spec.output.format}", "training keeps outputs in high precision", "output: none")
+    if spec.arithmetic is not None:
+        asked["arithmetic"] = (spec.arithmetic, "training multiplies exactly", "arithmetic: none")
+    for role in site.roles():
+        own = getattr(spec, role)
+        if own.scale_format != "float32":
+            said = f"scale_format: {own.scale_format}"
+            asked[role] = (said, "the scales of what is learned are float32", f"{role}: {{scale_format: float32}}")
+    for key, (value, instead, write) in asked.items():
+        raise ModelError(
+            f"fp8fx.qat: the recipe gives layer {site.name!r} {key}: {value}, and {instead}, so that the learned recipe would not "
+            f"describe what was trained. Write `{write}` for it, or leave the layer out with exempt=[{site.name!r}]"
+        )
 
 
 def recipe_of(recipe: RecipeLike) -> Recipe:

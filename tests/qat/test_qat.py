@@ -173,6 +173,33 @@ def test_mistakes() -> None:
         fp8fx.compile(made()[1])
 
 
+REFUSED: dict[str, tuple[Any, str]] = {
+    "direct": ("direct", "layer '0' output: rounded to e5m2, .* `output: none`"),
+    "arithmetic": ({"extends": "hybrid", "defaults": {"arithmetic": {"products": "float16"}}}, "layer '0' arithmetic: products=float16"),
+    "mx": ({"extends": "hybrid", "defaults": {"weight": {"format": "mxfp8_e4m3"}}}, "layer '0' weight: scale_format: e8m0, .* float32"),
+}
+
+
+@pytest.mark.parametrize("name", REFUSED)
+def test_what_training_does_not_do_is_refused(name: str) -> None:
+    recipe, message = REFUSED[name]
+    model, x = nn.Sequential(nn.Linear(32, 8)), torch.randn(4, 32)
+    with pytest.raises(fp8fx.ModelError, match=message):
+        fp8fx.qat(model, recipe, data=x)
+    with pytest.raises(fp8fx.ModelError, match="nothing to learn"):  # an exempt layer is no reason to refuse
+        fp8fx.qat(model, recipe, data=x, exempt=["0"])
+
+
+def test_the_learned_recipe_says_what_was_trained_whatever_the_base() -> None:
+    base = {"extends": "direct", "defaults": {"output": "none", "input": {"rounding": "stochastic"}, "weight": {"overflow": "nonfinite"}}}
+    model, x = nn.Sequential(nn.Linear(32, 8)), torch.randn(4, 32)
+    trained = fp8fx.qat(model, base, data=x)
+    with torch.no_grad():
+        assert torch.allclose(fp8fx.compile(model, trained.recipe())(x), trained(x), atol=1e-6)
+    spec = fp8fx.plan(model, trained.recipe(), example_inputs=x)["0"].spec
+    assert (spec.input.rounding, spec.weight.overflow) == ("nearest_even", "saturate")
+
+
 def test_a_sequential_root_and_transposed_channels() -> None:
     """nn.Sequential calls all its children, of which the quantizers are one; a transposed weight has its output channels second."""
     torch.manual_seed(0)
