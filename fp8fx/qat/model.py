@@ -164,6 +164,11 @@ def learned_recipe(model: nn.Module) -> Recipe:
     known = cast(Quantizers, model._modules[QUANTIZERS])
     rules: dict[str, dict[str, Any]] = {}
     for site, role, quantizer in known.items():
+        if not quantizer.finite:
+            raise ModelError(
+                f"layer {site!r}: what is learned for its {role} is no longer finite, {quantizer}, so that there is no recipe of it. "
+                "Training diverged: go back to an earlier state, with a lower learning rate for fp8fx.quantizer_parameters(model)"
+            )
         rules.setdefault(site, {"match": site})[role] = quantizer.entry()
     for rule in rules.values():
         rule["reason"] = "learned"

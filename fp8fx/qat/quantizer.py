@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator
 from typing import Any
 
@@ -43,15 +44,21 @@ class LearnedQuantizer(nn.Module):
     @property
     def learned_format(self) -> str:
         """The name of the format as it is now."""
-        return self.format.name if self.mantissa_bits is None else with_mantissa(self.format, int(self.mantissa_bits.round())).name
+        bits = None if self.mantissa_bits is None else float(self.mantissa_bits.detach())
+        return self.format.name if bits is None or not math.isfinite(bits) else with_mantissa(self.format, round(bits)).name
 
     def forward(self, rows: Tensor) -> Tensor:
         """`rows` [R, K] on the grid; same dtype."""
-        top = self.max_value.float()
+        top = torch.where(self.log2_max > -math.inf, self.max_value.float(), math.nan)  # 0 would do as the largest of zeros
         if self.granularity != "tensor":
             statistic = numerics.amax(rows.detach(), self.granularity)
             top = top * numerics.expand_scale(statistic, self.granularity, tuple(rows.shape))
         return learned_round(rows, top, self.format, self.mantissa_bits)
+
+    @property
+    def finite(self) -> bool:
+        """Whether what is learned is a number still. It is not once a loss was NaN or inf, and then every output is NaN."""
+        return all(bool(parameter.isfinite()) for parameter in self.parameters()) and 0.0 < float(self.max_value.detach()) < math.inf
 
     def entry(self) -> dict[str, Any]:
         """This role as a recipe writes it: the same float32 numbers, in their shortest decimal form."""

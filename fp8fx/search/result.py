@@ -53,7 +53,7 @@ class Choice:
 
 
 def role_entry(format: str, granularity: Granularity, value: tuple[str, float], base: TensorSpec) -> dict[str, Any]:
-    """A role with a found or learned grid. Of the base, what would change that grid is taken back: float32 scales, nearest_even, saturate."""
+    """A role with a found or learned grid. What of the base would change the grid is taken back: float32 scales, nearest_even, saturate."""
     block = granularity if isinstance(granularity, str) else list(granularity)
     found = {"format": format, "granularity": block, "scaling": "fixed" if value[0] == "max_value" else "current", value[0]: value[1]}
     plain = {"scale_format": "float32", "power_of_two": False, "overflow": "saturate", "rounding": "nearest_even"}

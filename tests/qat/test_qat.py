@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import io
+import math
 import pickle
 from typing import Any
 
@@ -171,6 +172,25 @@ def test_mistakes() -> None:
         fp8fx.quantizer_parameters(Net())
     with pytest.raises(fp8fx.ModelError, match="compiled by fp8fx already"):
         fp8fx.compile(made()[1])
+
+
+@pytest.mark.parametrize("granularity", ["tensor", "row"])
+@pytest.mark.parametrize(
+    ("name", "value"), [("log2_max", math.nan), ("log2_max", math.inf), ("log2_max", -math.inf), ("mantissa_bits", math.nan)]
+)
+def test_what_diverged_gives_nan_and_no_recipe(name: str, value: float, granularity: str) -> None:
+    model, x = nn.Sequential(nn.Linear(32, 8)), torch.randn(4, 32)
+    x[0] = 0.0  # a zero is no number either then
+    recipe = {"extends": "hybrid", "defaults": {"input": {"granularity": granularity}}}
+    trained: Any = fp8fx.qat(model, recipe, data=x, learn=("max_value", "mantissa_bits"))
+    assert bool(trained(x).isfinite().all())
+    with torch.no_grad():
+        getattr(trained._fp8fx_qat.get("0", "input"), name).fill_(value)
+    y = trained(x)
+    assert bool(y.isnan().all())
+    y.sum().backward()
+    with pytest.raises(fp8fx.ModelError, match=r"layer '0': what is learned for its input is no longer finite"):
+        trained.recipe()
 
 
 REFUSED: dict[str, tuple[Any, str]] = {
