@@ -18,7 +18,7 @@ from fp8fx.qat.quantizer import LearnedQuantizer, Quantizers
 from fp8fx.recipe import Recipe
 from fp8fx.recipe.load import is_path
 from fp8fx.search.candidates import MAX_VALUES, candidates, errors, ranked
-from fp8fx.search.data import Forward, batches_of, run_all
+from fp8fx.search.data import Forward, batches_of, check_runs, run_all
 from fp8fx.search.measure import Sample, Sampling
 from fp8fx.search.result import document_of
 from fp8fx.search.run import ROLES
@@ -79,6 +79,7 @@ def qat(
     found = batches_of(data, batches)
     runtime = QatRuntime(loaded)
     fast = tapped(model, runtime)
+    check_runs(model, found, forward)
     fast.__class__ = trainable_class(type(model))
     runtime.handler = sampling = Sampling(lambda site, role: role in ROLES, max(samples // len(found), 1))
     flags = [(module, module.training) for module in fast.modules()]

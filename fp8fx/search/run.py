@@ -14,7 +14,7 @@ from fp8fx.compile import RecipeLike
 from fp8fx.errors import ModelError, allowed, nearest
 from fp8fx.recipe import Recipe
 from fp8fx.search.candidates import FORMATS, MAX_VALUES, Candidate, Found, candidates, errors, ranked
-from fp8fx.search.data import Forward, batches_of, call, run_all
+from fp8fx.search.data import Forward, batches_of, call, check_runs, run_all
 from fp8fx.search.measure import Key, OutputErrors, Outputs, Quantized, Sample, Sampling
 from fp8fx.search.progress import progress as progress_bar
 from fp8fx.search.result import Choice, SearchResult
@@ -77,6 +77,7 @@ def search(
         return role in wanted_roles and any(fnmatch.fnmatchcase(site.name, pattern) for pattern in patterns)
 
     sampling = Sampling(wanted, max(samples // len(found), 1))
+    check_runs(model, found, forward)
     runtime.handler = sampling
     run_all(fast, found, forward)
     _check_found(runtime, sampling, patterns, wanted_roles)
