@@ -220,6 +220,13 @@ def test_the_learned_recipe_says_what_was_trained_whatever_the_base() -> None:
     assert (spec.input.rounding, spec.weight.overflow) == ("nearest_even", "saturate")
 
 
+def test_an_integer_whose_bits_stay_is_the_same_grid_under_another_name() -> None:
+    _, trained, _ = made("int8", learn=("max_value", "mantissa_bits"))
+    assert trained._fp8fx_qat.get("fc", "weight").entry()["format"] == "e1m6none"
+    x = torch.linspace(-2.0, 2.0, 1001)
+    assert torch.equal(*(fp8fx.fake_quantize(x, format, fp8fx.compute_scale(torch.tensor(1.7), format)) for format in ("int8", "e1m6none")))
+
+
 def test_a_sequential_root_and_transposed_channels() -> None:
     """nn.Sequential calls all its children, of which the quantizers are one; a transposed weight has its output channels second."""
     torch.manual_seed(0)
