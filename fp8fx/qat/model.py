@@ -187,7 +187,14 @@ def trainable_class(base: type[nn.Module]) -> type[nn.Module]:
         def reduce(self: nn.Module, protocol: Any = None) -> Any:
             return _rebuild, (base,), self.__getstate__()  # type: ignore[operator]
 
+        def load(self: nn.Module, state_dict: dict[str, Any], prefix: str, *rest: Any) -> None:
+            known = self._modules.get(QUANTIZERS)
+            if isinstance(known, Quantizers):
+                known.check_state(state_dict, f"{prefix}{QUANTIZERS}.")
+            compiled._load_from_state_dict(self, state_dict, prefix, *rest)
+
         members = {BASE: base, "__reduce_ex__": reduce, "__module__": base.__module__, "__qualname__": base.__qualname__}
+        members["_load_from_state_dict"] = load
         if not hasattr(base, "recipe"):
             members["recipe"] = functools.wraps(learned_recipe)(lambda self: learned_recipe(self))
         _CLASSES[base] = type(base.__name__, (compiled,), members)

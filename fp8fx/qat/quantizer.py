@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from typing import Any
 
 import numpy as np
@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from fp8fx import formats, numerics
+from fp8fx.errors import CheckpointError
 from fp8fx.qat.relaxed import learned_round, with_mantissa
 from fp8fx.search.result import role_entry
 from fp8fx.spec import TensorSpec
@@ -67,6 +68,23 @@ class LearnedQuantizer(nn.Module):
             self.learned_format, self.granularity, ("max_value" if self.granularity == "tensor" else "clip", value), self.base
         )
 
+    def get_extra_state(self) -> Tensor:
+        """Format and granularity as UTF-8, uint8 [bytes]: what the parameters were learned for. A tensor, as all of a state_dict is."""
+        return torch.tensor(list(self._form().encode()), dtype=torch.uint8)
+
+    def set_extra_state(self, state: Tensor) -> None:
+        """CheckpointError for the parameters of another format or granularity."""
+        saved = bytes(state.tolist()).decode(errors="replace")
+        if saved != self._form():
+            raise CheckpointError(
+                f"this state was learned for {saved}, and here is {self._form()}. Call fp8fx.qat with the recipe that it was trained with, "
+                "or load fp8fx.strip(state_dict) into the model, which leaves away what was learned. Nothing was loaded"
+            )
+
+    def _form(self) -> str:
+        block = self.granularity
+        return f"{self.format.name}, granularity {block if isinstance(block, str) else list(block)}"
+
     def extra_repr(self) -> str:
         return f"{self.learned_format}, {self.granularity}, max_value={self.max_value.item():g}"
 
@@ -93,6 +111,17 @@ class Quantizers(nn.Module):
         found = self.by_name._modules.get(self.key(site, role))
         assert found is None or isinstance(found, LearnedQuantizer)
         return found
+
+    def check_state(self, state: Mapping[str, Any], prefix: str) -> None:
+        """CheckpointError, naming the layer, where `state` was learned for other formats; before anything of it is loaded."""
+        for site, role, quantizer in self.items():
+            saved = state.get(f"{prefix}by_name.{self.key(site, role)}._extra_state")
+            if saved is None:
+                continue
+            try:
+                quantizer.set_extra_state(saved)
+            except CheckpointError as error:
+                raise CheckpointError(f"the {role} of layer {site!r}: {error}") from None
 
     def items(self) -> Iterator[tuple[str, str, LearnedQuantizer]]:
         """(site, role, quantizer), in execution order."""

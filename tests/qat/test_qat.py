@@ -132,6 +132,20 @@ def test_copies_pickles_and_state_dicts() -> None:
     assert isinstance(trained, Net)
 
 
+def test_a_state_of_other_formats_is_refused_and_nothing_is_loaded() -> None:
+    _, trained, x = made()
+    train(trained, x, 1)
+    rows = {"extends": "hybrid", "defaults": {"weight": {"granularity": "row"}}}
+    for recipe, here in (("e5m2", "e5m2, granularity tensor"), (rows, "e4m3fn, granularity row")):
+        _, other, _ = made(recipe)
+        before = {key: value.clone() for key, value in other.state_dict().items()}
+        with pytest.raises(fp8fx.CheckpointError, match=f"of layer 'conv': .* learned for e4m3fn, granularity tensor, and here is {here}"):
+            other.load_state_dict(trained.state_dict())
+        assert all(torch.equal(value, before[key]) for key, value in other.state_dict().items())
+        other.load_state_dict(fp8fx.strip(trained.state_dict()), strict=False)
+        assert torch.equal(other.conv.weight, trained.conv.weight)
+
+
 def test_autocast_switches_it_off_and_the_model_is_untouched() -> None:
     model, trained, x = made("int4")
     trained.eval()
