@@ -69,12 +69,12 @@ class LearnedQuantizer(nn.Module):
         )
 
     def get_extra_state(self) -> Tensor:
-        """Format and granularity as UTF-8, uint8 [bytes]: what the parameters were learned for. A tensor, as all of a state_dict is."""
-        return torch.tensor(list(self._form().encode()), dtype=torch.uint8)
+        """Format and granularity as UTF-8, uint8 [64]: what the parameters were learned for. A tensor, as all of a state_dict is."""
+        return torch.tensor(list(self._form().ljust(64).encode()), dtype=torch.uint8)
 
     def set_extra_state(self, state: Tensor) -> None:
         """CheckpointError for the parameters of another format or granularity."""
-        saved = bytes(state.tolist()).decode(errors="replace")
+        saved = bytes(state.tolist()).decode(errors="replace").rstrip()
         if saved != self._form():
             raise CheckpointError(
                 f"this state was learned for {saved}, and here is {self._form()}. Call fp8fx.qat with the recipe that it was trained with, "

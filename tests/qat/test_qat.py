@@ -6,6 +6,7 @@ import copy
 import io
 import math
 import pickle
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -130,6 +131,18 @@ def test_copies_pickles_and_state_dicts() -> None:
     assert fp8fx.unwrap(trained) is model
     assert type(trained).__name__ == "Net"
     assert isinstance(trained, Net)
+
+
+def test_a_checkpoint_file_holds_what_was_learned(tmp_path: Path) -> None:
+    _, trained, x = made()
+    train(trained, x, 1)
+    fp8fx.save(trained, tmp_path / "run.safetensors")
+    _, other, _ = made()
+    fp8fx.load(tmp_path / "run.safetensors", other)
+    assert all(torch.equal(value, other.state_dict()[key]) for key, value in trained.state_dict().items())
+    assert other.recipe() == trained.recipe()
+    with pytest.raises(fp8fx.CheckpointError, match=r"of layer 'conv': .* learned for e4m3fn, granularity tensor"):
+        fp8fx.load(tmp_path / "run.safetensors", made("e5m2")[1], migrate=True)
 
 
 def test_a_state_of_other_formats_is_refused_and_nothing_is_loaded() -> None:
