@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from fp8fx.compile import RecipeLike
+from fp8fx.errors import ModelError
 from fp8fx.recipe import Recipe
 
 
@@ -44,6 +45,17 @@ class GradScaler(torch.amp.GradScaler):
         """The smallest scale allowed at `step`: the entry with the largest key that is not beyond it."""
         reached = [key for key in self.minimum if key <= step]
         return self.minimum[max(reached)] if reached else 0.0
+
+    def unscale_(self, optimizer: torch.optim.Optimizer) -> None:
+        """As torch's. ModelError for float16 gradients, which torch refuses too: unscaled, what is small among them would be lost."""
+        parameters = [parameter for group in optimizer.param_groups for parameter in group["params"] if parameter.grad is not None]
+        if self.is_enabled() and any(parameter.grad.dtype == torch.float16 for parameter in parameters):
+            raise ModelError(
+                "fp8fx.GradScaler: the optimizer has float16 parameters, whose gradients have no room for values without the loss scale. "
+                "Keep the parameters in float32 (fp8fx.MasterWeights holds their values on the float16 grid all the same) or in bfloat16, "
+                'or train without a loss scale: a recipe with loss_scaling: {mode: none}, such as "hybrid"'
+            )
+        super().unscale_(optimizer)
 
     def update(self, new_scale: float | Tensor | None = None) -> None:
         """Adjust the scale after a step, as torch does, then raise it to the minimum of this step."""

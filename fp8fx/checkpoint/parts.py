@@ -11,8 +11,7 @@ from torch import Tensor, nn
 from torch.nn.parallel import DataParallel, DistributedDataParallel
 
 from fp8fx.checkpoint.format import dtype_name
-from fp8fx.clone import runtimes_of
-from fp8fx.compile import strip
+from fp8fx.clone import PREFIX, runtimes_of
 from fp8fx.errors import CheckpointError, ModelError
 from fp8fx.runtime import Runtime
 
@@ -28,8 +27,8 @@ class Model:
     runtimes: dict[str, Runtime]
 
     def entries(self) -> dict[str, Any]:
-        """The model's own entries, without fp8fx's."""
-        return strip(self.root.state_dict())
+        """The model's own entries and what fp8fx.qat learned, without what is in `state`."""
+        return {key: value for key, value in self.root.state_dict().items() if f".{PREFIX}" not in f".{key}"}
 
     def state(self) -> dict[str, dict[str, Tensor]]:
         """fp8fx's entries, without prefixes, per compiled part."""

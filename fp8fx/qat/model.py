@@ -18,7 +18,7 @@ from fp8fx.qat.quantizer import LearnedQuantizer, Quantizers
 from fp8fx.recipe import Recipe
 from fp8fx.recipe.load import is_path
 from fp8fx.search.candidates import MAX_VALUES, candidates, errors, ranked
-from fp8fx.search.data import Forward, batches_of, run_all
+from fp8fx.search.data import Forward, batches_of, check_runs, run_all
 from fp8fx.search.measure import Sample, Sampling
 from fp8fx.search.result import document_of
 from fp8fx.search.run import ROLES
@@ -63,7 +63,8 @@ def qat(
     """A clone of `model` that rounds weights and inputs to grids which are trained with the weights, for the layers `recipe` quantizes.
 
     recipe: as for fp8fx.compile, or the name of a format, or a dict of role (input, weight) to format. What it says of formats and
-    granularities is where training starts; of scaling, gradients and outputs nothing is used: gradients stay in high precision.
+    granularities is where training starts; of scaling and gradients nothing is used: gradients stay in high precision. Layers whose
+    outputs it rounds, with an arithmetic or with e8m0 scales are refused: `recipe()` could not say what was trained.
     learn: max_value, the largest value of each grid, or, for scales per row or block, its ratio to each one's own largest magnitude;
     mantissa_bits, how the bits of each format are split into exponent and mantissa. What is not named keeps its first value.
     data, batches, forward: as for fp8fx.search; the largest values start with the least mean square error on about `samples` elements.
@@ -78,12 +79,15 @@ def qat(
     found = batches_of(data, batches)
     runtime = QatRuntime(loaded)
     fast = tapped(model, runtime)
+    check_runs(model, found, forward)
     fast.__class__ = trainable_class(type(model))
     runtime.handler = sampling = Sampling(lambda site, role: role in ROLES, max(samples // len(found), 1))
     flags = [(module, module.training) for module in fast.modules()]
     run_all(fast.eval(), found, forward)
     for module, flag in flags:
         module.training = flag
+    for site in runtime.sites.values():
+        _check_honoured(site)
     known = Quantizers()
     for (name, role), sample in sampling.samples.items():
         if sample.parts:
@@ -108,6 +112,25 @@ def _learned(learn: str | Sequence[str]) -> tuple[str, ...]:
     if not found:
         raise ModelError(f"fp8fx.qat(learn=...): nothing to learn; allowed are {allowed(LEARNED)}, one or both")
     return found
+
+
+def _check_honoured(site: Site) -> None:
+    """ModelError where the recipe asks a layer for what training does not do: what is learned would not describe what was trained."""
+    spec, asked = site.spec, {}
+    if spec.output is not None:
+        asked["output"] = (f"rounded to {spec.output.format}", "training keeps outputs in high precision", "output: none")
+    if spec.arithmetic is not None:
+        asked["arithmetic"] = (spec.arithmetic, "training multiplies exactly", "arithmetic: none")
+    for role in site.roles():
+        own = getattr(spec, role)
+        if own.scale_format != "float32":
+            said = f"scale_format: {own.scale_format}"
+            asked[role] = (said, "the scales of what is learned are float32", f"{role}: {{scale_format: float32}}")
+    for key, (value, instead, write) in asked.items():
+        raise ModelError(
+            f"fp8fx.qat: the recipe gives layer {site.name!r} {key}: {value}, and {instead}, so that the learned recipe would not "
+            f"describe what was trained. Write `{write}` for it, or leave the layer out with exempt=[{site.name!r}]"
+        )
 
 
 def recipe_of(recipe: RecipeLike) -> Recipe:
@@ -142,6 +165,11 @@ def learned_recipe(model: nn.Module) -> Recipe:
     known = cast(Quantizers, model._modules[QUANTIZERS])
     rules: dict[str, dict[str, Any]] = {}
     for site, role, quantizer in known.items():
+        if not quantizer.finite:
+            raise ModelError(
+                f"layer {site!r}: what is learned for its {role} is no longer finite, {quantizer}, so that there is no recipe of it. "
+                "Training diverged: go back to an earlier state, with a lower learning rate for fp8fx.quantizer_parameters(model)"
+            )
         rules.setdefault(site, {"match": site})[role] = quantizer.entry()
     for rule in rules.values():
         rule["reason"] = "learned"
@@ -159,7 +187,14 @@ def trainable_class(base: type[nn.Module]) -> type[nn.Module]:
         def reduce(self: nn.Module, protocol: Any = None) -> Any:
             return _rebuild, (base,), self.__getstate__()  # type: ignore[operator]
 
+        def load(self: nn.Module, state_dict: dict[str, Any], prefix: str, *rest: Any) -> None:
+            known = self._modules.get(QUANTIZERS)
+            if isinstance(known, Quantizers):
+                known.check_state(state_dict, f"{prefix}{QUANTIZERS}.")
+            compiled._load_from_state_dict(self, state_dict, prefix, *rest)
+
         members = {BASE: base, "__reduce_ex__": reduce, "__module__": base.__module__, "__qualname__": base.__qualname__}
+        members["_load_from_state_dict"] = load
         if not hasattr(base, "recipe"):
             members["recipe"] = functools.wraps(learned_recipe)(lambda self: learned_recipe(self))
         _CLASSES[base] = type(base.__name__, (compiled,), members)

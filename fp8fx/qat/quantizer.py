@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+import math
+from collections.abc import Iterator, Mapping
 from typing import Any
 
 import numpy as np
@@ -10,6 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from fp8fx import formats, numerics
+from fp8fx.errors import CheckpointError
 from fp8fx.qat.relaxed import learned_round, with_mantissa
 from fp8fx.search.result import role_entry
 from fp8fx.spec import TensorSpec
@@ -43,15 +45,21 @@ class LearnedQuantizer(nn.Module):
     @property
     def learned_format(self) -> str:
         """The name of the format as it is now."""
-        return self.format.name if self.mantissa_bits is None else with_mantissa(self.format, int(self.mantissa_bits.round())).name
+        bits = None if self.mantissa_bits is None else float(self.mantissa_bits.detach())
+        return self.format.name if bits is None or not math.isfinite(bits) else with_mantissa(self.format, round(bits)).name
 
     def forward(self, rows: Tensor) -> Tensor:
         """`rows` [R, K] on the grid; same dtype."""
-        top = self.max_value.float()
+        top = torch.where(self.log2_max > -math.inf, self.max_value.float(), math.nan)  # 0 would do as the largest of zeros
         if self.granularity != "tensor":
             statistic = numerics.amax(rows.detach(), self.granularity)
             top = top * numerics.expand_scale(statistic, self.granularity, tuple(rows.shape))
         return learned_round(rows, top, self.format, self.mantissa_bits)
+
+    @property
+    def finite(self) -> bool:
+        """Whether what is learned is a number still. It is not once a loss was NaN or inf, and then every output is NaN."""
+        return all(bool(parameter.isfinite()) for parameter in self.parameters()) and 0.0 < float(self.max_value.detach()) < math.inf
 
     def entry(self) -> dict[str, Any]:
         """This role as a recipe writes it: the same float32 numbers, in their shortest decimal form."""
@@ -59,6 +67,23 @@ class LearnedQuantizer(nn.Module):
         return role_entry(
             self.learned_format, self.granularity, ("max_value" if self.granularity == "tensor" else "clip", value), self.base
         )
+
+    def get_extra_state(self) -> Tensor:
+        """Format and granularity as UTF-8, uint8 [64]: what the parameters were learned for. A tensor, as all of a state_dict is."""
+        return torch.tensor(list(self._form().ljust(64).encode()), dtype=torch.uint8)
+
+    def set_extra_state(self, state: Tensor) -> None:
+        """CheckpointError for the parameters of another format or granularity."""
+        saved = bytes(state.tolist()).decode(errors="replace").rstrip()
+        if saved != self._form():
+            raise CheckpointError(
+                f"this state was learned for {saved}, and here is {self._form()}. Call fp8fx.qat with the recipe that it was trained with, "
+                "or load fp8fx.strip(state_dict) into the model, which leaves away what was learned. Nothing was loaded"
+            )
+
+    def _form(self) -> str:
+        block = self.granularity
+        return f"{self.format.name}, granularity {block if isinstance(block, str) else list(block)}"
 
     def extra_repr(self) -> str:
         return f"{self.learned_format}, {self.granularity}, max_value={self.max_value.item():g}"
@@ -86,6 +111,17 @@ class Quantizers(nn.Module):
         found = self.by_name._modules.get(self.key(site, role))
         assert found is None or isinstance(found, LearnedQuantizer)
         return found
+
+    def check_state(self, state: Mapping[str, Any], prefix: str) -> None:
+        """CheckpointError, naming the layer, where `state` was learned for other formats; before anything of it is loaded."""
+        for site, role, quantizer in self.items():
+            saved = state.get(f"{prefix}by_name.{self.key(site, role)}._extra_state")
+            if saved is None:
+                continue
+            try:
+                quantizer.set_extra_state(saved)
+            except CheckpointError as error:
+                raise CheckpointError(f"the {role} of layer {site!r}: {error}") from None
 
     def items(self) -> Iterator[tuple[str, str, LearnedQuantizer]]:
         """(site, role, quantizer), in execution order."""

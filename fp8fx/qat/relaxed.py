@@ -43,6 +43,7 @@ def learned_round(x: Tensor, top: Tensor, format: Format, mantissa_bits: Tensor 
     """`x` on the grid of `format` whose largest value is `top` (float32, broadcasts against x); x's shape and dtype.
 
     mantissa_bits: a float32 scalar; rounded, it replaces the format's own number (`with_mantissa`). All three get gradients.
+    Where `top` is NaN or inf the result is NaN, and everywhere if `mantissa_bits` is: what diverged is not lost.
     """
     made = _Relaxed.apply(x, top, mantissa_bits, format)  # type: ignore[no-untyped-call]
     return made  # type: ignore[no-any-return]
@@ -51,9 +52,12 @@ def learned_round(x: Tensor, top: Tensor, format: Format, mantissa_bits: Tensor 
 class _Relaxed(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, x: Tensor, top: Tensor, mantissa_bits: Tensor | None, format: Format) -> Tensor:
-        used = format if mantissa_bits is None else with_mantissa(format, int(mantissa_bits.round()))
+        bits = None if mantissa_bits is None else float(mantissa_bits)
+        known = bits is None or math.isfinite(bits)
+        used = format if bits is None or not known else with_mantissa(format, round(bits))
         scale = numerics.compute_scale(top, used)
-        y = numerics.round_to_format(x.float() * numerics.inverse(scale), used) * scale
+        y = numerics.round_to_format(x.float() * numerics.inverse(scale), used)
+        y = y * torch.where(top.isfinite() & known, scale, math.nan)  # compute_scale takes a NaN for 0
         ctx.save_for_backward(x, top, y, mantissa_bits)
         ctx.format = used
         return y.to(x.dtype)

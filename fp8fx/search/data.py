@@ -14,6 +14,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
+from fp8fx.clone import clone
 from fp8fx.errors import CaptureError, FP8Error, ModelError
 
 Forward = Callable[[nn.Module, Any], Any]
@@ -89,9 +90,21 @@ def call(model: nn.Module, batch: Any, forward: Forward | None, number: int) -> 
 
 
 def _refused(batch: Any, forward: Forward | None, number: int, error: Exception) -> ModelError:
-    shapes = ", ".join(str(tuple(t.shape)) for t in _tensors(batch))
+    shapes = ", ".join(f"{str(t.dtype).removeprefix('torch.')} {tuple(t.shape)}" for t in _tensors(batch))
+    said = str(error).rstrip(". \n") or type(error).__name__
     hint = "" if forward is not None else " If the batch holds more than the model's arguments, give forward=lambda model, batch: ..."
-    return ModelError(f"the model cannot run on calibration batch {number} (shapes {shapes}): {error}.{hint}")
+    return ModelError(f"the model cannot run on calibration batch {number} ({shapes}): {said}.{hint}")
+
+
+@torch.no_grad()
+def check_runs(model: nn.Module, batches: list[Any], forward: Forward | None) -> None:
+    """The plain model, eagerly, on the first batch of each shape: what it cannot take is said before anything is captured of it."""
+    plain, known = clone(model, share_buffers=False).eval(), set()
+    for number, batch in enumerate(batches):
+        shapes = tuple((tensor.shape, tensor.dtype) for tensor in _tensors(batch))
+        if shapes not in known:
+            call(plain, batch, forward, number)
+            known.add(shapes)
 
 
 @torch.no_grad()

@@ -53,12 +53,11 @@ class Choice:
 
 
 def role_entry(format: str, granularity: Granularity, value: tuple[str, float], base: TensorSpec) -> dict[str, Any]:
-    """A role with a found or learned grid. Of the base, what would change that grid is taken back: scales are float32, and saturate."""
+    """A role with a found or learned grid. What of the base would change the grid is taken back: float32 scales, nearest_even, saturate."""
     block = granularity if isinstance(granularity, str) else list(granularity)
     found = {"format": format, "granularity": block, "scaling": "fixed" if value[0] == "max_value" else "current", value[0]: value[1]}
-    changed = {"scale_format": base.scale_format != "float32", "power_of_two": base.power_of_two, "overflow": base.overflow != "saturate"}
-    plain = {"scale_format": "float32", "power_of_two": False, "overflow": "saturate"}
-    return found | {key: plain[key] for key, differs in changed.items() if differs}
+    plain = {"scale_format": "float32", "power_of_two": False, "overflow": "saturate", "rounding": "nearest_even"}
+    return found | {key: value for key, value in plain.items() if getattr(base, key) != value}
 
 
 def six_digits(value: float) -> float:

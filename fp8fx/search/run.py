@@ -14,11 +14,12 @@ from fp8fx.compile import RecipeLike
 from fp8fx.errors import ModelError, allowed, nearest
 from fp8fx.recipe import Recipe
 from fp8fx.search.candidates import FORMATS, MAX_VALUES, Candidate, Found, candidates, errors, ranked
-from fp8fx.search.data import Forward, batches_of, call, run_all
+from fp8fx.search.data import Forward, batches_of, call, check_runs, run_all
 from fp8fx.search.measure import Key, OutputErrors, Outputs, Quantized, Sample, Sampling
 from fp8fx.search.progress import progress as progress_bar
 from fp8fx.search.result import Choice, SearchResult
 from fp8fx.search.taps import Operand, Site, TapRuntime, tapped
+from fp8fx.sensitivity.files import check_place
 from fp8fx.spec import Granularity
 
 SHORTLIST = 3  # largest values per format and granularity, by the tensor's own error, whose error in the output is measured
@@ -56,11 +57,13 @@ def search(
     inputs: for `output`. quantized: a layer gets what the layers before it, quantized as chosen, give; float: what they give unquantized.
     scaling: fixed writes the largest value into the recipe (one scale per tensor only); current lets each tensor's own magnitude
     set it, times the fraction found.
-    out: a file for the recipe, written when all is done, whole or not at all.
+    out: a file for the recipe, written when all is done, whole or not at all; its place is checked first.
 
     Raises ModelError for data or a search space that is empty or cannot be used, and where there is nothing to search; RecipeError and
-    FormatError for a base or formats that are none.
+    FormatError for a base or formats that are none; FP8Error for an `out` that cannot be written.
     """
+    if out is not None:
+        check_place(out)
     _check_words(objective=objective, inputs=inputs, scaling=scaling)
     wanted_roles = _roles(roles)
     space = candidates(formats, granularities, max_values)
@@ -74,6 +77,7 @@ def search(
         return role in wanted_roles and any(fnmatch.fnmatchcase(site.name, pattern) for pattern in patterns)
 
     sampling = Sampling(wanted, max(samples // len(found), 1))
+    check_runs(model, found, forward)
     runtime.handler = sampling
     run_all(fast, found, forward)
     _check_found(runtime, sampling, patterns, wanted_roles)

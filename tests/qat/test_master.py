@@ -57,6 +57,22 @@ def test_bits_depend_on_seed_parameter_and_step_only() -> None:
     assert not torch.equal(first, drifted(torch.float16, "stochastic", torch.float32, seed=1))
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, *DTYPES])
+def test_a_loss_scale_takes_any_parameters_but_float16(dtype: torch.dtype) -> None:
+    parameter = nn.Parameter(torch.ones(4, dtype=dtype))
+    optimizer = torch.optim.SGD([parameter], lr=1.0)
+    fp8fx.MasterWeights(optimizer, torch.float16 if dtype == torch.float32 else dtype)
+    scaler = fp8fx.GradScaler("direct", device="cpu")
+    scaler.scale(parameter.float().sum()).backward()
+    if dtype == torch.float16:
+        for unscale in (scaler.unscale_, scaler.step):
+            with pytest.raises(fp8fx.ModelError, match=r"float16 parameters.* Keep the parameters in float32"):
+                unscale(optimizer)
+        return
+    scaler.step(optimizer)
+    assert bool((parameter == 0.0).all())
+
+
 class Run:
     """A small regression under `recipe`, with 16-bit master weights."""
 

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import copy
 import io
+import math
 import pickle
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -131,6 +133,32 @@ def test_copies_pickles_and_state_dicts() -> None:
     assert isinstance(trained, Net)
 
 
+def test_a_checkpoint_file_holds_what_was_learned(tmp_path: Path) -> None:
+    _, trained, x = made()
+    train(trained, x, 1)
+    fp8fx.save(trained, tmp_path / "run.safetensors")
+    _, other, _ = made()
+    fp8fx.load(tmp_path / "run.safetensors", other)
+    assert all(torch.equal(value, other.state_dict()[key]) for key, value in trained.state_dict().items())
+    assert other.recipe() == trained.recipe()
+    with pytest.raises(fp8fx.CheckpointError, match=r"of layer 'conv': .* learned for e4m3fn, granularity tensor"):
+        fp8fx.load(tmp_path / "run.safetensors", made("e5m2")[1], migrate=True)
+
+
+def test_a_state_of_other_formats_is_refused_and_nothing_is_loaded() -> None:
+    _, trained, x = made()
+    train(trained, x, 1)
+    rows = {"extends": "hybrid", "defaults": {"weight": {"granularity": "row"}}}
+    for recipe, here in (("e5m2", "e5m2, granularity tensor"), (rows, "e4m3fn, granularity row")):
+        _, other, _ = made(recipe)
+        before = {key: value.clone() for key, value in other.state_dict().items()}
+        with pytest.raises(fp8fx.CheckpointError, match=f"of layer 'conv': .* learned for e4m3fn, granularity tensor, and here is {here}"):
+            other.load_state_dict(trained.state_dict())
+        assert all(torch.equal(value, before[key]) for key, value in other.state_dict().items())
+        other.load_state_dict(fp8fx.strip(trained.state_dict()), strict=False)
+        assert torch.equal(other.conv.weight, trained.conv.weight)
+
+
 def test_autocast_switches_it_off_and_the_model_is_untouched() -> None:
     model, trained, x = made("int4")
     trained.eval()
@@ -171,6 +199,59 @@ def test_mistakes() -> None:
         fp8fx.quantizer_parameters(Net())
     with pytest.raises(fp8fx.ModelError, match="compiled by fp8fx already"):
         fp8fx.compile(made()[1])
+
+
+@pytest.mark.parametrize("granularity", ["tensor", "row"])
+@pytest.mark.parametrize(
+    ("name", "value"), [("log2_max", math.nan), ("log2_max", math.inf), ("log2_max", -math.inf), ("mantissa_bits", math.nan)]
+)
+def test_what_diverged_gives_nan_and_no_recipe(name: str, value: float, granularity: str) -> None:
+    model, x = nn.Sequential(nn.Linear(32, 8)), torch.randn(4, 32)
+    x[0] = 0.0  # a zero is no number either then
+    recipe = {"extends": "hybrid", "defaults": {"input": {"granularity": granularity}}}
+    trained: Any = fp8fx.qat(model, recipe, data=x, learn=("max_value", "mantissa_bits"))
+    assert bool(trained(x).isfinite().all())
+    with torch.no_grad():
+        getattr(trained._fp8fx_qat.get("0", "input"), name).fill_(value)
+    y = trained(x)
+    assert bool(y.isnan().all())
+    y.sum().backward()
+    with pytest.raises(fp8fx.ModelError, match=r"layer '0': what is learned for its input is no longer finite"):
+        trained.recipe()
+
+
+REFUSED: dict[str, tuple[Any, str]] = {
+    "direct": ("direct", "layer '0' output: rounded to e5m2, .* `output: none`"),
+    "arithmetic": ({"extends": "hybrid", "defaults": {"arithmetic": {"products": "float16"}}}, "layer '0' arithmetic: products=float16"),
+    "mx": ({"extends": "hybrid", "defaults": {"weight": {"format": "mxfp8_e4m3"}}}, "layer '0' weight: scale_format: e8m0, .* float32"),
+}
+
+
+@pytest.mark.parametrize("name", REFUSED)
+def test_what_training_does_not_do_is_refused(name: str) -> None:
+    recipe, message = REFUSED[name]
+    model, x = nn.Sequential(nn.Linear(32, 8)), torch.randn(4, 32)
+    with pytest.raises(fp8fx.ModelError, match=message):
+        fp8fx.qat(model, recipe, data=x)
+    with pytest.raises(fp8fx.ModelError, match="nothing to learn"):  # an exempt layer is no reason to refuse
+        fp8fx.qat(model, recipe, data=x, exempt=["0"])
+
+
+def test_the_learned_recipe_says_what_was_trained_whatever_the_base() -> None:
+    base = {"extends": "direct", "defaults": {"output": "none", "input": {"rounding": "stochastic"}, "weight": {"overflow": "nonfinite"}}}
+    model, x = nn.Sequential(nn.Linear(32, 8)), torch.randn(4, 32)
+    trained = fp8fx.qat(model, base, data=x)
+    with torch.no_grad():
+        assert torch.allclose(fp8fx.compile(model, trained.recipe())(x), trained(x), atol=1e-6)
+    spec = fp8fx.plan(model, trained.recipe(), example_inputs=x)["0"].spec
+    assert (spec.input.rounding, spec.weight.overflow) == ("nearest_even", "saturate")
+
+
+def test_an_integer_whose_bits_stay_is_the_same_grid_under_another_name() -> None:
+    _, trained, _ = made("int8", learn=("max_value", "mantissa_bits"))
+    assert trained._fp8fx_qat.get("fc", "weight").entry()["format"] == "e1m6none"
+    x = torch.linspace(-2.0, 2.0, 1001)
+    assert torch.equal(*(fp8fx.fake_quantize(x, format, fp8fx.compute_scale(torch.tensor(1.7), format)) for format in ("int8", "e1m6none")))
 
 
 def test_a_sequential_root_and_transposed_channels() -> None:

@@ -202,7 +202,7 @@ MISTAKES: dict[str, tuple[Any, dict[str, Any], str]] = {
     "empty": ([], {}, "data is empty: it gave no batch"),
     "no elements": ([torch.zeros(0, 3, 8, 8)], {}, r"batch 0 is empty: it holds a tensor of shape \(0, 3, 8, 8\)"),
     "not finite": ([GOOD, NAN], {}, "batch 1 is not finite: 768 of the 768 elements"),
-    "wrong shape": ([GOOD, torch.zeros(4, 2, 8, 8)], {}, r"cannot run on calibration batch 1 \(shapes \(4, 2, 8, 8\)\)"),
+    "wrong shape": ([GOOD, torch.zeros(4, 2, 8, 8)], {}, r"cannot run on calibration batch 1 \(float32 \(4, 2, 8, 8\)\)"),
     "other form": ([GOOD, GOOD[0]], {}, "batch 1 has another form than batch 0"),
     "exhausted": ([GOOD, GOOD], {"batches": 3}, "exhausted midway: batches=3, and it gave 2"),
     "no tensors": (["text"], {}, "batch 0 holds no tensor: it is a str"),
@@ -242,6 +242,29 @@ def test_errors_of_the_loader_and_of_the_disk_pass_through(tmp_path: Path) -> No
     result = fp8fx.search(made(1)[0], made(1)[1], formats="int8", layers="head", progress=False)
     with pytest.raises(fp8fx.RecipeError, match="cannot be written"):
         result.save(tmp_path / "missing" / "found.yaml")
+
+
+def test_a_place_that_cannot_be_written_is_known_before_the_search(tmp_path: Path) -> None:
+    def forward(model: nn.Module, batch: Tensor) -> Tensor:
+        raise AssertionError("the search has begun")
+
+    for place, message in ((tmp_path / "missing" / "found.yaml", "there is no folder"), (tmp_path, "it is a directory")):
+        with pytest.raises(fp8fx.FP8Error, match=message):
+            fp8fx.search(made(1)[0], [GOOD], out=place, forward=forward, progress=False)
+
+
+BAD = {"shape": [GOOD, torch.zeros(4, 2, 8, 8)], "dtype": torch.zeros(4, 3, 8, 8, dtype=torch.int64), "first": GOOD[:, :2]}
+
+
+@pytest.mark.parametrize("name", BAD)
+def test_data_that_the_model_cannot_take_is_said_once_and_plainly(name: str, capfd: pytest.CaptureFixture[str]) -> None:
+    """The plain model meets it first: no capture has begun whose log and symbols would come before the message."""
+    for run in (lambda: fp8fx.search(made(1)[0], BAD[name], progress=False), lambda: fp8fx.qat(made(1)[0], data=BAD[name])):
+        with pytest.raises(fp8fx.ModelError, match=r"the model cannot run on calibration batch \d \(\w+ \(4, \d, 8, 8\)\): .*") as caught:
+            run()
+        assert ".." not in str(caught.value).replace("lambda model, batch: ...", "")
+        assert "FakeTensor" not in str(caught.value)
+    assert capfd.readouterr() == ("", "")
 
 
 def test_a_model_that_overflows_names_the_layer() -> None:
