@@ -5,6 +5,7 @@ from __future__ import annotations
 import ast
 import subprocess
 import sys
+import tomllib
 from pathlib import Path
 
 ROOT = Path(__file__).parent.parent
@@ -85,6 +86,12 @@ def test_kernels_know_formats_and_errors_only() -> None:
 
 def test_modules_are_short() -> None:
     assert {str(path): n for path in SOURCES if (n := len(path.read_text(encoding="utf-8").splitlines())) > 350} == {}
+
+
+def test_the_wheel_has_every_package() -> None:
+    listed = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["tool"]["setuptools"]["packages"]
+    found = {".".join(path.parent.relative_to(ROOT).parts) for path in (ROOT / "fp8fx").rglob("__init__.py")}
+    assert found <= set(listed)
 
 
 def test_import_without_triton() -> None:
