@@ -1,4 +1,4 @@
-"""`save_activation_inputs: fp8`: which layers' outputs an activation keeps in FP8 for its backward, and the graph that does so.
+"""`save_activation_inputs: fp8`, for *annotate* and *insert_qdq*: which outputs an activation keeps in FP8, and the graph that does so.
 
     act(linear(x, w1))                        ->  fp8fx.act(linear(x, w1), None, act)[0]
     act(linear(x, w1)) * linear(x, w2)        ->  fp8fx.act(linear(x, w1), linear(x, w2), act)[0]      SwiGLU, GeGLU

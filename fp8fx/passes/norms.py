@@ -1,4 +1,4 @@
-"""Which nodes are norms over the last dimension, and what they read."""
+"""For *lower*: which nodes are norms over the last dimension, and what they read."""
 
 from __future__ import annotations
 

@@ -29,7 +29,7 @@ def test_without_a_scaler_the_layer_is_named(benchmark: Any) -> None:
 
 
 def test_with_a_scaler_the_scale_settles_and_the_loss_falls(benchmark: Any) -> None:
-    outcome = benchmark.train(60, scaled=True)
+    outcome = benchmark.train(120, scaled=True)
     assert benchmark.settled(outcome.scales), [int(math.log2(scale)) for scale in outcome.scales]
     assert sum(outcome.losses[-10:]) / 10 < 0.67 * outcome.losses[0]
     assert outcome.warned == []
