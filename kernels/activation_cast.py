@@ -28,9 +28,9 @@ from fp8fx.kernels.codes import hardware_format
 from fp8fx.kernels.column_sums import check_sum, partials, sum_partials
 from fp8fx.kernels.launch import launch
 from fp8fx.kernels.layout import Matrices, plain_matrices
-from fp8fx.kernels.quarters import locate_tile, turn
+from fp8fx.kernels.quarters import locate_tile
 from fp8fx.kernels.records import check_record
-from fp8fx.kernels.results import PARTS, Pair, Result, Scaling, tensor_inverse, write_result
+from fp8fx.kernels.results import Pair, Result, Scaling, tensor_inverse, write_result
 from fp8fx.kernels.rounding import NEAREST, Rounding
 
 # BLOCK_M, BLOCK_K, num_warps. Twice as wide, the backward of SwiGLU takes 13% longer, for its registers.
@@ -80,7 +80,7 @@ def _activation_kernel(
     BLOCK_K: tl.constexpr,
 ):
     first = (row // BLOCK_M) * tl.cdiv(K, BLOCK_K)
-    place, rows, words, columns = locate_tile(first + turn(HOW[PARTS] > 0), M, K, BLOCK_M, BLOCK_K)
+    place, rows, words, columns = locate_tile(tl.program_id(0) + first, M, K, BLOCK_M, BLOCK_K)
     h_ptr -= row.to(tl.int64) * stride_hm  # h and u may begin at this row of the whole
     u_ptr -= row.to(tl.int64) * stride_um
     at = (rows, words, columns)

@@ -12,7 +12,7 @@ import triton.language as tl
 
 from fp8fx.kernels.codes import encode, random_tile
 from fp8fx.kernels.column_sums import store_partial
-from fp8fx.kernels.quarters import load_quarter, locate_tile, store_quarter, store_transposed, turn, zero_codes
+from fp8fx.kernels.quarters import load_quarter, locate, store_quarter, store_transposed, zero_codes
 from fp8fx.kernels.records import amax_bits, amax_of, count_zeros, merge_amax
 from fp8fx.kernels.scale import current_scale, inverse, largest_part
 
@@ -103,9 +103,7 @@ def cast_kernel(
     BLOCK_M: tl.constexpr,
     BLOCK_K: tl.constexpr,
 ):
-    # Partial amaxes come from a kernel that ended with the first tiles; what else comes before ended with the last ones.
-    tile = turn(MAKE[0] and MAKE[1] > 1)
-    place, rows, words, columns = locate_tile(tile, M, K, BLOCK_M, BLOCK_K)
+    place, rows, words, columns = locate(M, K, BLOCK_M, BLOCK_K)
     # An amax that is given need not be found again: the first program records it.
     KNOWN: tl.constexpr = MAKE[0] and (AXIS == 0 or AXIS_T == 0)
     seen = amax_bits(record_ptr) if RECORD and not KNOWN else 0

@@ -19,15 +19,6 @@ def locate(M, K, BLOCK_M: tl.constexpr, BLOCK_K: tl.constexpr):
 
 
 @triton.jit
-def turn(FORWARD: tl.constexpr):
-    """This program's number, or, not FORWARD, that number counted from the end, so that the last tile comes first.
-
-    Whatever wrote a tensor, the last tens of megabytes of it are in the L2 cache: a kernel that begins with them reads them from there.
-    """
-    return tl.program_id(0) if FORWARD else tl.num_programs(0) - 1 - tl.program_id(0)
-
-
-@triton.jit
 def locate_tile(tile, M, K, BLOCK_M: tl.constexpr, BLOCK_K: tl.constexpr):
     """The same of the tile with this number."""
     tiles_k, tiles_m = tl.cdiv(K, BLOCK_K), tl.cdiv(M, BLOCK_M)
