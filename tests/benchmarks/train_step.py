@@ -51,7 +51,7 @@ GROUPS = {
     "8x2048": Group(Blocks, LLAMA, TINY, 8, (*LARGE, *FURTHER, *PEERS[:1])),
     "1x2048": Group(Blocks, LLAMA, TINY, 1, ("bf16", "delayed", "hybrid", "delayed-keep", *FURTHER, *PEERS[:1])),
     "eager": Group(Blocks, LLAMA, TINY, 4, ("bf16-eager", "hybrid-eager")),
-    "quickstart": Group(Quickstart, QUICKSTART, TINY_QUICKSTART, 4, ("bf16", "delayed", "hybrid", *PEERS[:1])),
+    "quickstart": Group(Quickstart, QUICKSTART, TINY_QUICKSTART, 4, ("bf16", "delayed", "hybrid", *FURTHER, *PEERS[:1])),
 }
 SPEED = {  # row -> least speed-up
     "4x2048/delayed": 1.58, "8x2048/delayed": 1.88, "8x2048/hybrid": 1.75, "4x2048/hybrid": 1.50, "4x2048/rowwise": 1.30,

@@ -51,7 +51,10 @@ def test_act_linear(device: str, spec: str, gated: bool, kept: bool, monkeypatch
     other = args[13].clone()
     args[13].zero_()
     REFERENCES["act_linear"](*args)
-    torch.testing.assert_close(other, args[13], rtol=1e-5, atol=0)
+    # Hopper's FP8 instructions cut each of the 33 terms of these products below 2^-13 of the largest (fp8fx/arithmetic/tiles.py); two of
+    # them are multiplied where gated. What cuts nothing adds float32 in another order.
+    rtol = 1e-5 if device == "cpu" else (1 + gated) * 33 * 2.0**-13
+    torch.testing.assert_close(other, args[13], rtol=rtol, atol=0)
 
 
 @pytest.mark.parametrize("kept", [False, True])
