@@ -14,7 +14,7 @@ from typing import Any
 
 import torch
 
-from fp8fx.errors import FP8Error
+from fp8fx.ops.autograd import autograd_kernel
 
 LIBRARY = torch.library.Library("fp8fx", "DEF")
 
@@ -43,38 +43,10 @@ def define(
     if setup_context is None or backward is None:
         LIBRARY.impl(name, torch.library.fallthrough_kernel, "Autograd")  # nothing to run there, nothing to pay for it
     else:
-        setup_context, backward = _with_lists(setup_context, backward, name, twice)
-        torch.library.register_autograd(f"fp8fx::{name}", backward, setup_context=setup_context, lib=LIBRARY)
+        kernel = autograd_kernel(getattr(torch.ops.fp8fx, name).default, setup_context, backward, twice)
+        LIBRARY.impl(name, kernel, "Autograd", with_keyset=True)
     REFERENCES[name] = reference
     return getattr(torch.ops.fp8fx, name).default
-
-
-def _with_lists(
-    setup_context: Callable[..., None], backward: Callable[..., Any], name: str, twice: bool
-) -> tuple[Callable[..., None], Callable[..., Any]]:
-    """torch wants a list of None as the gradient of a Tensor[] argument; no list of ours carries a gradient."""
-
-    def setup(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:
-        ctx.lengths = [len(a) if isinstance(a, list) and all(isinstance(t, torch.Tensor) for t in a) else None for a in inputs]
-        setup_context(ctx, inputs, output)
-
-    def run(ctx: Any, *grads: Any) -> tuple[Any, ...]:
-        if not twice:
-            _refuse_second_derivative(name, grads)
-        results = backward(ctx, *grads)
-        return tuple(r if n is None else [None] * n for r, n in zip(results, ctx.lengths, strict=True))
-
-    return setup, run
-
-
-def _refuse_second_derivative(name: str, grads: tuple[Any, ...]) -> None:
-    """The backward formulas call operators outside autograd: a graph of them would silently lack these sites."""
-    if torch.is_grad_enabled() and any(isinstance(grad, torch.Tensor) and grad.requires_grad for grad in grads):
-        raise FP8Error(
-            f"fp8fx::{name}: fp8fx operators have no second derivative, and this backward runs with create_graph=True (a gradient "
-            "penalty, a Hessian). Exempt the layers it goes through (fp8fx.compile(model, exempt=[...])), or compute it on the "
-            "plain model (fp8fx.unwrap)."
-        )
 
 
 def without_autocast(reference: Callable[..., Any]) -> Callable[..., Any]:
