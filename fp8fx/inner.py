@@ -11,6 +11,7 @@ from torch import Tensor, fx
 from fp8fx.capture import dynamo
 from fp8fx.ops.available import triton_works
 from fp8fx.ops.inductor import decompositions
+from fp8fx.ops.kept import static_records
 from fp8fx.options import Options
 from fp8fx.passes.device import GRAD_RECORDS, RECORDS
 
@@ -30,14 +31,15 @@ def compiled_inner(module: fx.GraphModule, example_inputs: list[Any], options: O
 
 
 def _by_inductor(module: fx.GraphModule, example_inputs: list[Any], mode: str | None, cuda: bool) -> Callable[..., Any]:
-    from torch._inductor.compile_fx import compile_fx
+    from torch._inductor.compile_fx import compile_fx, compile_fx_inner
 
-    patches = torch._inductor.list_mode_options(mode) if mode else None
-    if patches and patches.get("triton.cudagraphs"):
+    patches = torch._inductor.list_mode_options(mode) if mode else {}
+    further: dict[str, Any] = {"decompositions": decompositions()} if cuda else {}
+    if patches.get("triton.cudagraphs", torch._inductor.config.triton.cudagraphs):
         _keep_in_place(module)
         _make_constants(example_inputs)
-    table: dict[str, Any] = {"decompositions": decompositions()} if cuda else {}
-    return compile_fx(module, example_inputs, config_patches=patches, **table)  # type: ignore[return-value]
+        further["inner_compile"] = static_records(compile_fx_inner)
+    return compile_fx(module, example_inputs, config_patches=patches or None, **further)  # type: ignore[return-value]
 
 
 def _keep_in_place(module: fx.GraphModule) -> None:
