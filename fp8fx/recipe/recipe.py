@@ -14,7 +14,7 @@ import yaml
 from fp8fx.errors import RecipeError
 from fp8fx.recipe import resolve as resolving
 from fp8fx.recipe.grammar import Document, Layer, Match, Role, Rule
-from fp8fx.recipe.load import Loaded, Merged, follow, is_path, load, merge_chain, shipped
+from fp8fx.recipe.load import Loaded, Merged, Place, follow, is_path, load, merge_chain, shipped
 from fp8fx.recipe.match import Modules, Site
 from fp8fx.recipe.resolve import Resolution
 from fp8fx.recipe.sections import Boundary, Delayed, LossScaling, Model, Scale
@@ -117,7 +117,7 @@ class Recipe:
         for key in extra:
             old = getattr(document, key)
             changes[key] = old + getattr(added.document, key)
-            places |= {(key, len(old) + n): f"{key}[{n}] given beside the recipe" for n in range(len(extra[key]))}
+            places |= {(key, len(old) + n): Place(f"{key}[{n}] given beside the recipe", key) for n in range(len(extra[key]))}
         return Recipe(self.name, self.origin, Merged(document.model_copy(update=changes), places))
 
     def with_boundary(self, *, first: bool, last: bool) -> Recipe:
