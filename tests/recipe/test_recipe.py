@@ -184,6 +184,44 @@ def test_the_pages_errors_are_real(tmp_path: Path, monkeypatch: pytest.MonkeyPat
         assert str(error.value) == expected
 
 
+def test_a_dump_finds_its_tables_and_moves_with_them(tmp_path: Path) -> None:
+    """`tables/a.npy` and `~b.npy` beside it, `c.npy` in another folder of the project: all as paths from the dump."""
+    project, out = tmp_path / "project", tmp_path / "project" / "out"
+    for folder in (project / "tables", out):
+        folder.mkdir(parents=True)
+    for n, name in enumerate(("tables/a.npy", "out/~b.npy", "c.npy")):
+        numpy.save(project / name, numpy.full((4, 4), 1.0 + n / 4, dtype=numpy.float32))
+    rules = [{"match": name, "arithmetic": {"multiplier": str(project / path)}} for name, path in (("b", "out/~b.npy"), ("c", "c.npy"))]
+    (project / "mine.yaml").write_text(yaml.safe_dump({"defaults": {"arithmetic": {"multiplier": "tables/a.npy"}}, "rules": rules}))
+    recipe = Recipe.load(project / "mine.yaml")
+    recipe.dump(out / "whole.yaml")
+    text = (out / "whole.yaml").read_text()
+    assert str(tmp_path) not in text
+    written = yaml.safe_load(text)
+    found = [layer["arithmetic"]["multiplier"] for layer in (written["defaults"], *written["rules"])]
+    assert found == ["../tables/a.npy", "./~b.npy", "../c.npy"]
+    assert Recipe.load(out / "whole.yaml") == recipe
+    project.rename(tmp_path / "moved")
+    moved = Recipe.load(tmp_path / "moved" / "out" / "whole.yaml")
+    for made, value in zip(moved.resolve([Site(name=name, op="linear") for name in "xbc"]).decisions, (1.0, 1.25, 1.5), strict=True):
+        assert made.spec is not None
+        table = Arithmetic.parse(str(made.spec.arithmetic)).table(None)
+        assert table is not None
+        assert float(table.table[0, 0]) == value
+
+
+def test_a_dump_keeps_the_path_of_a_table_that_is_nowhere_near(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    numpy.save(tmp_path / "a.npy", numpy.ones((4, 4), dtype=numpy.float32))
+    (tmp_path / "out").mkdir()
+    recipe = Recipe.load({"defaults": {"arithmetic": {"multiplier": str(tmp_path / "a.npy")}}})
+    monkeypatch.chdir(tmp_path / "out")
+    monkeypatch.setattr("os.path.commonpath", lambda paths: "/")
+    recipe.dump("whole.yaml")
+    assert yaml.safe_load(Path("whole.yaml").read_text())["defaults"]["arithmetic"]["multiplier"] == str(tmp_path / "a.npy")
+    monkeypatch.undo()
+    assert Recipe.load(tmp_path / "out" / "whole.yaml") == recipe
+
+
 def test_arithmetic_round_trips(tmp_path: Path) -> None:
     """Keys side by side, a chunk's keys as one mapping, and a table beside the recipe, from wherever it is loaded."""
     numpy.save(tmp_path / "table.npy", numpy.ones((8, 8), dtype=numpy.float32))
