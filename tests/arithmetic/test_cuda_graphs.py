@@ -3,19 +3,20 @@
 from __future__ import annotations
 
 import math
+from pathlib import Path
 
 import numpy
 import pytest
 import torch
+from torch._subclasses import FakeTensorMode
 
 import fp8fx
-from fp8fx import arithmetic
+from fp8fx import arithmetic, inner
 from fp8fx.arithmetic import multiplier, operands
 from fp8fx.arithmetic.multiplier import checked, mitchell
 from fp8fx.arithmetic.product import form_of, prepare, product
 from fp8fx.arithmetic.spec import Arithmetic
 from fp8fx.errors import ModelError
-from fp8fx.inner import _arithmetics
 from fp8fx.numerics.eager import capturing
 
 CPU = torch.device("cpu")
@@ -97,18 +98,26 @@ def test_prepare_makes_what_the_products_read(monkeypatch: pytest.MonkeyPatch) -
     prepare("accumulate=float16", {"e5m2"}, CPU)  # no table, nothing to make
 
 
-def test_the_inner_compiler_knows_which_tables_a_model_reads(tmp_path: object) -> None:
-    numpy.save(f"{tmp_path}/few.npy", MANTISSAS[:4, :4].numpy())
+def test_the_inner_compiler_knows_which_tables_a_model_reads(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    table = str(tmp_path / "few.npy")
+    numpy.save(table, MANTISSAS[:4, :4].numpy())
     model = torch.nn.Sequential(torch.nn.Linear(16, 16), torch.nn.GELU(), torch.nn.Linear(16, 16))
     recipe = {
         "extends": "hybrid",
         "rules": [
-            {"match": "0", "arithmetic": {"multiplier": f"{tmp_path}/few.npy", "gradients": "same"}},
+            {"match": "0", "arithmetic": {"multiplier": table, "gradients": "same"}},
             {"match": "2", "arithmetic": {"multiplier": "mitchell"}},
         ],
     }
     fast = fp8fx.compile(model, recipe, inner="eager")
     fast(torch.randn(4, 16))
-    found = _arithmetics(fast.graph("lower"))
-    assert {Arithmetic.parse(text).multiplier for text in found} - {"exact"} == {f"{tmp_path}/few.npy", "mitchell"}
+    found = inner._arithmetics(fast.graph("lower"))
+    assert {Arithmetic.parse(text).multiplier for text in found} - {"exact"} == {table, "mitchell"}
     assert all({"", "e4m3fn", "e5m2"} == formats for formats in found.values())
+    asked: list[tuple[str, torch.device]] = []
+    monkeypatch.setattr(inner, "prepare", lambda text, formats, device: asked.append((text, device)))
+    monkeypatch.setattr(inner, "triton_works", lambda: False)
+    with FakeTensorMode():
+        on_gpu = torch.empty(4, 16, device="cuda:0")
+    inner._make_constants(fast.graph("lower"), [torch.ones(1), on_gpu, 3])
+    assert asked == [(text, torch.device("cuda", 0)) for text in found]
