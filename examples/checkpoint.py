@@ -46,7 +46,7 @@ class Run:
         fp8fx.save(self.fast, path, optimizer=self.optimizer, scheduler=self.scheduler, scaler=self.scaler, extra=extra)
 
     def load(self, path: Path) -> None:
-        loaded = fp8fx.load(path, self.fast, optimizer=self.optimizer, scheduler=self.scheduler, scaler=self.scaler)
+        loaded = fp8fx.load(self.fast, path, optimizer=self.optimizer, scheduler=self.scheduler, scaler=self.scaler)
         self.done = loaded.extra["done"]
         torch.set_rng_state(loaded.extra["rng"])
 
@@ -68,16 +68,16 @@ def main(recipe: str = "delayed") -> None:
 
         other = fp8fx.compile(fp8fx.unwrap(run.fast), "hybrid" if recipe != "hybrid" else "delayed")
         try:
-            fp8fx.load(path, other)
+            fp8fx.load(other, path)
         except fp8fx.CheckpointError as error:
             print(f"another recipe is refused: {str(error).splitlines()[1].strip()}")
-        print(fp8fx.load(path, other, migrate=True))
+        print(fp8fx.load(other, path, migrate=True))
 
         damaged = bytearray(path.read_bytes())
         damaged[len(damaged) // 2] ^= 1
         path.write_bytes(damaged)
         try:
-            fp8fx.load(path, other)
+            fp8fx.load(other, path)
         except fp8fx.CheckpointError as error:
             print(f"a flipped bit is refused: {error}")
 

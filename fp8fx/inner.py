@@ -7,12 +7,16 @@ from typing import Any
 
 import torch
 from torch import Tensor, fx
+from torch._ops import OpOverload
 
+from fp8fx.arithmetic.product import prepare
 from fp8fx.capture import dynamo
 from fp8fx.ops.available import triton_works
 from fp8fx.ops.inductor import decompositions
+from fp8fx.ops.kept import static_records
 from fp8fx.options import Options
 from fp8fx.passes.device import GRAD_RECORDS, RECORDS
+from fp8fx.spec import ACCUMULATORS, SiteSpec, TensorSpec
 
 
 def compiled_inner(module: fx.GraphModule, example_inputs: list[Any], options: Options) -> Callable[..., Any]:
@@ -30,14 +34,15 @@ def compiled_inner(module: fx.GraphModule, example_inputs: list[Any], options: O
 
 
 def _by_inductor(module: fx.GraphModule, example_inputs: list[Any], mode: str | None, cuda: bool) -> Callable[..., Any]:
-    from torch._inductor.compile_fx import compile_fx
+    from torch._inductor.compile_fx import compile_fx, compile_fx_inner
 
-    patches = torch._inductor.list_mode_options(mode) if mode else None
-    if patches and patches.get("triton.cudagraphs"):
+    patches = torch._inductor.list_mode_options(mode) if mode else {}
+    further: dict[str, Any] = {"decompositions": decompositions()} if cuda else {}
+    if patches.get("triton.cudagraphs", torch._inductor.config.triton.cudagraphs):
         _keep_in_place(module)
-        _make_constants(example_inputs)
-    table: dict[str, Any] = {"decompositions": decompositions()} if cuda else {}
-    return compile_fx(module, example_inputs, config_patches=patches, **table)  # type: ignore[return-value]
+        _make_constants(module, example_inputs)
+        further["inner_compile"] = static_records(compile_fx_inner)
+    return compile_fx(module, example_inputs, config_patches=patches or None, **further)  # type: ignore[return-value]
 
 
 def _keep_in_place(module: fx.GraphModule) -> None:
@@ -50,10 +55,30 @@ def _keep_in_place(module: fx.GraphModule) -> None:
             node.meta["tensor_dict"] = {**(node.meta.get("tensor_dict") or {}), "_dynamo_static_input_type": "unguarded"}
 
 
-def _make_constants(example_inputs: list[Any]) -> None:
+def _make_constants(module: fx.GraphModule, example_inputs: list[Any]) -> None:
+    """What operators make once and keep: a CUDA graph's memory must not hold it."""
     devices = {x.device for x in example_inputs if isinstance(x, Tensor) and x.is_cuda}
+    for device in devices:
+        for text, formats in _arithmetics(module).items():
+            prepare(text, formats, device)
     if devices and triton_works():
         from fp8fx.ops import cuda
 
         for device in devices:
             cuda.one(device)
+
+
+def _arithmetics(module: fx.GraphModule) -> dict[str, set[str]]:
+    """The arithmetics of the sites' products, with the formats of their operands ("": high precision)."""
+    found: dict[str, set[str]] = {}
+    for node in module.graph.nodes:
+        if not isinstance(node.target, OpOverload) or node.target.namespace != "fp8fx":
+            continue
+        names = [argument.name for argument in node.target._schema.arguments]
+        given = {**dict(zip(names, node.args, strict=False)), **node.kwargs}
+        sites = [SiteSpec.parse_backward(value) for name, value in given.items() if name.startswith("backward") and value]
+        specs = [TensorSpec.parse(value) for name, value in given.items() if name.endswith("spec") and value]
+        specs += [spec for site in sites for spec in (site.grad_output,) if spec is not None]
+        for text in {text for site in sites for text in site.accumulate} - {*ACCUMULATORS}:
+            found.setdefault(text, {""}).update(spec.format for spec in specs)
+    return found

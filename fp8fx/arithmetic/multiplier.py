@@ -20,17 +20,19 @@ from __future__ import annotations
 
 import functools
 import os
-from collections.abc import Collection, Sequence
+from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
 import numpy
 import torch
 from torch import Tensor
+from torch.utils._python_dispatch import _disable_current_modes
 
 from fp8fx import formats
 from fp8fx.errors import ModelError, allowed, nearest
 from fp8fx.formats import Format
+from fp8fx.numerics.eager import capturing
 
 LARGEST_MANTISSA = 7
 CODES = 256
@@ -59,6 +61,7 @@ class Multiplier:
     table: Tensor = field(repr=False)  # float32 [n, n]
     mantissa_bits: int | None
     format: str = ""
+    _copies: dict[tuple[str, torch.device], Tensor] = field(default_factory=dict, repr=False)
 
     def mismatch(self, names: Collection[str]) -> str | None:
         """Why operands in these formats ("": float32) cannot be looked up in a table over codes; None where they can, or it is none."""
@@ -78,17 +81,38 @@ class Multiplier:
         by_rank = _by_rank(self.table, min(by_rows.terms - 1, MOST_TERMS))
         return by_rank or (by_rows if by_rows.terms <= MOST_TERMS else None)
 
-    @functools.lru_cache(maxsize=64)  # noqa: B019  (a handful of multipliers per process, kept by the registry anyway)
+    def factors_on(self, device: torch.device) -> tuple[Tensor, Tensor]:
+        """`factors` as the products read them: left and right^T, both [n, r]."""
+        factors = self.factors
+        assert factors is not None
+        return self._on(device, "left", lambda: factors.left), self._on(device, "right", lambda: factors.right.mT.contiguous())
+
     def table_on(self, device: torch.device, format: str = "") -> Tensor:
         """The table as the tiles read it, for operands in `format`: at codes of inf and NaN, which are themselves the first factor there,
         one over codes has the sign of the other operand, so that the product is IEEE's."""
         if self.mantissa_bits is not None:
-            return self.table.to(device)
+            return self._on(device, "table", lambda: self.table)
+        return self._on(device, f"table {format}", lambda: self._over_codes(format))
+
+    def _over_codes(self, format: str) -> Tensor:
         values = torch.tensor(formats.get(format).codes())
         special = ~values.isfinite()
         sign = torch.where(special, 1.0, values.sign())
         table = torch.where(special[:, None], sign, self.table)
-        return torch.where(special, sign[:, None], table).to(device)
+        return torch.where(special, sign[:, None], table)
+
+    def _on(self, device: torch.device, what: str, make: Callable[[], Tensor]) -> Tensor:
+        """What `make` gives, on `device`; made once. ModelError inside of a CUDA graph, which would have to own it."""
+        found = self._copies.get((what, device))
+        if found is None:
+            if capturing(device):
+                raise ModelError(
+                    f"multiplier {self.name}: its table is not on {device} yet, and a CUDA graph that is being captured cannot copy it "
+                    "there: run the product once before the capture, with operands in the same formats"
+                )
+            with _disable_current_modes(), torch.inference_mode(False):
+                found = self._copies.setdefault((what, device), make().to(device))
+        return found
 
 
 def mitchell_table(mantissa_bits: int) -> Tensor:

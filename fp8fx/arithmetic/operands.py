@@ -17,6 +17,7 @@ from fp8fx import formats
 from fp8fx.arithmetic.multiplier import Multiplier
 from fp8fx.arithmetic.numbers import FLOAT32, round_bits
 from fp8fx.formats import Format
+from fp8fx.numerics.eager import capturing
 from fp8fx.numerics.encoding import encode
 from fp8fx.numerics.rounding import round_to_format
 
@@ -55,7 +56,12 @@ def exact(x: Tensor) -> Parts:
 
 
 def finite(x: Tensor) -> bool:
-    """All of `x` is: one pass over it, which NaN goes through too."""
+    """All of `x` is: one pass over it, which NaN goes through too. False in a CUDA graph, whose replays read other values: the forms for
+    what is not finite give the same bits where all is."""
+    return not capturing(x.device) and _finite(x)
+
+
+def _finite(x: Tensor) -> bool:
     return x.numel() == 0 or bool(torch.stack(x.aminmax()).isfinite().all())
 
 

@@ -11,7 +11,8 @@ the outer sum is rounded in order. Memory beyond operands and result: two operan
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable
+import itertools
+from collections.abc import Callable, Collection
 
 import torch
 from torch import Tensor
@@ -19,7 +20,7 @@ from torch import Tensor
 from fp8fx import formats
 from fp8fx.arithmetic import compiled as compiling
 from fp8fx.arithmetic import operands as op
-from fp8fx.arithmetic.multiplier import LARGEST_MANTISSA, Multiplier
+from fp8fx.arithmetic.multiplier import BUILT_IN, LARGEST_MANTISSA, Multiplier
 from fp8fx.arithmetic.numbers import number, rounder
 from fp8fx.arithmetic.operands import Parts
 from fp8fx.arithmetic.spec import HOPPER, Arithmetic, Given
@@ -42,6 +43,20 @@ def form_of(arithmetic: Given, formats: Formats = ("", "")) -> str:
         return "float"
     table = arithmetic.table(_width(_formats(arithmetic, formats)))
     return "tiles" if table is None or table.factors is None else "factored"
+
+
+def prepare(arithmetic: Given, formats: Collection[str], device: torch.device) -> None:
+    """Put on `device` what products of operands in these formats read there, so that a CUDA graph finds it: it could not copy tables."""
+    arithmetic = Arithmetic.of(arithmetic)
+    for left, right in itertools.product(formats, repeat=2):
+        given = _formats(arithmetic, (left, right))
+        form = form_of(arithmetic, given)
+        if form == "float" or (table := arithmetic.table(_width(given))) is None:
+            continue
+        if form == "factored":
+            table.factors_on(device)
+        elif arithmetic.multiplier not in BUILT_IN and not table.mismatch(given):
+            table.table_on(device, given[0])
 
 
 def _formats(arithmetic: Arithmetic, given: Formats) -> Formats:
@@ -115,7 +130,7 @@ def _factored(a: Tensor, b: Tensor, arithmetic: Arithmetic, given: Formats, comp
     finite = op.finite(a) and op.finite(b)
     if not finite:
         left, right = (Parts(torch.where(x.values.isfinite(), x.values, 0.0), x.detail) for x in (left, right))
-    u, v = factors.left.to(a.device), factors.right.mT.to(a.device).contiguous()  # [n, r]
+    u, v = table.factors_on(a.device)  # [n, r]
     step = max(TERMS // (factors.terms * max(a.shape[0], b.shape[1], 1)), 1)
 
     def partial(start: int, stop: int) -> Tensor:

@@ -8,16 +8,16 @@ from __future__ import annotations
 import logging
 import os
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, overload
 
 import torch
 
 from fp8fx.checkpoint import apply
 from fp8fx.checkpoint.check import check_gradients, check_model, check_optimizers, check_stateful
 from fp8fx.checkpoint.migrate import Difference, FP8Plan, plan_part
-from fp8fx.checkpoint.parts import LOADS, Model, find, listed
+from fp8fx.checkpoint.parts import LOADS, Model, find, listed, model_and_path
 from fp8fx.checkpoint.read import Contents, read
-from fp8fx.errors import CheckpointError, FP8Error, ModelError
+from fp8fx.errors import CheckpointError, FP8Error
 
 LOG = logging.getLogger("fp8fx")
 
@@ -44,6 +44,17 @@ class Restored:
         return "\n".join(lines + [f"  not loaded: {name}" for name in self.unused])
 
 
+@overload
+def load(
+    fast: torch.nn.Module,
+    path: str | os.PathLike[str],
+    *,
+    optimizer: Any = None,
+    scaler: Any = None,
+    scheduler: Any = None,
+    migrate: bool = False,
+) -> Restored: ...
+@overload
 def load(
     path: str | os.PathLike[str],
     fast: torch.nn.Module,
@@ -52,10 +63,20 @@ def load(
     scaler: Any = None,
     scheduler: Any = None,
     migrate: bool = False,
+) -> Restored: ...
+def load(
+    *fast_and_path: Any,
+    optimizer: Any = None,
+    scaler: Any = None,
+    scheduler: Any = None,
+    migrate: bool = False,
+    **named: Any,
 ) -> Restored:
-    """Load what `fp8fx.save` wrote, all of it or nothing: the file is verified and every part is checked before anything is changed.
+    """load(fast, path, ...): take what `fp8fx.save` wrote, all of it or nothing: the file is verified and every part is checked before
+    anything is changed.
 
     fast: a compiled model of the same structure; it need not have been called before (what torch.compile(backend="fp8fx") returned must).
+    path: of the file. The two may stand in either order, and be named fast= and path=.
     optimizer, scheduler, scaler: as given to save; the optimizer's parameters are matched by name. A part of the file that is not asked for
     is left out, and named in the result. Gradients become those of the file, or None.
     migrate: allow the recipe, its delayed scaling, the model's dtype or the loss scaler to be another than in the file, by the rules in
@@ -64,8 +85,7 @@ def load(
     Nothing in the file is unpickled. Raises CheckpointError (the file is damaged, foreign, newer, or does not fit) and ModelError (not a
     compiled model); both leave model, FP8 state, gradients, optimizer, scheduler and scaler as they were.
     """
-    if isinstance(path, torch.nn.Module):
-        raise ModelError(f"{LOADS}: the first argument is the path, got a model")
+    fast, path = model_and_path(LOADS, fast_and_path, named)
     model = find(fast, LOADS)
     with torch.inference_mode(False), torch.no_grad():
         contents = read(path)

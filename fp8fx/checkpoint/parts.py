@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -16,7 +17,7 @@ from fp8fx.errors import CheckpointError, ModelError
 from fp8fx.runtime import Runtime
 
 SAVES = "fp8fx.save(model, path)"
-LOADS = "fp8fx.load(path, model)"
+LOADS = "fp8fx.load(model, path)"
 
 
 @dataclass
@@ -46,12 +47,39 @@ class Model:
         return {name for name, _ in found.named_modules(remove_duplicate=False)}
 
 
+def model_and_path(usage: str, given: tuple[Any, ...], named: Mapping[str, Any]) -> tuple[Any, Any]:
+    """The model and the path of a call of `save` or `load`: by position in either order, or named `fast` and `path`.
+
+    Only a model is a Module, so that the order never has to be guessed. Raises TypeError for another number of arguments or another name,
+    ModelError where the path is a model.
+    """
+    if unknown := sorted(named.keys() - {"fast", "path"}):
+        raise TypeError(f"{usage}: unexpected keyword argument {unknown[0]!r}")
+    if len(given) + len(named) != 2:
+        raise TypeError(f"{usage} takes a model and a path, and the rest by keyword; got {len(given) + len(named)} for the two")
+    if named:
+        other = given[0] if given else None
+        fast, path = named.get("fast", other), named.get("path", other)
+    else:
+        fast, path = reversed(given) if _path_first(*given) else given
+    if isinstance(path, nn.Module):
+        what = f"two models, {type(fast).__name__} and {type(path).__name__}" if isinstance(fast, nn.Module) else "a model as path"
+        raise ModelError(f"{usage}: got {what}; one of the two is the compiled model, the other the path of the file")
+    return fast, path
+
+
+def _path_first(first: Any, second: Any) -> bool:
+    """Where neither is a model, by which of the two is a path: the message is about the other then."""
+    models, paths = ([isinstance(x, kinds) for x in (first, second)] for kinds in (nn.Module, (str, bytes, os.PathLike)))
+    return models == [False, True] or (models == [False, False] and paths == [True, False])
+
+
 def find(model: Any, usage: str) -> Model:
     """The model inside DistributedDataParallel, DataParallel and torch.compile. Raises ModelError with what is wrong."""
     if isinstance(model, Mapping):
         raise ModelError(f"{usage} takes the compiled model itself, got a {type(model).__name__}; pass the model, not its state_dict")
     if not isinstance(model, nn.Module):
-        raise ModelError(f"{usage} takes a compiled model, got a {type(model).__name__}; note the order of the arguments")
+        raise ModelError(f"{usage} takes a compiled model, got a {type(model).__name__}: pass what fp8fx.compile returned")
     root = model
     while isinstance(root, (DistributedDataParallel, DataParallel, torch._dynamo.OptimizedModule)):
         root = root._orig_mod if isinstance(root, torch._dynamo.OptimizedModule) else root.module

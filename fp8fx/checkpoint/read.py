@@ -41,7 +41,7 @@ def read(path: Any) -> Contents:
     try:
         name = os.fsdecode(os.fspath(path))
     except TypeError:
-        raise CheckpointError(f"fp8fx.load(path, model): path is a {type(path).__name__}, expected a str or a pathlib.Path") from None
+        raise CheckpointError(f"fp8fx.load(model, path): path is a {type(path).__name__}, expected a str or a pathlib.Path") from None
     for attempt in range(ATTEMPTS):
         before = _state_of(name)
         try:

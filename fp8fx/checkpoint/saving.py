@@ -3,18 +3,18 @@
 from __future__ import annotations
 
 import os
-from typing import Any
+from typing import Any, overload
 
 import torch
 
 from fp8fx.checkpoint.format import VERSION
-from fp8fx.checkpoint.parts import SAVES, Model, class_name, find, gradients, listed, optimizer_part
+from fp8fx.checkpoint.parts import SAVES, Model, class_name, find, gradients, listed, model_and_path, optimizer_part
 from fp8fx.checkpoint.tree import Encoder
 from fp8fx.checkpoint.write import target_of, write
 from fp8fx.clone import PREFIX
-from fp8fx.errors import ModelError
 
 
+@overload
 def save(
     fast: torch.nn.Module,
     path: str | os.PathLike[str],
@@ -24,8 +24,28 @@ def save(
     scheduler: Any = None,
     extra: Any = None,
     gradients: bool = True,
+) -> None: ...
+@overload
+def save(
+    path: str | os.PathLike[str],
+    fast: torch.nn.Module,
+    *,
+    optimizer: Any = None,
+    scaler: Any = None,
+    scheduler: Any = None,
+    extra: Any = None,
+    gradients: bool = True,
+) -> None: ...
+def save(
+    *fast_and_path: Any,
+    optimizer: Any = None,
+    scaler: Any = None,
+    scheduler: Any = None,
+    extra: Any = None,
+    gradients: bool = True,
+    **named: Any,
 ) -> None:
-    """Write a compiled model and what trains it to one safetensors file, atomically; `fp8fx.load` takes it back.
+    """save(fast, path, ...): write a compiled model and what trains it to one safetensors file, atomically; `fp8fx.load` takes it back.
 
     The file holds the model's parameters and buffers, fp8fx's state (position in the random stream, delayed scales with their history and
     the amax of the step so far) and, where they are given:
@@ -36,12 +56,12 @@ def save(
 
     fast: what fp8fx.compile returned, a module that holds such models, either inside DistributedDataParallel (save on one rank), or
     what torch.compile(backend="fp8fx") returned, after its first call.
+    path: of the file. The two may stand in either order, and be named fast= and path=, here and in load.
 
     If it fails, or the process is killed, the file that was at `path` is still there, whole. docs/checkpoints.md says more.
     Raises ModelError (not a compiled model) and CheckpointError (what cannot be written: the path, the disk, an object in `extra`).
     """
-    if isinstance(path, torch.nn.Module):
-        raise ModelError(f"{SAVES}: the second argument is the path, got a model")
+    fast, path = model_and_path(SAVES, fast_and_path, named)
     model = find(fast, SAVES)
     target = target_of(path)
     encoder = Encoder()

@@ -1,4 +1,4 @@
-"""When the eager CPU shortcuts may be used. They give the same bits as the traceable forms, faster without a compiler."""
+"""When the eager CPU shortcuts may be used, and what may be asked of a GPU. They give the same bits as the other forms, faster."""
 
 from __future__ import annotations
 
@@ -16,6 +16,12 @@ def tracing() -> bool:
 def plain_cpu(x: Tensor) -> bool:
     """True for a real CPU tensor outside every tracer."""
     return not tracing() and type(x) in (Tensor, torch.nn.Parameter) and x.device.type == "cpu"
+
+
+def capturing(device: torch.device) -> bool:
+    """True while a CUDA graph is captured. Then the host can ask the device nothing and copy nothing to it, and memory that is allocated is
+    the graph's, which writes it anew whenever it is replayed."""
+    return device.type == "cuda" and torch.cuda.is_current_stream_capturing()
 
 
 CHUNK = 16384  # elements: a dozen float32 temporaries of it fit a core's L2 cache, and each operator runs on one thread

@@ -192,6 +192,14 @@ Written = tuple[Source, KeyPath]  # an entry as it stands in its own document
 
 
 @dataclass(frozen=True)
+class Place:
+    """Where an entry of a list was written: `text` in errors, `entry` in reasons, where the entry's pattern follows."""
+
+    text: str
+    entry: str
+
+
+@dataclass(frozen=True)
 class Merged:
     """A chain of documents as one: `document` extends nothing and its defaults are complete.
 
@@ -199,7 +207,7 @@ class Merged:
     """
 
     document: Document
-    places: Mapping[KeyPath, str]
+    places: Mapping[KeyPath, Place]
 
 
 def merge_chain(chain: list[Loaded]) -> Merged:
@@ -234,7 +242,7 @@ def merge_chain(chain: list[Loaded]) -> Merged:
     for path, problem in merged_problems(defaults, merged.rules, merged.loss_scaling.mode):
         source, start = written.get(path[:2], (_writer(chain, path), path[:2]))
         complain(source.place((*start, *path[2:])), problem, top.strict)
-    return Merged(merged, {path: source.place(start) for path, (source, start) in written.items()})
+    return Merged(merged, {path: Place(source.place(start), source.entry(start)) for path, (source, start) in written.items()})
 
 
 def _writer(chain: list[Loaded], path: KeyPath) -> Source:

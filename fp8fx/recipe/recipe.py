@@ -14,7 +14,7 @@ import yaml
 from fp8fx.errors import RecipeError
 from fp8fx.recipe import resolve as resolving
 from fp8fx.recipe.grammar import Document, Layer, Match, Role, Rule
-from fp8fx.recipe.load import Loaded, Merged, follow, is_path, load, merge_chain, shipped
+from fp8fx.recipe.load import Loaded, Merged, Place, follow, is_path, load, merge_chain, shipped
 from fp8fx.recipe.match import Modules, Site
 from fp8fx.recipe.resolve import Resolution
 from fp8fx.recipe.sections import Boundary, Delayed, LossScaling, Model, Scale
@@ -117,7 +117,7 @@ class Recipe:
         for key in extra:
             old = getattr(document, key)
             changes[key] = old + getattr(added.document, key)
-            places |= {(key, len(old) + n): f"{key}[{n}] given beside the recipe" for n in range(len(extra[key]))}
+            places |= {(key, len(old) + n): Place(f"{key}[{n}] given beside the recipe", key) for n in range(len(extra[key]))}
         return Recipe(self.name, self.origin, Merged(document.model_copy(update=changes), places))
 
     def with_boundary(self, *, first: bool, last: bool) -> Recipe:
@@ -129,7 +129,7 @@ class Recipe:
         return Recipe(self.name, self.origin, Merged(self._merged.document.model_copy(update={"boundary": kept}), self._merged.places))
 
     def to_dict(self) -> dict[str, Any]:
-        """The merged recipe as plain data, complete and without `extends`; `Recipe.load` reads it back."""
+        """The merged recipe as plain data, complete and without `extends`; `Recipe.load` reads it back. Paths of tables are absolute."""
         document = self._merged.document
         data: dict[str, Any] = {"version": 1, "defaults": _layer(document.defaults, Layer.model_fields, complete=True)}
         boundary = {key: mode for key, mode in document.boundary if mode is not None}
@@ -144,8 +144,11 @@ class Recipe:
         return data | {"seed": document.seed, "strict": document.strict}
 
     def dump(self, path: str | os.PathLike[str]) -> None:
-        """Write `to_dict()` as YAML: the whole recipe, with nothing left to look up elsewhere."""
-        text = yaml.safe_dump(self.to_dict(), sort_keys=False, default_flow_style=None, width=130, allow_unicode=True)
+        """Write `to_dict()` as YAML: the whole recipe, nothing left to look up elsewhere. Paths of tables are from the file's folder."""
+        data, folder = self.to_dict(), os.path.dirname(os.path.abspath(os.fsdecode(path)))
+        for layer in (data["defaults"], *data.get("rules", ())):
+            _move_table(layer.get("arithmetic"), folder)
+        text = yaml.safe_dump(data, sort_keys=False, default_flow_style=None, width=130, allow_unicode=True)
         try:
             Path(path).write_text(f"# {self.name}: every key written out, `extends` merged in.\n{text}", encoding="utf-8")
         except OSError as error:
@@ -177,6 +180,20 @@ def _listed(patterns: Patterns) -> list[Any]:
 
 def _checked(extra: dict[str, list[Any]]) -> Loaded:
     return follow(from_dict({key: entries for key, entries in extra.items() if entries}, label="given beside the recipe"))[-1]
+
+
+def _move_table(study: Any, folder: str) -> None:
+    """The path of a layer's table as one from `folder`; absolute as it is where the two share nothing but the root of the file system."""
+    table = study.get("multiplier", "") if isinstance(study, dict) else ""
+    if not table.endswith(".npy"):
+        return
+    try:
+        shared = os.path.commonpath([folder, table])
+    except ValueError:  # on another drive
+        return
+    if shared != os.path.dirname(shared):
+        path = Path(os.path.relpath(table, folder)).as_posix()
+        study["multiplier"] = f"./{path}" if path.startswith("~") else path
 
 
 def _layer(layer: Layer, keys: Iterable[str], *, complete: bool = False) -> dict[str, Any]:

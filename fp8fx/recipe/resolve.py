@@ -52,13 +52,18 @@ class Resolution:
 class Step:
     """One entry that may change a layer: a rule, or an entry of boundary, exempt or output_fused.
 
-    label: in reasons. place: in errors. detail: the rule's own `reason`.
+    entry: in reasons, before the pattern. place: in errors. detail: the rule's own `reason`.
     """
 
     rule: Rule
-    label: str
+    entry: str
     place: str
     detail: str = ""
+
+    @property
+    def label(self) -> str:
+        patterns = ", ".join(matching.describe(match) for match in self.rule.match)
+        return f"{self.entry} {patterns}" if patterns else self.entry
 
     @property
     def why(self) -> str:
@@ -67,13 +72,11 @@ class Step:
 
 def steps(merged: Merged) -> list[Step]:
     """Rules, exempt and output_fused as one ordered list."""
-    document, found = merged.document, []
-    for n, rule in enumerate(document.rules):
-        pattern = ", ".join(matching.describe(match) for match in rule.match)
-        found.append(Step(rule, f"rules[{n}] {pattern}", merged.places[("rules", n)], rule.reason))
-    for key in ("exempt", "output_fused"):
-        for n, match in enumerate(getattr(document, key)):
-            found.append(Step(sugar_rule(key, match), f"{key} {matching.describe(match)}", merged.places[(key, n)]))
+    found = []
+    for key in ("rules", "exempt", "output_fused"):
+        for n, one in enumerate(getattr(merged.document, key)):
+            rule, place = one if isinstance(one, Rule) else sugar_rule(key, one), merged.places[(key, n)]
+            found.append(Step(rule, place.entry, place.text, rule.reason))
     return found
 
 
@@ -285,7 +288,7 @@ def _unused(step: Step, n: int, used: set[tuple[int, int]], modules: Modules | N
     for m, match in enumerate(step.rule.match):
         if (n, m) in used or (step.rule.optional and modules is None):
             continue
-        text = f"{step.label.split(' ')[0]} {matching.describe(match)}"
+        text = f"{step.entry} {matching.describe(match)}"
         if _matches_modules(match, modules):
             regex = any(pattern.startswith("re:") for pattern in match.name)
             hint = " (a regular expression selects no subtree)" if regex else ""

@@ -35,10 +35,19 @@ class Source:
         """`mine.yaml:7: rules[2].input.format`, with the line of the nearest key around `path` that has one."""
         written = self.written(path)
         path = written + _unwritten(path, written)
-        text = key_text(path)
-        line = next((self.lines[path[:n]] for n in range(len(path), -1, -1) if path[:n] in self.lines), None)
+        text, line = key_text(path), self._line(path)
         where = self.label if line is None else f"{self.label}:{line}"
         return f"{where}: {text}" if text else where
+
+    def entry(self, path: KeyPath) -> str:
+        """`mine.yaml:7: rules[2]`, how a plan calls an entry of a list: `rules[2]` alone if it is not from a file, and `exempt` for
+        every entry of a list of patterns, as a plan shows the pattern."""
+        written, line = self.written(path), self._line(self.written(path))
+        text = key_text(written if path[0] == "rules" else written[:1])
+        return text if line is None else f"{self.label}:{line}: {text}"
+
+    def _line(self, path: KeyPath) -> int | None:
+        return next((self.lines[path[:n]] for n in range(len(path), -1, -1) if path[:n] in self.lines), None)
 
     def error(self, path: KeyPath, problem: str) -> RecipeError:
         return RecipeError(f"{self.place(path)}: {problem}")

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import copy
 import gc
+import itertools
 import json
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -378,11 +380,52 @@ def test_data_parallel_is_looked_through(tmp_path: Path) -> None:
     fp8fx.load(tmp_path / "a.safetensors", compiled(1))
 
 
+def test_model_and_path_in_either_order_or_by_name(tmp_path: Path) -> None:
+    """The model first, as documented; the path first, as load once had it; names, and names beside a position."""
+    calls: list[Callable[[Any, nn.Module, Any], Any]] = [
+        lambda do, fast, path: do(fast, path),
+        lambda do, fast, path: do(path, fast),
+        lambda do, fast, path: do(fast=fast, path=path),
+        lambda do, fast, path: do(fast, path=path),
+        lambda do, fast, path: do(path, fast=fast),
+    ]
+    for seed, (save, path) in enumerate(itertools.product(calls, (tmp_path / "a.safetensors", str(tmp_path / "b.safetensors")))):
+        fast = compiled(seed)
+        save(fp8fx.save, fast, path)
+        for load in calls:
+            other = compiled(seed + 100)
+            load(fp8fx.load, other, path)
+            assert same(state(other), state(fast)) == []
+
+
+@pytest.mark.parametrize("do", [fp8fx.save, fp8fx.load])
+def test_the_number_and_the_names_of_arguments(do: Any) -> None:
+    fast = compiled()
+    for call, message in (
+        (lambda: do(fast), "takes a model and a path, and the rest by keyword; got 1 for the two"),
+        (lambda: do(fast, "a", None), "got 3 for the two"),
+        (lambda: do(fast, "a", path="b"), "got 3 for the two"),
+        (lambda: do(fast, "a", model=fast), "unexpected keyword argument 'model'"),
+    ):
+        with pytest.raises(TypeError, match=message):
+            call()
+
+
 @pytest.mark.parametrize(
     ("call", "message"),
     [
-        (lambda fast, path: fp8fx.save(path, fast), "the second argument is the path, got a model"),
-        (lambda fast, path: fp8fx.load(fast, path), "the first argument is the path, got a model"),
+        (
+            lambda fast, path: fp8fx.save(fast, fast),
+            r"fp8fx\.save\(model, path\): got two models, Sequential and Sequential; one of the two",
+        ),
+        (lambda fast, path: fp8fx.load(fast, path=fast), r"fp8fx\.load\(model, path\): got two models"),
+        (
+            lambda fast, path: fp8fx.load(fast=path, path=fast),
+            "got a model as path; one of the two is the compiled model, the other the path",
+        ),
+        (lambda fast, path: fp8fx.load(path, path), "takes a compiled model, got a PosixPath: pass what fp8fx.compile returned"),
+        (lambda fast, path: fp8fx.load(path, None), "takes a compiled model, got a NoneType"),
+        (lambda fast, path: fp8fx.load(fast.state_dict(), path), "pass the model, not its state_dict"),
         (lambda fast, path: fp8fx.save(fast.state_dict(), path), "pass the model, not its state_dict"),
         (lambda fast, path: fp8fx.load(path, fast.state_dict()), "pass the model, not its state_dict"),
         (lambda fast, path: fp8fx.save(None, path), "takes a compiled model, got a NoneType"),
@@ -400,7 +443,8 @@ def test_data_parallel_is_looked_through(tmp_path: Path) -> None:
         (lambda fast, path: fp8fx.load(path.parent / "b.safetensors", fast), "no file.*b.safetensors'; in '.*' there is 'a.safetensors'"),
         (lambda fast, path: fp8fx.load(path.parent / "sub" / "b.safetensors", fast), "does not exist either"),
         (lambda fast, path: fp8fx.load(path.parent, fast), "is a directory; fp8fx.save writes one file: name that; in .*'a.safetensors'"),
-        (lambda fast, path: fp8fx.load(3, fast), "path is a int"),
+        (lambda fast, path: fp8fx.load(3, fast), r"fp8fx\.load\(model, path\): path is a int"),
+        (lambda fast, path: fp8fx.save(3, fast), "path is a int"),
     ],
 )
 def test_wrong_uses(call: Any, message: str, tmp_path: Path) -> None:

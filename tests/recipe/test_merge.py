@@ -171,6 +171,31 @@ def test_exempt_reason_names_the_rule_that_exempted() -> None:
     assert decide({"rules": rules}).reason == "rules[0] 'fc': small"
 
 
+def test_a_reason_says_where_the_rule_stands_that_decided(tmp_path: Path) -> None:
+    """By file, line and number in that file, whatever the number among all that are merged; a dict has numbers alone."""
+    base, top = tmp_path / "base.yaml", tmp_path / "top.yaml"
+    base.write_text("extends: hybrid\nrules:\n  - {match: a, mode: direct}\n  - match: b\n    mode: direct\nexempt:\n  - x\n  - y\n")
+    rules = "rules:\n  - {match: c, mode: exempt, reason: small}\n  - {match: 'd?', input: none}\n"
+    top.write_text(f"# mine\nextends: base.yaml\n{rules}exempt: z\n")
+    sites = [Site(name=name, op="linear", numel=9, has_weight=True) for name in ("a", "b", "c", "d1", "x", "y", "z", "e", "f")]
+    given = {"extends": str(top), "rules": [{"match": "e", "mode": "direct"}], "exempt": "a"}
+    found = Recipe.load(given).with_overrides(exempt="f").resolve(sites)
+    assert [one.reason for one in found.decisions] == [
+        "exempt 'a'",
+        f"{base}:4: rules[1] 'b'",
+        f"{top}:4: rules[0] 'c': small",
+        f"{top}:5: rules[1] 'd?'",
+        f"{base}:7: exempt 'x'",
+        f"{base}:8: exempt 'y'",
+        f"{top}:6: exempt 'z'",
+        "rules[0] 'e'",
+        "exempt 'f'",
+    ]
+    alone = [Site(name="other", op="linear", numel=9, has_weight=True)]
+    notes = Recipe.load(top).resolve(alone, {site.name: ("Linear",) for site in (*sites, *alone)}).notes
+    assert f"{top}:5: rules[1] 'd?': matches modules but no quantizable site" in notes
+
+
 def test_all_roles_none_is_exempt() -> None:
     found = decide({"rules": [{"match": "fc", "input": None, "weight": None, "grad_output": None}]})
     assert (found.mode, found.reason) == ("exempt", "rules[0] 'fc'; every role is none")
@@ -261,20 +286,22 @@ loss_scaling: {mode: dynamic, init: 65536, growth_interval: 2000, minimum: {0: 1
 
 def test_every_key_at_once(tmp_path: Path) -> None:
     """All of the grammar in one file, on a model with a bit of everything."""
-    (tmp_path / "all.yaml").write_text(GRAMMAR)
+    file = tmp_path / "all.yaml"
+    file.write_text(GRAMMAR)
+    rules, exempt = [f"{file}:{line}: rules[{n}]" for n, line in enumerate((24, 25, 26, 27))], f"{file}:30: exempt"
     rows = [
-        ("emb", "embedding", "Embedding", "exempt", r"rules[2] {type: Embedding}"),
-        ("conv1", "conv2d", "Conv2d", "exempt", "exempt 'conv1'"),
+        ("emb", "embedding", "Embedding", "exempt", f"{rules[1]} {{type: Embedding}}"),
+        ("conv1", "conv2d", "Conv2d", "exempt", f"{exempt} 'conv1'"),
         ("layer1.0.conv1", "conv2d", "Conv2d", "fp8", "defaults (hybrid)"),
-        ("layers.0.mlp.up_proj", "linear", "Linear", "fp8", r"rules[3] 're:layers\\.(0|1)\\..*'"),
-        ("layers.0.mlp.down_proj", "linear", "Linear", "fp8", "rules[4] {name: *.down_proj, min_numel: 65536}"),
-        ("layers.2.mlp.down_proj", "linear", "Linear", "fp8", "rules[4] {name: *.down_proj, min_numel: 65536}"),
-        ("fc", "linear", "Linear", "exempt", "exempt 'fc'"),
+        ("layers.0.mlp.up_proj", "linear", "Linear", "fp8", rf"{rules[2]} 're:layers\\.(0|1)\\..*'"),
+        ("layers.0.mlp.down_proj", "linear", "Linear", "fp8", f"{rules[3]} {{name: *.down_proj, min_numel: 65536}}"),
+        ("layers.2.mlp.down_proj", "linear", "Linear", "fp8", f"{rules[3]} {{name: *.down_proj, min_numel: 65536}}"),
+        ("fc", "linear", "Linear", "exempt", f"{exempt} 'fc'"),
         ("head", "linear", "Linear", "exempt", "boundary.last"),
     ]
     sites = [Site(name=name, op=op, types=(type_, "Module"), numel=1 << 20, has_weight=True) for name, op, type_, _, _ in rows]
     modules = {site.name: site.types for site in sites} | {"bn1": ("BatchNorm2d", "Module")}
-    recipe = Recipe.load(tmp_path / "all.yaml")
+    recipe = Recipe.load(file)
     recipe.check_names(modules)
     found = recipe.resolve(sites, modules)
     assert [(one.mode, one.reason) for one in found.decisions] == [(mode, reason) for *_, mode, reason in rows]
@@ -290,7 +317,7 @@ def test_every_key_at_once(tmp_path: Path) -> None:
         "e4m3fn/current/128x128/nearest_even/saturate",
     ]
     assert found.notes == [
-        "rules[4] {name: *.down_proj, min_numel: 65536}: granularity of input has no effect where scaling is none",
-        "rules[4] {name: *.down_proj, min_numel: 65536}: granularity of weight has no effect where scaling is none",
-        "exempt 'bn1': matches modules but no quantizable site",
+        f"{rules[3]} {{name: *.down_proj, min_numel: 65536}}: granularity of input has no effect where scaling is none",
+        f"{rules[3]} {{name: *.down_proj, min_numel: 65536}}: granularity of weight has no effect where scaling is none",
+        f"{exempt} 'bn1': matches modules but no quantizable site",
     ]

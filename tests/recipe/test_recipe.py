@@ -6,6 +6,7 @@ import copy
 import json
 import pickle
 import re
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +16,7 @@ import yaml
 
 from fp8fx.arithmetic import Arithmetic
 from fp8fx.errors import RecipeError
-from fp8fx.recipe import Recipe, Site
+from fp8fx.recipe import Decision, Recipe, Site
 from fp8fx.recipe.reference import SECTIONS, table
 from fp8fx.spec import SiteSpec
 
@@ -43,6 +44,16 @@ SOURCES: list[Any] = [*Recipe.shipped(), *EXAMPLES, {}, EVERYTHING]
 SITES = [Site(name=name, op="linear", types=("Linear",), numel=128, has_weight=True) for name in ("a", "b", "fc", "lm_head")]
 
 
+def meaning(recipe: Recipe, sites: list[Site] = SITES, partial: bool = False) -> tuple[list[Decision], list[str]]:
+    """What a recipe decides, and its notes; reasons without the places of rules, which a dump has elsewhere."""
+    found = recipe.resolve(sites, partial=partial)
+    return [replace(one, reason=without_place(one.reason)) for one in found.decisions], [without_place(note) for note in found.notes]
+
+
+def without_place(text: str) -> str:
+    return re.sub(r"^(\S+:\d+: )?(rules\[\d+\]|exempt|output_fused) ", "", text)
+
+
 @pytest.mark.parametrize("source", SOURCES, ids=lambda source: str(getattr(source, "name", source))[:30])
 def test_round_trips(source: Any, tmp_path: Path) -> None:
     recipe = Recipe.load(source)
@@ -51,7 +62,7 @@ def test_round_trips(source: Any, tmp_path: Path) -> None:
     assert back == recipe
     assert hash(back) == hash(recipe)
     assert back.to_dict() == recipe.to_dict()
-    assert back.resolve(SITES, partial=True) == recipe.resolve(SITES, partial=True)
+    assert meaning(back, partial=True) == meaning(recipe, partial=True)
     for other in (copy.deepcopy(recipe), pickle.loads(pickle.dumps(recipe)), Recipe.load(json.loads(json.dumps(recipe.to_dict())))):
         assert other == recipe
 
@@ -171,6 +182,44 @@ def test_the_pages_errors_are_real(tmp_path: Path, monkeypatch: pytest.MonkeyPat
         with pytest.raises(RecipeError) as error:
             Recipe.load("mine.yaml").check_names({"": ("ResNet", "Module"), "conv1": ("Conv2d",), "fc": ("Linear",)})
         assert str(error.value) == expected
+
+
+def test_a_dump_finds_its_tables_and_moves_with_them(tmp_path: Path) -> None:
+    """`tables/a.npy` and `~b.npy` beside it, `c.npy` in another folder of the project: all as paths from the dump."""
+    project, out = tmp_path / "project", tmp_path / "project" / "out"
+    for folder in (project / "tables", out):
+        folder.mkdir(parents=True)
+    for n, name in enumerate(("tables/a.npy", "out/~b.npy", "c.npy")):
+        numpy.save(project / name, numpy.full((4, 4), 1.0 + n / 4, dtype=numpy.float32))
+    rules = [{"match": name, "arithmetic": {"multiplier": str(project / path)}} for name, path in (("b", "out/~b.npy"), ("c", "c.npy"))]
+    (project / "mine.yaml").write_text(yaml.safe_dump({"defaults": {"arithmetic": {"multiplier": "tables/a.npy"}}, "rules": rules}))
+    recipe = Recipe.load(project / "mine.yaml")
+    recipe.dump(out / "whole.yaml")
+    text = (out / "whole.yaml").read_text()
+    assert str(tmp_path) not in text
+    written = yaml.safe_load(text)
+    found = [layer["arithmetic"]["multiplier"] for layer in (written["defaults"], *written["rules"])]
+    assert found == ["../tables/a.npy", "./~b.npy", "../c.npy"]
+    assert Recipe.load(out / "whole.yaml") == recipe
+    project.rename(tmp_path / "moved")
+    moved = Recipe.load(tmp_path / "moved" / "out" / "whole.yaml")
+    for made, value in zip(moved.resolve([Site(name=name, op="linear") for name in "xbc"]).decisions, (1.0, 1.25, 1.5), strict=True):
+        assert made.spec is not None
+        table = Arithmetic.parse(str(made.spec.arithmetic)).table(None)
+        assert table is not None
+        assert float(table.table[0, 0]) == value
+
+
+def test_a_dump_keeps_the_path_of_a_table_that_is_nowhere_near(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    numpy.save(tmp_path / "a.npy", numpy.ones((4, 4), dtype=numpy.float32))
+    (tmp_path / "out").mkdir()
+    recipe = Recipe.load({"defaults": {"arithmetic": {"multiplier": str(tmp_path / "a.npy")}}})
+    monkeypatch.chdir(tmp_path / "out")
+    monkeypatch.setattr("os.path.commonpath", lambda paths: "/")
+    recipe.dump("whole.yaml")
+    assert yaml.safe_load(Path("whole.yaml").read_text())["defaults"]["arithmetic"]["multiplier"] == str(tmp_path / "a.npy")
+    monkeypatch.undo()
+    assert Recipe.load(tmp_path / "out" / "whole.yaml") == recipe
 
 
 def test_arithmetic_round_trips(tmp_path: Path) -> None:
