@@ -1,5 +1,8 @@
 """How an fp8fx operator is registered: schema, reference, shapes and autograd formula in one call, one page per operator.
 
+An operator with many arguments has a NamedTuple of them on its page: the schema is written from it (`signature`), and its reference and
+its implementations on devices take it (`takes`), so that the list stands in one place.
+
 Operators live in `torch.library`, so Dynamo, AOTAutograd, Inductor and `opcheck` all know them, and a device adds a faster
 implementation of the same schema without a graph changing. The reference is what the operator *means*; it runs on every
 device that has no implementation of its own.
@@ -9,14 +12,24 @@ from __future__ import annotations
 
 import contextlib
 import functools
+import typing
 from collections.abc import Callable
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
+from torch import Tensor
 
 from fp8fx.errors import FP8Error
 
+Result = TypeVar("Result")
+
 LIBRARY = torch.library.Library("fp8fx", "DEF")
+
+# As a schema writes the types that a NamedTuple of arguments has.
+_TYPES = {
+    Tensor: "Tensor", Tensor | None: "Tensor?", list[Tensor]: "Tensor[]", list[int]: "int[]", str: "str", float: "float", bool: "bool",
+    torch.dtype: "ScalarType",
+}  # fmt: skip
 
 # Operator name -> reference function. Tests read it to look inside an operator (which operands does it really multiply?).
 REFERENCES: dict[str, Callable[..., Any]] = {}
@@ -47,6 +60,31 @@ def define(
         torch.library.register_autograd(f"fp8fx::{name}", backward, setup_context=setup_context, lib=LIBRARY)
     REFERENCES[name] = reference
     return getattr(torch.ops.fp8fx, name).default
+
+
+def signature(*kinds: type[Any]) -> str:
+    """The fields of these NamedTuples, one after the other, as a schema lists arguments; defaults of the last one only, as torch has it."""
+    written = []
+    for kind in kinds:
+        defaults = kind._field_defaults if kind is kinds[-1] else {}
+        types = typing.get_type_hints(kind)
+        written += [f"{_TYPES[types[f]]} {f}" + (f"={defaults[f]!r}" if f in defaults else "") for f in kind._fields]
+    return ", ".join(written)
+
+
+def takes(*kinds: type[Any]) -> Callable[[Callable[..., Result]], Callable[..., Result]]:
+    """A function of these NamedTuples, to be called as the operator is: with their fields, one after the other."""
+    ends = [sum(len(kind._fields) for kind in kinds[: i + 1]) for i in range(len(kinds) - 1)]
+    parts = list(zip(kinds, map(slice, [0, *ends], [*ends, None]), strict=True))
+
+    def wrap(function: Callable[..., Result]) -> Callable[..., Result]:
+        @functools.wraps(function)
+        def run(*args: Any) -> Result:
+            return function(*[kind(*args[part]) for kind, part in parts])
+
+        return run
+
+    return wrap
 
 
 def _with_lists(
