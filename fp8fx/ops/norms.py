@@ -151,8 +151,7 @@ def _backward(ctx: Any, grad: Tensor | None, of_sum: Tensor | None, *_: Any) -> 
 
 
 norm_cast = define(
-    f"norm_cast({signature(NormCast)})"
-    " -> (Tensor anchor, Tensor s, Tensor q, Tensor qt, Tensor scale_y, Tensor mean, Tensor rstd)",
+    f"norm_cast({signature(NormCast)}) -> (Tensor anchor, Tensor s, Tensor q, Tensor qt, Tensor scale_y, Tensor mean, Tensor rstd)",
     norm_cast_reference,
     norm_cast_fake,
     setup_context=_setup,
