@@ -74,13 +74,18 @@ def signature(*kinds: type[Any]) -> str:
 
 def takes(*kinds: type[Any]) -> Callable[[Callable[..., Result]], Callable[..., Result]]:
     """A function of these NamedTuples, to be called as the operator is: with their fields, one after the other."""
-    ends = [sum(len(kind._fields) for kind in kinds[: i + 1]) for i in range(len(kinds) - 1)]
-    parts = list(zip(kinds, map(slice, [0, *ends], [*ends, None]), strict=True))
+    ends = [sum(len(kind._fields) for kind in kinds[: i + 1]) for i in range(len(kinds))]
+    parts = list(zip(kinds, [0, *ends[:-1]], [*ends[:-1], None], strict=True))
 
     def wrap(function: Callable[..., Result]) -> Callable[..., Result]:
         @functools.wraps(function)
         def run(*args: Any) -> Result:
-            return function(*[kind(*args[part]) for kind, part in parts])
+            # Layers call this many times in a step: a NamedTuple's own way of being made, which knows defaults, takes several times as long.
+            if len(args) != ends[-1]:
+                return function(*[kind(*args[start:end]) for kind, start, end in parts])
+            if len(parts) == 1:
+                return function(tuple.__new__(kinds[0], args))
+            return function(*[tuple.__new__(kind, args[start:end]) for kind, start, end in parts])
 
         return run
 
