@@ -80,7 +80,7 @@ def takes(*kinds: type[Any]) -> Callable[[Callable[..., Result]], Callable[..., 
     def wrap(function: Callable[..., Result]) -> Callable[..., Result]:
         @functools.wraps(function)
         def run(*args: Any) -> Result:
-            # Layers call this many times in a step: a NamedTuple's own way of being made, which knows defaults, takes several times as long.
+            # Layers call this many times in a step, and the making of a NamedTuple that knows defaults takes several times as long.
             if len(args) != ends[-1]:
                 return function(*[kind(*args[start:end]) for kind, start, end in parts])
             if len(parts) == 1:
