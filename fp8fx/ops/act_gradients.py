@@ -16,8 +16,9 @@ from torch import Tensor
 
 from fp8fx import numerics
 from fp8fx.ops.act import restore
+from fp8fx.ops.arguments import signature, takes
 from fp8fx.ops.casts import cast_current_fake, cast_current_reference, cast_fake, cast_reference
-from fp8fx.ops.library import define, signature, takes
+from fp8fx.ops.library import define
 from fp8fx.ops.mlp import ACTIVATIONS
 from fp8fx.spec import TensorSpec
 

@@ -25,9 +25,10 @@ from torch import Tensor
 
 from fp8fx.ops.act import keep, keep_fake
 from fp8fx.ops.act_gradients import ActBackwardCast, act_backward_cast, act_backward_gate, act_backward_up, cast_of, cast_of_fake
+from fp8fx.ops.arguments import signature, takes
 from fp8fx.ops.casts import LAYOUTS
 from fp8fx.ops.kept import keep as keep_records
-from fp8fx.ops.library import define, signature, takes
+from fp8fx.ops.library import define
 from fp8fx.ops.linear import LinearBackward, Saved, linear_reference
 from fp8fx.ops.mlp import ACTIVATIONS
 from fp8fx.ops.operands import Backward, Operand, quantized_operand

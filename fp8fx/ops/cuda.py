@@ -22,10 +22,11 @@ from fp8fx.kernels.replay import taped
 from fp8fx.kernels.rounding import Rounding
 from fp8fx.ops import linear as linear_op
 from fp8fx.ops import quantize as quantize_op
+from fp8fx.ops.arguments import takes
 from fp8fx.ops.cuda_casts import DTYPES, cast, cast_amax, cast_current, has_kernel, quantize, round_values, rounding_of
 from fp8fx.ops.cuda_norms import norm_backward, norm_cast
 from fp8fx.ops.inductor import FORMATS, cut_by_batches, torch_has
-from fp8fx.ops.library import LIBRARY, REFERENCES, takes, without_autocast
+from fp8fx.ops.library import LIBRARY, REFERENCES, without_autocast
 from fp8fx.ops.operands import forward_operand
 from fp8fx.ops.quantize import as_matrix
 from fp8fx.ops.rounded_mm import Ending, rounds_in_place

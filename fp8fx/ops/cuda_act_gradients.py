@@ -11,9 +11,9 @@ from fp8fx.kernels.activation_amax import activation_backward_amax
 from fp8fx.kernels.activation_cast import activation_backward_cast, activation_cast
 from fp8fx.kernels.activations import Kept
 from fp8fx.ops.act_gradients import ActBackwardCast, ActBackwardGate, ActBackwardUp
+from fp8fx.ops.arguments import takes
 from fp8fx.ops.casts import GRADIENT
 from fp8fx.ops.cuda_casts import laid_out, rounding_of
-from fp8fx.ops.library import takes
 from fp8fx.spec import TensorSpec
 
 

@@ -21,9 +21,9 @@ from fp8fx.kernels.layout import cdiv
 from fp8fx.kernels.replay import taped
 from fp8fx.ops.act import SIDE
 from fp8fx.ops.act_linear import ActLinear
+from fp8fx.ops.arguments import takes
 from fp8fx.ops.cuda import linear
 from fp8fx.ops.cuda_casts import laid_out, rounding_of
-from fp8fx.ops.library import takes
 from fp8fx.ops.producers import make_anchor
 from fp8fx.ops.quantize import as_matrix
 from fp8fx.spec import SiteSpec, TensorSpec

@@ -11,8 +11,8 @@ from fp8fx.kernels.add_norm import add_norm_cast
 from fp8fx.kernels.norm_backward import norm_backward_cast
 from fp8fx.kernels.norm_cast import norm_cast as norm_kernel
 from fp8fx.kernels.replay import taped
+from fp8fx.ops.arguments import takes
 from fp8fx.ops.cuda_casts import has_kernel, laid_out, rounding_of
-from fp8fx.ops.library import takes
 from fp8fx.ops.norms import NormBackward, NormCast, norm_cast_reference
 from fp8fx.ops.producers import make_anchor
 from fp8fx.ops.quantize import as_matrix

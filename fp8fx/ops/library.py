@@ -1,8 +1,5 @@
 """How an fp8fx operator is registered: schema, reference, shapes and autograd formula in one call, one page per operator.
 
-An operator with many arguments has a NamedTuple of them on its page: the schema is written from it (`signature`), and its reference and
-its implementations on devices take it (`takes`), so that the list stands in one place.
-
 Operators live in `torch.library`, so Dynamo, AOTAutograd, Inductor and `opcheck` all know them, and a device adds a faster
 implementation of the same schema without a graph changing. The reference is what the operator *means*; it runs on every
 device that has no implementation of its own.
@@ -12,24 +9,14 @@ from __future__ import annotations
 
 import contextlib
 import functools
-import typing
 from collections.abc import Callable
-from typing import Any, TypeVar
+from typing import Any
 
 import torch
-from torch import Tensor
 
 from fp8fx.errors import FP8Error
 
-Result = TypeVar("Result")
-
 LIBRARY = torch.library.Library("fp8fx", "DEF")
-
-# As a schema writes the types that a NamedTuple of arguments has.
-_TYPES = {
-    Tensor: "Tensor", Tensor | None: "Tensor?", list[Tensor]: "Tensor[]", list[int]: "int[]", str: "str", float: "float", bool: "bool",
-    torch.dtype: "ScalarType",
-}  # fmt: skip
 
 # Operator name -> reference function. Tests read it to look inside an operator (which operands does it really multiply?).
 REFERENCES: dict[str, Callable[..., Any]] = {}
@@ -60,36 +47,6 @@ def define(
         torch.library.register_autograd(f"fp8fx::{name}", backward, setup_context=setup_context, lib=LIBRARY)
     REFERENCES[name] = reference
     return getattr(torch.ops.fp8fx, name).default
-
-
-def signature(*kinds: type[Any]) -> str:
-    """The fields of these NamedTuples, one after the other, as a schema lists arguments; defaults of the last one only, as torch has it."""
-    written = []
-    for kind in kinds:
-        defaults = kind._field_defaults if kind is kinds[-1] else {}
-        types = typing.get_type_hints(kind)
-        written += [f"{_TYPES[types[f]]} {f}" + (f"={defaults[f]!r}" if f in defaults else "") for f in kind._fields]
-    return ", ".join(written)
-
-
-def takes(*kinds: type[Any]) -> Callable[[Callable[..., Result]], Callable[..., Result]]:
-    """A function of these NamedTuples, to be called as the operator is: with their fields, one after the other."""
-    ends = [sum(len(kind._fields) for kind in kinds[: i + 1]) for i in range(len(kinds))]
-    parts = list(zip(kinds, [0, *ends[:-1]], [*ends[:-1], None], strict=True))
-
-    def wrap(function: Callable[..., Result]) -> Callable[..., Result]:
-        @functools.wraps(function)
-        def run(*args: Any) -> Result:
-            # Layers call this many times in a step, and the making of a NamedTuple that knows defaults takes several times as long.
-            if len(args) != ends[-1]:
-                return function(*[kind(*args[start:end]) for kind, start, end in parts])
-            if len(parts) == 1:
-                return function(tuple.__new__(kinds[0], args))
-            return function(*[tuple.__new__(kind, args[start:end]) for kind, start, end in parts])
-
-        return run
-
-    return wrap
 
 
 def _with_lists(

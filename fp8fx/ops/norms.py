@@ -17,7 +17,8 @@ import torch
 from torch import Tensor
 
 from fp8fx.ops.act_gradients import cast_of, cast_of_fake
-from fp8fx.ops.library import define, signature, takes
+from fp8fx.ops.arguments import signature, takes
+from fp8fx.ops.library import define
 from fp8fx.ops.producers import make_anchor
 
 KINDS = ("layer", "rms", "rms_rounded")

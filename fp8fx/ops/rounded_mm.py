@@ -13,7 +13,8 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from fp8fx.ops.library import define, signature, takes
+from fp8fx.ops.arguments import signature, takes
+from fp8fx.ops.library import define
 from fp8fx.ops.quantize import round_reference
 from fp8fx.ops.scaled_mm import ScaledMM, scaled_mm_fake, scaled_mm_reference
 from fp8fx.spec import TensorSpec

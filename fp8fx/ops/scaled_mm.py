@@ -22,7 +22,8 @@ from torch import Tensor
 from fp8fx import numerics
 from fp8fx.arithmetic.product import product
 from fp8fx.arithmetic.spec import Arithmetic
-from fp8fx.ops.library import define, signature, takes
+from fp8fx.ops.arguments import signature, takes
+from fp8fx.ops.library import define
 from fp8fx.spec import ACCUMULATORS
 
 

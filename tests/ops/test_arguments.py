@@ -8,7 +8,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from fp8fx.ops.library import signature, takes
+from fp8fx.ops.arguments import signature, takes
 
 
 class First(NamedTuple):
