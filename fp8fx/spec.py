@@ -24,6 +24,7 @@ SCALE_FORMATS = ("float32", "e8m0")
 ROUNDINGS = ("nearest_even", "nearest_away", "toward_zero", "up", "down", "stochastic")
 OVERFLOWS = ("saturate", "nonfinite")
 ACCUMULATORS = ("fast", "precise")
+SIDES = (32, 64, 128)  # of the blocks that kernels have
 
 Granularity = str | tuple[int, int]  # "tensor", "row", or (rows, columns) of a block
 
@@ -67,6 +68,12 @@ class TensorSpec:
     def on_hardware(self) -> bool:
         """False if its scales are not of the kinds that kernels make: such a tensor is always emulated."""
         return self.scaling != "fixed" and all(getattr(self, key) == default for key, default in _FURTHER.items())
+
+    @property
+    def sides_on_hardware(self) -> bool:
+        """False if its scales are of blocks that kernels do not have: those have one of SIDES, in one direction or in both."""
+        block = self.granularity
+        return isinstance(block, str) or (max(block) in SIDES and set(block) <= {1, max(block)})
 
     @property
     def stochastic(self) -> bool:

@@ -17,6 +17,8 @@ act(h) * dy, which it is but for the last bit of silu.
 
 from __future__ import annotations
 
+from typing import Any, NamedTuple
+
 import triton
 import triton.language as tl
 from torch import Tensor
@@ -143,8 +145,8 @@ def activation_cast(
     the sum over the rows. kept: room for the codes of h and u, which are written too (`Kept.empty`). into: (q, qT, row) of a whole of
     which h and u [m, K] are the rows from `row` on, a multiple of 32, as `kept` is then of the whole.
     """
-    scaling, records, sums = Scaling(scale, from_amax, made_scale, power_of_two, eps), ((record, amax), (None, None)), (bias_grad, None)
-    return _launch(None, (h, u), activation, format, (scaling, scaling), layout, (how, how), records, counts, sums, kept, into=into)[0]
+    wanted = _Wanted(Scaling(scale, from_amax, made_scale, power_of_two, eps), how, record, amax, bias_grad)
+    return _launch(None, (h, u), activation, format, (wanted,), layout, counts, kept, into)[0]
 
 
 def activation_backward_cast(
@@ -178,9 +180,20 @@ def activation_backward_cast(
 
     bias_grad, bias_grad_u: float [K], set to the sums of dh and du over the rows. The rest as for `activation_cast`, `*_u` for du.
     """
-    scalings = (Scaling(scale, from_amax, made_scale, power_of_two, eps), Scaling(scale_u, from_amax, made_scale_u, power_of_two, eps))
-    records, sums = ((record, amax), (record_u, amax_u)), (bias_grad, bias_grad_u)
-    return _launch(dy, (h, u), activation, format, scalings, layout, (how, how_u or how), records, counts, sums, only=only)
+    dh = _Wanted(Scaling(scale, from_amax, made_scale, power_of_two, eps), how, record, amax, bias_grad)
+    du = _Wanted(Scaling(scale_u, from_amax, made_scale_u, power_of_two, eps), how_u or how, record_u, amax_u, bias_grad_u)
+    pairs = _launch(dy, (h, u), activation, format, (dh,) if u is None or only else (dh, du), layout, counts)
+    return pairs[0], pairs[1] if len(pairs) == 2 else (None, None)
+
+
+class _Wanted(NamedTuple):
+    """What a caller wants of one result: how it is scaled and rounded, its record, and where its sum over the rows goes."""
+
+    scaling: Scaling
+    how: Rounding
+    record: Tensor | None
+    amax: Tensor | None
+    sums: Tensor | None
 
 
 def _launch(
@@ -188,72 +201,43 @@ def _launch(
     inputs: tuple[Tensor | Kept, Tensor | Kept | None],
     activation: str,
     format: str | Format,
-    scalings: tuple[Scaling, Scaling],
+    wanted: tuple[_Wanted, ...],
     layout: str,
-    hows: tuple[Rounding, Rounding],
-    records: tuple[Pair, Pair],
     counts: bool,
-    sums: Pair = (None, None),
     kept: tuple[Kept, Kept | None] | None = None,
-    only: bool = False,
     into: tuple[Tensor | None, Tensor | None, int] | None = None,
-) -> tuple[Pair, Pair]:
+) -> list[Pair]:
+    """(q, qT) of each result that is wanted: y without dy; dh, or dh and du, with it."""
     where = "activation_cast" if dy is None else "activation_backward_cast"
     h, u = inputs
     first = check_operands(where, dy, h, u, activation)
-    two = dy is not None and u is not None and not only
-    if two and (scalings[0].scale is None) != (scalings[1].scale is None):
+    if (wanted[0].scaling.scale is None) != (wanted[-1].scaling.scale is None):
         raise KernelError("activation_backward_cast: scales of dh and du come together")
     fp8, (block_m, block_k, warps) = hardware_format(format), _FORWARD if dy is None else _BACKWARD
     seen = [plain_matrices(first if x is None else x) for x in (dy, values(h), values(u))]
     tiles, row = seen[1].tiles(block_m, block_k), 0
     if into is not None:
         seen[1], row = _part(where, seen[1], *into, block_m), into[2]
-    _, _, m, k, _ = seen[1]
-    outs = [out for out in sums[: 2 if two else 1] if out is not None]
-    parts = partials(first, seen[1].tile_rows(block_m), k, len(outs)) if outs else None
+    outs = [want.sums for want in wanted if want.sums is not None]
+    parts = partials(first, seen[1].tile_rows(block_m), seen[1].k, len(outs)) if outs else None
     left = iter(()) if parts is None else iter(parts.unbind(1))
     results, flags = [], []
-    for i in range(2 if two else 1):
-        scalings[i].check(where)
-        check_sum(where, sums[i], k)
-        record, recording = check_record(where, *records[i], counts)
-        part = None if sums[i] is None else next(left)
-        whole = (
-            Result.empty(first, fp8, layout, scalings[i], record, part) if into is None else Result(*into[:2], scalings[i], record, part)
-        )
-        results.append(whole)
-        flags.append(results[i].how(fp8, hows[i], seen[1], recording))
-    pairs = (results[0].pair, results[1].pair if two else (None, None))
+    for want in wanted:
+        part = None if want.sums is None else next(left)
+        result, flag = _result(where, want, first, fp8, layout, seen[1], part, counts, into)
+        results.append(result)
+        flags.append(flag)
     if first.numel() == 0:
-        for result in results:
-            result.scaling.of_nothing(fp8)
-        for out in outs:
-            out.zero_()
-        return pairs
-    rng = hows[0].rng
+        _of_nothing(results, fp8, outs)
+        return [result.pair for result in results]
     launch(
         _activation_kernel,
         (tiles,),
-        (
-            *(x.x for x in seen),
-            *results[0].pointers(first),
-            *results[-1].pointers(first),
-            first if rng is None else rng,
-            hows[0].signed_key,
-            hows[1].signed_key,
-            m,
-            k,
-            *(stride for x in seen for stride in x.strides[:2]),
-            *(pointers(first, h, u) if kept is None else pointers(first, *kept)),
-            first if kept is None else kept[0].q,
-            first if kept is None or kept[1] is None else kept[1].q,
-            row,
-        ),
+        (*_arguments(first, seen, results, wanted), *_kept_pointers(first, h, u, kept), row),
         {
             "BACKWARD": dy is not None,
             "WHAT": (ACTIVATIONS[activation], u is not None, isinstance(h, Kept), isinstance(u, Kept)),
-            "TWO": two,
+            "TWO": len(wanted) == 2,
             "KEEP": kept is not None,
             "HOW": flags[0],
             "HOW_U": flags[-1],
@@ -264,7 +248,60 @@ def _launch(
     )
     if parts is not None:
         sum_partials(parts, *outs)
-    return pairs
+    return [result.pair for result in results]
+
+
+def _result(
+    where: str,
+    want: _Wanted,
+    first: Tensor,
+    fp8: Format,
+    layout: str,
+    x: Matrices,
+    part: Tensor | None,
+    counts: bool,
+    into: tuple[Tensor | None, Tensor | None, int] | None,
+) -> tuple[Result, tuple[object, ...]]:
+    """Room for a result, or its place in the whole that `into` says; and HOW. part: room for its partial sums."""
+    want.scaling.check(where)
+    check_sum(where, want.sums, x.k)
+    record, recording = check_record(where, want.record, want.amax, counts)
+    if into is None:
+        result = Result.empty(first, fp8, layout, want.scaling, record, part)
+    else:
+        result = Result(*into[:2], want.scaling, record, part)
+    return result, result.how(fp8, want.how, x, recording)
+
+
+def _of_nothing(results: list[Result], fp8: Format, outs: list[Tensor]) -> None:
+    """What the kernel would write beside the codes of empty tensors."""
+    for result in results:
+        result.scaling.of_nothing(fp8)
+    for out in outs:
+        out.zero_()
+
+
+def _arguments(first: Tensor, seen: list[Matrices], results: list[Result], wanted: tuple[_Wanted, ...]) -> tuple[Any, ...]:
+    """The kernel's, up to the strides. A pointer that it does not follow is that of `first`."""
+    rng = wanted[0].how.rng
+    return (
+        *(x.x for x in seen),
+        *results[0].pointers(first),
+        *results[-1].pointers(first),
+        first if rng is None else rng,
+        wanted[0].how.signed_key,
+        wanted[-1].how.signed_key,
+        seen[1].m,
+        seen[1].k,
+        *(stride for x in seen for stride in x.strides[:2]),
+    )
+
+
+def _kept_pointers(first: Tensor, h: Tensor | Kept, u: Tensor | Kept | None, kept: tuple[Kept, Kept | None] | None) -> tuple[Tensor, ...]:
+    """The scales of what is kept of h and u, to be read or to be written; where their codes are written."""
+    if kept is None:
+        return *pointers(first, h, u), first, first
+    return *pointers(first, *kept), kept[0].q, first if kept[1] is None else kept[1].q
 
 
 def _part(where: str, x: Matrices, q: Tensor | None, t: Tensor | None, row: int, block_m: int) -> Matrices:

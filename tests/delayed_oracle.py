@@ -12,7 +12,8 @@ from typing import Any
 import ml_dtypes
 import numpy as np
 import torch
-from oracle import LARGEST, Method, Oracle, Role
+from oracle import Oracle
+from oracle_rounding import LARGEST, Method, Role
 from torch import Tensor, nn
 
 import fp8fx

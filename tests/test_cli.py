@@ -12,12 +12,12 @@ from typing import Any
 
 import pytest
 import torch
+from command_line import refused, run
 from torch import nn
 from typer.testing import CliRunner
 
 import fp8fx
 from fp8fx import cli, pipeline, targets
-from fp8fx.demo import runner
 from fp8fx.demo.tasks import TASKS
 
 MODELS = """
@@ -76,23 +76,6 @@ def models(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> str:
     path = tmp_path / "tiny_models.py"
     path.write_text(MODELS)
     return str(path)
-
-
-def run(*args: str, code: int = 0) -> tuple[str, str]:
-    """stdout and stderr of `fp8fx <args>`, which must exit with `code` and without a traceback."""
-    result = CliRunner().invoke(cli.app, list(args))
-    assert result.exit_code == code, result.output + repr(result.exception)
-    assert result.exception is None or isinstance(result.exception, SystemExit)
-    assert "Traceback" not in result.output
-    return result.stdout, result.stderr
-
-
-def refused(*args: str) -> str:
-    """The message of a call that must fail."""
-    stdout, stderr = run(*args, code=2)
-    assert stdout == ""
-    assert stderr.startswith("error: ")
-    return stderr
 
 
 # -- the top --------------------------------------------------------------------------------------------------------------
@@ -288,38 +271,7 @@ def test_recipe_schema() -> None:
     assert json.loads(out) == fp8fx.Recipe.schema()
 
 
-# -- demo -----------------------------------------------------------------------------------------------------------------
-
-
-def test_demo_passes_its_options_on(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    calls: list[dict[str, Any]] = []
-
-    def fake(**options: Any) -> int:
-        calls.append(options)
-        return len(calls) - 1
-
-    monkeypatch.setattr("fp8fx.demo.run", fake)
-    run("demo")
-    run("demo", "--quick", "-m", "digits", "-r", "direct", "-r", "none", "--seed", "3", "--steps", "5", "-o", str(tmp_path), code=1)
-    assert calls[0] == {
-        "out": Path("demo-out"), "quick": False, "recipes": runner.RECIPES, "models": tuple(TASKS), "steps": None, "seed": 0,
-    }  # fmt: skip
-    assert calls[1] == {
-        "out": tmp_path, "quick": True, "recipes": ("direct", "none"), "models": ("digits",), "steps": 5, "seed": 3,
-    }  # fmt: skip
-
-
-def test_demo_runs(tmp_path: Path) -> None:
-    out, _ = run("demo", "--steps", "2", "-m", "digits", "-r", "hybrid", "-o", str(tmp_path))
-    assert "digits / hybrid" in out
-    assert "PASS  digits hybrid" in out
-    assert {path.name for path in tmp_path.iterdir()} >= {"results.json", "curves.png", "graphs", "digits-hybrid-plan.txt"}
-
-
-def test_demo_refuses_what_it_does_not_know(tmp_path: Path) -> None:
-    assert "gpt" in run("demo", "-m", "gtp", code=2)[1]
-    _, err = run("demo", "--steps", "1", "-m", "digits", "-r", "hybird", "-o", str(tmp_path), code=2)
-    assert "Did you mean 'hybrid'?" in err
+# -- what is documented ---------------------------------------------------------------------------------------------------
 
 
 def test_stages_are_the_pipeline_s() -> None:

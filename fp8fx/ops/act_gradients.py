@@ -9,13 +9,14 @@ h and u are tensors [M, H], or codes with the scales block_h and block_u (ops/ac
 
 from __future__ import annotations
 
-from typing import Any
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
 from fp8fx import numerics
 from fp8fx.ops.act import restore
+from fp8fx.ops.arguments import signature, takes
 from fp8fx.ops.casts import cast_current_fake, cast_current_reference, cast_fake, cast_reference
 from fp8fx.ops.library import define
 from fp8fx.ops.mlp import ACTIVATIONS
@@ -43,127 +44,148 @@ def _known(x: Tensor, block: Tensor | None, dtype: torch.dtype) -> Tensor:
     return x if block is None else restore(x, block, dtype)
 
 
-def act_backward_cast_reference(
-    grad: Tensor,
-    h: Tensor,
-    u: Tensor,
-    block_h: Tensor | None,
-    block_u: Tensor | None,
-    activation: str,
-    rng: Tensor | None,
-    site1: str,
-    site2: str,
-    spec: str,
-    scale1: Tensor | None,
-    scale2: Tensor | None,
-    record1: Tensor | None,
-    record2: Tensor | None,
-    layout: str,
-    sums: bool,
-) -> tuple[Tensor, ...]:
-    """From da [M, H]: (q, qt, scale) of dh = da * u * act'(h), the same of du = da * act(h), and their float32 [H] sums over rows.
+class ActBackwardGate(NamedTuple):
+    """The arguments of `act_backward_gate`: da [M, H]; h and u, and their scales where those are codes; how dh is cast."""
 
-    Without elements: what belongs to u where that has none, and the sums where they are not asked for. block_h, block_u: the scales of h
-    and u where those are codes.
+    grad: Tensor
+    h: Tensor
+    u: Tensor  # without elements where there is none
+    block_h: Tensor | None
+    block_u: Tensor | None
+    activation: str
+    rng: Tensor | None
+    site: str
+    spec: str
+    scale: Tensor | None
+    record: Tensor | None
+    layout: str
+    sums: bool
+
+
+class ActBackwardUp(NamedTuple):
+    """The arguments of `act_backward_up`. amax: that of du from act_backward_gate, which kernels need for current scaling."""
+
+    grad: Tensor
+    h: Tensor
+    block_h: Tensor | None
+    activation: str
+    rng: Tensor | None
+    site: str
+    spec: str
+    scale: Tensor | None
+    amax: Tensor | None
+    record: Tensor | None
+    layout: str
+    sums: bool
+
+
+class ActBackwardCast(NamedTuple):
+    """The arguments of `act_backward_cast`: those of the other two, what is said of dh ending in 1, and of du in 2."""
+
+    grad: Tensor
+    h: Tensor
+    u: Tensor
+    block_h: Tensor | None
+    block_u: Tensor | None
+    activation: str
+    rng: Tensor | None
+    site1: str
+    site2: str
+    spec: str
+    scale1: Tensor | None
+    scale2: Tensor | None
+    record1: Tensor | None
+    record2: Tensor | None
+    layout: str
+    sums: bool
+
+    def gate(self) -> ActBackwardGate:
+        how = self.rng, self.site1, self.spec, self.scale1, self.record1, self.layout, self.sums
+        return ActBackwardGate(self.grad, self.h, self.u, self.block_h, self.block_u, self.activation, *how)
+
+    def up(self, amax: Tensor | None) -> ActBackwardUp:
+        how = self.rng, self.site2, self.spec, self.scale2, amax, self.record2, self.layout, self.sums
+        return ActBackwardUp(self.grad, self.h, self.block_h, self.activation, *how)
+
+
+@takes(ActBackwardCast)
+def act_backward_cast_reference(a: ActBackwardCast) -> tuple[Tensor, ...]:
+    """(q, qt, scale) of dh = da * u * act'(h), the same of du = da * act(h), and their float32 [H] sums over rows.
+
+    Without elements: what belongs to u where that has none, and the sums where they are not asked for.
     """
-    gated = u.numel() > 0 or h.numel() == 0
-    q, qt, scale, total, _ = act_backward_gate_reference(
-        grad, h, u, block_h, block_u, activation, rng, site1, spec, scale1, record1, layout, sums
-    )
+    gated = a.u.numel() > 0 or a.h.numel() == 0
+    q, qt, scale, total, _ = act_backward_gate_reference(*a.gate())
     if not gated:
-        other = cast_of_fake(grad.new_empty(0, 1), spec, layout)
-        return q, qt, scale, *(t.new_empty(0) for t in other), total, grad.new_empty(0, dtype=torch.float32)
-    *second, total_u = act_backward_up_reference(grad, h, block_h, activation, rng, site2, spec, scale2, None, record2, layout, sums)
+        other = cast_of_fake(a.grad.new_empty(0, 1), a.spec, a.layout)
+        return q, qt, scale, *(t.new_empty(0) for t in other), total, a.grad.new_empty(0, dtype=torch.float32)
+    *second, total_u = act_backward_up_reference(*a.up(None))
     return q, qt, scale, *second, total, total_u
 
 
-def act_backward_cast_fake(grad: Tensor, h: Tensor, u: Tensor, *rest: Any) -> tuple[Tensor, ...]:
-    spec, layout, sums = rest[6], rest[-2], rest[-1]
-    made = cast_of_fake(grad, spec, layout)
-    total, nothing = grad.new_empty(grad.shape[-1] if sums else 0, dtype=torch.float32), grad.new_empty(0, dtype=torch.float32)
-    if u.dim() == 1:
+@takes(ActBackwardCast)
+def act_backward_cast_fake(a: ActBackwardCast) -> tuple[Tensor, ...]:
+    made = cast_of_fake(a.grad, a.spec, a.layout)
+    total, nothing = _sum_fake(a.grad, a.sums), a.grad.new_empty(0, dtype=torch.float32)
+    if a.u.dim() == 1:
         return *made, *(t.new_empty(0) for t in made), total, nothing
-    return *made, *cast_of_fake(grad, spec, layout), total, torch.empty_like(total)
+    return *made, *cast_of_fake(a.grad, a.spec, a.layout), total, torch.empty_like(total)
+
+
+def _sum_fake(grad: Tensor, sums: bool) -> Tensor:
+    return grad.new_empty(grad.shape[-1] if sums else 0, dtype=torch.float32)
 
 
 act_backward_cast = define(
-    "act_backward_cast(Tensor grad, Tensor h, Tensor u, Tensor? block_h, Tensor? block_u, str activation, Tensor? rng, str site1,"
-    " str site2, str spec, Tensor? scale1, Tensor? scale2, Tensor? record1, Tensor? record2, str layout, bool sums)"
+    f"act_backward_cast({signature(ActBackwardCast)})"
     " -> (Tensor q, Tensor qt, Tensor scale, Tensor q_u, Tensor qt_u, Tensor scale_u, Tensor sum, Tensor sum_u)",
     act_backward_cast_reference,
     act_backward_cast_fake,
 )
 
 
-def act_backward_gate_reference(
-    grad: Tensor,
-    h: Tensor,
-    u: Tensor,
-    block_h: Tensor | None,
-    block_u: Tensor | None,
-    activation: str,
-    rng: Tensor | None,
-    site: str,
-    spec: str,
-    scale: Tensor | None,
-    record: Tensor | None,
-    layout: str,
-    sums: bool,
-) -> tuple[Tensor, ...]:
+@takes(ActBackwardGate)
+def act_backward_gate_reference(a: ActBackwardGate) -> tuple[Tensor, ...]:
     """(q, qt, scale, sum) of dh; and, for current scaling of a gated form, the amax of du, float32 [1], which one reading finds too."""
-    forward, backward = ACTIVATIONS[activation]
-    gated, h = u.numel() > 0 or h.numel() == 0, _known(h, block_h, grad.dtype)
-    dh = backward(grad * _known(u, block_u, grad.dtype) if gated else grad, h)
-    made = cast_of(dh, spec, rng, site, "grad_output", scale, record, layout)
-    nothing = grad.new_empty(0, dtype=torch.float32)
-    current = gated and TensorSpec.parse(spec).scaling == "current"
-    amax_u = numerics.amax(grad * forward(h)).view(1) if current else nothing.clone()
-    return *made, dh.sum(0, dtype=torch.float32) if sums else nothing, amax_u
+    forward, backward = ACTIVATIONS[a.activation]
+    gated, h = a.u.numel() > 0 or a.h.numel() == 0, _known(a.h, a.block_h, a.grad.dtype)
+    dh = backward(a.grad * _known(a.u, a.block_u, a.grad.dtype) if gated else a.grad, h)
+    made = cast_of(dh, a.spec, a.rng, a.site, "grad_output", a.scale, a.record, a.layout)
+    nothing = a.grad.new_empty(0, dtype=torch.float32)
+    current = gated and TensorSpec.parse(a.spec).scaling == "current"
+    amax_u = numerics.amax(a.grad * forward(h)).view(1) if current else nothing.clone()
+    return *made, dh.sum(0, dtype=torch.float32) if a.sums else nothing, amax_u
 
 
-def act_backward_gate_fake(grad: Tensor, h: Tensor, u: Tensor, *rest: Any) -> tuple[Tensor, ...]:
-    spec, layout, sums = rest[5], rest[-2], rest[-1]
-    current = u.dim() > 1 and TensorSpec.parse(spec).scaling == "current"
-    sizes = grad.shape[-1] if sums else 0, 1 if current else 0
-    return *cast_of_fake(grad, spec, layout), *(grad.new_empty(size, dtype=torch.float32) for size in sizes)
+@takes(ActBackwardGate)
+def act_backward_gate_fake(a: ActBackwardGate) -> tuple[Tensor, ...]:
+    current = a.u.dim() > 1 and TensorSpec.parse(a.spec).scaling == "current"
+    amax_u = a.grad.new_empty(1 if current else 0, dtype=torch.float32)
+    return *cast_of_fake(a.grad, a.spec, a.layout), _sum_fake(a.grad, a.sums), amax_u
 
 
 act_backward_gate = define(
-    "act_backward_gate(Tensor grad, Tensor h, Tensor u, Tensor? block_h, Tensor? block_u, str activation, Tensor? rng, str site, str spec,"
-    " Tensor? scale, Tensor? record, str layout, bool sums) -> (Tensor q, Tensor qt, Tensor scale_made, Tensor sum, Tensor amax_u)",
+    f"act_backward_gate({signature(ActBackwardGate)}) -> (Tensor q, Tensor qt, Tensor scale_made, Tensor sum, Tensor amax_u)",
     act_backward_gate_reference,
     act_backward_gate_fake,
 )
 
 
-def act_backward_up_reference(
-    grad: Tensor,
-    h: Tensor,
-    block_h: Tensor | None,
-    activation: str,
-    rng: Tensor | None,
-    site: str,
-    spec: str,
-    scale: Tensor | None,
-    amax: Tensor | None,
-    record: Tensor | None,
-    layout: str,
-    sums: bool,
-) -> tuple[Tensor, ...]:
-    """(q, qt, scale, sum) of du. amax: that of du from act_backward_gate, which kernels need for current scaling."""
-    du = grad * ACTIVATIONS[activation][0](_known(h, block_h, grad.dtype))
-    made = cast_of(du, spec, rng, site, "grad_output", scale, record, layout)
-    return *made, du.sum(0, dtype=torch.float32) if sums else grad.new_empty(0, dtype=torch.float32)
+@takes(ActBackwardUp)
+def act_backward_up_reference(a: ActBackwardUp) -> tuple[Tensor, ...]:
+    """(q, qt, scale, sum) of du."""
+    du = a.grad * ACTIVATIONS[a.activation][0](_known(a.h, a.block_h, a.grad.dtype))
+    made = cast_of(du, a.spec, a.rng, a.site, "grad_output", a.scale, a.record, a.layout)
+    return *made, du.sum(0, dtype=torch.float32) if a.sums else a.grad.new_empty(0, dtype=torch.float32)
 
 
-def act_backward_up_fake(grad: Tensor, h: Tensor, block_h: Tensor | None, *rest: Any) -> tuple[Tensor, ...]:
-    spec, layout, sums = rest[3], rest[-2], rest[-1]
-    return *cast_of_fake(grad, spec, layout), grad.new_empty(grad.shape[-1] if sums else 0, dtype=torch.float32)
+@takes(ActBackwardUp)
+def act_backward_up_fake(a: ActBackwardUp) -> tuple[Tensor, ...]:
+    return *cast_of_fake(a.grad, a.spec, a.layout), _sum_fake(a.grad, a.sums)
 
 
 act_backward_up = define(
-    "act_backward_up(Tensor grad, Tensor h, Tensor? block_h, str activation, Tensor? rng, str site, str spec, Tensor? scale, Tensor? amax,"
-    " Tensor? record, str layout, bool sums) -> (Tensor q, Tensor qt, Tensor scale_made, Tensor sum)",
+    f"act_backward_up({signature(ActBackwardUp)}) -> (Tensor q, Tensor qt, Tensor scale_made, Tensor sum)",
     act_backward_up_reference,
     act_backward_up_fake,
 )

@@ -18,13 +18,14 @@ gated forms; the numbers are those of the separate operators, bit for bit.
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
 from fp8fx.ops.act import keep, keep_fake
-from fp8fx.ops.act_gradients import act_backward_cast, act_backward_gate, act_backward_up, cast_of, cast_of_fake
+from fp8fx.ops.act_gradients import ActBackwardCast, act_backward_cast, act_backward_gate, act_backward_up, cast_of, cast_of_fake
+from fp8fx.ops.arguments import signature, takes
 from fp8fx.ops.casts import LAYOUTS
 from fp8fx.ops.kept import keep as keep_records
 from fp8fx.ops.library import define
@@ -38,87 +39,108 @@ from fp8fx.spec import SiteSpec, TensorSpec
 APART = 2**27  # elements of da from which on dh and du are made one after the other; half as many where h and u are kept in FP8
 
 
-def act_linear_reference(
-    x: Tensor,
-    w1: Tensor,
-    w2: Tensor | None,
-    b1: Tensor | None,
-    b2: Tensor | None,
-    input: list[Tensor],
-    weight1: list[Tensor],
-    weight2: list[Tensor],
-    record1: Tensor | None,
-    record2: Tensor | None,
-    scales1: Tensor | None,
-    scales2: Tensor | None,
-    scale: Tensor | None,
-    record: Tensor | None,
-    rng: Tensor | None,
-    activation: str,
-    site1: str,
-    site2: str,
-    input_spec: str,
-    weight1_spec: str,
-    weight2_spec: str,
-    backward1: str,
-    backward2: str,
-    spec: str,
-    site: str,
-    layout: str,
-    dtype: torch.dtype,
-) -> tuple[Tensor, ...]:
-    """`x` [..., K], `w1` and `w2` [H, K] -> anchor [..., H] of `dtype`; codes of a under `spec` (scale: float32 () if delayed); h and u.
+class ActLinear(NamedTuple):
+    """The arguments of `act_linear`: `x` [..., K], `w1` and `w2` [H, K]; how a is cast. `scale`: float32 (), where that is delayed."""
+
+    x: Tensor
+    w1: Tensor
+    w2: Tensor | None
+    b1: Tensor | None
+    b2: Tensor | None
+    input: list[Tensor]
+    weight1: list[Tensor]
+    weight2: list[Tensor]
+    record1: Tensor | None
+    record2: Tensor | None
+    scales1: Tensor | None
+    scales2: Tensor | None
+    scale: Tensor | None
+    record: Tensor | None
+    rng: Tensor | None
+    activation: str
+    site1: str
+    site2: str
+    input_spec: str
+    weight1_spec: str
+    weight2_spec: str
+    backward1: str
+    backward2: str
+    spec: str
+    site: str
+    layout: str
+    dtype: torch.dtype
+
+    def of_h(self, x: Tensor, codes: list[Tensor]) -> tuple[Any, ...]:
+        """The arguments of `linear` for h; of `x` and its codes, which may be some of the rows."""
+        specs = self.input_spec, self.weight1_spec, self.backward1
+        return x, self.w1, self.b1, codes, self.weight1, None, None, self.rng, self.site1, *specs, self.dtype
+
+    def of_u(self, x: Tensor, codes: list[Tensor]) -> tuple[Any, ...]:
+        """The same for u."""
+        specs = self.input_spec, self.weight2_spec, self.backward2
+        return x, self.w2, self.b2, codes, self.weight2, None, None, self.rng, self.site2, *specs, self.dtype
+
+    @property
+    def gated(self) -> bool:
+        return self.w2 is not None
+
+    @property
+    def kept_in_fp8(self) -> bool:
+        return SiteSpec.parse_backward(self.backward1).save_activation_inputs == "fp8"
+
+
+@takes(ActLinear)
+def act_linear_reference(a: ActLinear) -> tuple[Tensor, ...]:
+    """Anchor of a [..., H] of `dtype`; codes of a and its scale; h and u.
 
     Kept in FP8, h and u are codes [M, H], and two further results their scales; else those have no elements.
     """
-    h = linear_reference(x, w1, b1, input, weight1, None, None, rng, site1, input_spec, weight1_spec, backward1, dtype)
+    h = linear_reference(*a.of_h(a.x, a.input))
     u = h.new_empty(0)
-    a = ACTIVATIONS[activation][0](h)
-    if w2 is not None:
-        u = linear_reference(x, w2, b2, input, weight2, None, None, rng, site2, input_spec, weight2_spec, backward2, dtype)
-        a = a * u
-    made = make_anchor(a.shape, a.dtype, a.device), *cast_of(a, spec, rng, site, "input", scale, record, layout)
-    if not kept_in_fp8(backward1):
+    y = ACTIVATIONS[a.activation][0](h)
+    if a.gated:
+        u = linear_reference(*a.of_u(a.x, a.input))
+        y = y * u
+    codes = cast_of(y, a.spec, a.rng, a.site, "input", a.scale, a.record, a.layout)
+    made = make_anchor(y.shape, y.dtype, y.device), *codes
+    if not a.kept_in_fp8:
         return *made, h, u, *(h.new_empty(0, dtype=torch.float32) for _ in range(2))
-    (q_h, block_h), (q_u, block_u) = keep(h, h), keep(None if w2 is None else u, h)
+    (q_h, block_h), (q_u, block_u) = keep(h, h), keep(u if a.gated else None, h)
     return *made, q_h, q_u, block_h, block_u
 
 
-def kept_in_fp8(backward: str) -> bool:
-    return SiteSpec.parse_backward(backward).save_activation_inputs == "fp8"
-
-
-def act_linear_fake(x: Tensor, w1: Tensor, w2: Tensor | None, *rest: Any) -> tuple[Tensor, ...]:
-    spec, _, layout, dtype = rest[-4:]
-    h = x.new_empty((*x.shape[:-1], w1.shape[0]), dtype=dtype)
-    u = h.new_empty(0) if w2 is None else torch.empty_like(h)
-    made = make_anchor(h.shape, dtype, x.device), *cast_of_fake(h, spec, layout)
-    if not kept_in_fp8(rest[-6]):
+@takes(ActLinear)
+def act_linear_fake(a: ActLinear) -> tuple[Tensor, ...]:
+    h = a.x.new_empty((*a.x.shape[:-1], a.w1.shape[0]), dtype=a.dtype)
+    u = torch.empty_like(h) if a.gated else h.new_empty(0)
+    made = make_anchor(h.shape, a.dtype, a.x.device), *cast_of_fake(h, a.spec, a.layout)
+    if not a.kept_in_fp8:
         return *made, h, u, *(h.new_empty(0, dtype=torch.float32) for _ in range(2))
-    (q_h, block_h), (q_u, block_u) = keep_fake(h, h), keep_fake(None if w2 is None else u, h)
+    (q_h, block_h), (q_u, block_u) = keep_fake(h, h), keep_fake(u if a.gated else None, h)
     return *made, q_h, q_u, block_h, block_u
 
 
 def _setup(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
-    x, w1, w2, b1, b2, input, weight1, weight2, record1, record2, scales1, scales2, _, _, rng, ctx.activation, *texts = inputs
-    ctx.site1, ctx.site2, ctx.input_spec, ctx.weight1_spec, ctx.weight2_spec, backward1, backward2, *_ = texts
+    a = ActLinear(*inputs)
+    ctx.activation, ctx.site1, ctx.site2 = a.activation, a.site1, a.site2
+    ctx.input_spec, ctx.weight1_spec, ctx.weight2_spec = a.input_spec, a.weight1_spec, a.weight2_spec
     ctx.mark_non_differentiable(*output[1:])
     ctx.set_materialize_grads(False)
-    ctx.specs = [SiteSpec.parse_backward(text) for text in (backward1, backward2)]
-    ctx.dtypes = (x.dtype, w1.dtype, None if w2 is None else w2.dtype)
-    ctx.bias_dtypes = [None if b is None else b.dtype for b in (b1, b2)]
-    first = Saved.of(x, w1, input, weight1, ctx.specs[0])
-    first = first.recasting(w1) if len(weight1) == 2 else first
+    ctx.specs = [SiteSpec.parse_backward(text) for text in (a.backward1, a.backward2)]
+    ctx.dtypes = (a.x.dtype, a.w1.dtype, None if a.w2 is None else a.w2.dtype)
+    ctx.bias_dtypes = [None if b is None else b.dtype for b in (a.b1, a.b2)]
+    first = Saved.of(a.x, a.w1, a.input, a.weight1, ctx.specs[0])
+    first = first.recasting(a.w1) if len(a.weight1) == 2 else first
     second: list[Tensor | None] = [None, None, None]  # codes of w2 with their scale, or w2 itself with the scale to cast it by
-    if w2 is not None:
-        second = [None, weight2[1], w2] if len(weight2) == 2 else [*weight2[2:], None]
-    ctx.save_for_backward(*first.tensors(), *second, *output[4:], scales1, scales2, rng)
-    keep_records(ctx, record1, record2)
+    if a.w2 is not None:
+        second = [None, a.weight2[1], a.w2] if len(a.weight2) == 2 else [*a.weight2[2:], None]
+    ctx.save_for_backward(*first.tensors(), *second, *output[4:], a.scales1, a.scales2, a.rng)
+    keep_records(ctx, a.record1, a.record2)
 
 
 def _backward(ctx: Any, grad: Tensor | None, *_: Any) -> tuple[Any, ...]:
     if grad is None:
-        return (None,) * 27
+        return (None,) * len(ActLinear._fields)
     *saved1, weight2, weight2_scale, w2, h, u, block_h, block_u, scales1, scales2, rng = ctx.saved_tensors
     needs = ctx.needs_input_grad
     states = [
@@ -145,7 +167,7 @@ def _backward(ctx: Any, grad: Tensor | None, *_: Any) -> tuple[Any, ...]:
         dx = None if dx is None or dx2 is None else dx + dx2
     dx = None if dx is None else dx.reshape(*grad.shape[:-1], dx.shape[-1])
     sums = [None if dtype is None else total.to(dtype) for dtype, total in zip(ctx.bias_dtypes, made[6:], strict=True)]
-    return dx, dw1, dw2, *sums, *([None] * 22)
+    return dx, dw1, dw2, *sums, *([None] * (len(ActLinear._fields) - 5))
 
 
 def _gradients(
@@ -161,19 +183,17 @@ def _gradients(
     spec = states[0].spec.grad_output
     assert spec is not None
     h, u, block_h, block_u = inputs
-    scales = [state.scale("grad_output") for state in states[: 2 if gated else 1]] + [None] * (not gated)
-    records, rng, sites = [state.own_record("grad_output") for state in states], states[0].rng, [state.site for state in states]
+    first, second = states
+    scales = first.scale("grad_output"), second.scale("grad_output") if gated else None
+    records = first.own_record("grad_output"), second.own_record("grad_output")
+    how = first.rng, first.site, second.site, spec.text, *scales, *records, layout, sums
+    a = ActBackwardCast(flat, h, u, block_h, block_u, activation, *how)
     size = flat.numel()
     if not gated or not isinstance(size, int) or size < (APART if block_h is None else APART // 2):
-        return act_backward_cast(  # type: ignore[no-any-return]
-            flat, h, u, block_h, block_u, activation, rng, *sites, spec.text, *scales, *records, layout, sums
-        )
-    *first, total, amax = act_backward_gate(
-        flat, h, u, block_h, block_u, activation, rng, sites[0], spec.text, scales[0], records[0], layout, sums
-    )
-    amax = amax if spec.scaling == "current" else None
-    *second, total_u = act_backward_up(flat, h, block_h, activation, rng, sites[1], spec.text, scales[1], amax, records[1], layout, sums)
-    return *first, *second, total, total_u
+        return act_backward_cast(*a)  # type: ignore[no-any-return]
+    *dh, total, amax = act_backward_gate(*a.gate())
+    *du, total_u = act_backward_up(*a.up(amax if spec.scaling == "current" else None))
+    return *dh, *du, total, total_u
 
 
 def _operands(made: Any, spec: TensorSpec, state: Backward) -> tuple[Operand, Operand]:
@@ -185,10 +205,7 @@ def _operands(made: Any, spec: TensorSpec, state: Backward) -> tuple[Operand, Op
 
 
 act_linear = define(
-    "act_linear(Tensor x, Tensor w1, Tensor? w2, Tensor? b1, Tensor? b2, Tensor[] input, Tensor[] weight1, Tensor[] weight2,"
-    " Tensor? record1, Tensor? record2, Tensor? scales1, Tensor? scales2, Tensor? scale, Tensor? record, Tensor? rng, str activation,"
-    " str site1, str site2, str input_spec, str weight1_spec, str weight2_spec, str backward1, str backward2, str spec, str site,"
-    " str layout, ScalarType dtype)"
+    f"act_linear({signature(ActLinear)})"
     " -> (Tensor anchor, Tensor q, Tensor qt, Tensor scale_a, Tensor h, Tensor u, Tensor block_h, Tensor block_u)",
     act_linear_reference,
     act_linear_fake,

@@ -22,14 +22,15 @@ from fp8fx.kernels.replay import taped
 from fp8fx.kernels.rounding import Rounding
 from fp8fx.ops import linear as linear_op
 from fp8fx.ops import quantize as quantize_op
+from fp8fx.ops.arguments import takes
 from fp8fx.ops.cuda_casts import DTYPES, cast, cast_amax, cast_current, has_kernel, quantize, round_values, rounding_of
 from fp8fx.ops.cuda_norms import norm_backward, norm_cast
 from fp8fx.ops.inductor import FORMATS, cut_by_batches, torch_has
 from fp8fx.ops.library import LIBRARY, REFERENCES, without_autocast
 from fp8fx.ops.operands import forward_operand
 from fp8fx.ops.quantize import as_matrix
-from fp8fx.ops.rounded_mm import rounds_in_place
-from fp8fx.ops.scaled_mm import scaled_mm_reference
+from fp8fx.ops.rounded_mm import Ending, rounds_in_place
+from fp8fx.ops.scaled_mm import ScaledMM, scaled_mm_reference
 from fp8fx.spec import ACCUMULATORS, SiteSpec, TensorSpec
 
 SAMPLED = 256  # rows of a gradient that the underflow counts look at: a share of them is enough for a warning
@@ -41,28 +42,23 @@ def one(device: torch.device) -> Tensor:
     return torch.ones((), device=device)
 
 
-def scaled(
-    a: Tensor,
-    scale_a: Tensor | None,
-    format_a: str,
-    block_a: list[int],
-    b: Tensor,
-    scale_b: Tensor | None,
-    format_b: str,
-    block_b: list[int],
-    bias: Tensor | None,
-    dtype: torch.dtype,
-    accumulate: str = "precise",
-) -> Tensor:
-    if format_a not in FORMATS or format_b not in FORMATS or dtype not in DTYPES or accumulate not in ACCUMULATORS:
-        return scaled_mm_reference(a, scale_a, format_a, block_a, b, scale_b, format_b, block_b, bias, dtype, accumulate)
-    one_a, one_b = (one(a.device) if scale is None else scale for scale in (scale_a, scale_b))
-    aligned = (a.data_ptr() | b.data_ptr()) % 16 == 0
-    if aligned and torch_has(a, one_a, b, one_b, bias, dtype, bool(block_a or block_b)):
-        return torch._scaled_mm(a, b, one_a, one_b, bias, None, dtype, accumulate == "fast")
-    if not _has_blocks(block_a, block_b):
-        return scaled_mm_reference(a, scale_a, format_a, block_a, b, scale_b, format_b, block_b, bias, dtype, accumulate)
-    return _OWN_PRODUCT(a, scale_a, tuple(block_a) or None, b, scale_b, tuple(block_b) or None, bias, dtype, accumulate, None, None)[0]
+@takes(ScaledMM)
+def scaled(mm: ScaledMM) -> Tensor:
+    if mm.format_a not in FORMATS or mm.format_b not in FORMATS or mm.dtype not in DTYPES or mm.accumulate not in ACCUMULATORS:
+        return scaled_mm_reference(*mm)
+    one_a, one_b = (one(mm.a.device) if scale is None else scale for scale in (mm.scale_a, mm.scale_b))
+    aligned = (mm.a.data_ptr() | mm.b.data_ptr()) % 16 == 0
+    if aligned and torch_has(mm.a, one_a, mm.b, one_b, mm.bias, mm.dtype, bool(mm.block_a or mm.block_b)):
+        return torch._scaled_mm(mm.a, mm.b, one_a, one_b, mm.bias, None, mm.dtype, mm.accumulate == "fast")
+    if not _has_blocks(mm.block_a, mm.block_b):
+        return scaled_mm_reference(*mm)
+    return _OWN_PRODUCT(*_own_arguments(mm), None, None)[0]
+
+
+def _own_arguments(mm: ScaledMM) -> tuple[Any, ...]:
+    """Without formats, which the codes have; the blocks as tuples, None where there are none."""
+    blocks = tuple(mm.block_a) or None, tuple(mm.block_b) or None
+    return mm.a, mm.scale_a, blocks[0], mm.b, mm.scale_b, blocks[1], mm.bias, mm.dtype, mm.accumulate
 
 
 def _own_product(
@@ -95,32 +91,15 @@ def _has_blocks(block_a: list[int], block_b: list[int]) -> bool:
     return not along_k or math.gcd(*along_k, 128) >= 32
 
 
-def rounded(
-    a: Tensor,
-    scale_a: Tensor | None,
-    format_a: str,
-    block_a: list[int],
-    b: Tensor,
-    scale_b: Tensor | None,
-    format_b: str,
-    block_b: list[int],
-    bias: Tensor | None,
-    dtype: torch.dtype,
-    accumulate: str,
-    spec: str,
-    rng: Tensor | None,
-    site: str,
-    role: str,
-) -> Tensor:
-    parsed = TensorSpec.parse(spec)
-    codes = format_a in FORMATS and format_b in FORMATS and dtype in DTYPES and _has_blocks(block_a, block_b)
-    if not codes or accumulate not in ACCUMULATORS or not has_kernel(a, parsed, (a.dtype,)) or not rounds_in_place(parsed):
-        sums = scaled(a, scale_a, format_a, block_a, b, scale_b, format_b, block_b, bias, torch.float32, accumulate)
-        return round_values(sums, spec, rng, site, role)[0].to(dtype)
-    how = rounding_of(parsed, rng, site, role)
-    blocks = tuple(block_a) or None, tuple(block_b) or None
-    operands = (a, scale_a, blocks[0], b, scale_b, blocks[1], bias, dtype, accumulate)
-    return _OWN_PRODUCT(*operands, parsed.format, how.rng, how.rounding, how.overflow, how.key)[0]
+@takes(ScaledMM, Ending)
+def rounded(mm: ScaledMM, ending: Ending) -> Tensor:
+    parsed = TensorSpec.parse(ending.spec)
+    codes = mm.format_a in FORMATS and mm.format_b in FORMATS and mm.dtype in DTYPES and _has_blocks(mm.block_a, mm.block_b)
+    if not codes or mm.accumulate not in ACCUMULATORS or not has_kernel(mm.a, parsed, (mm.a.dtype,)) or not rounds_in_place(parsed):
+        sums = scaled(*mm._replace(dtype=torch.float32))
+        return round_values(sums, *ending)[0].to(mm.dtype)
+    how = rounding_of(parsed, *ending[1:])
+    return _OWN_PRODUCT(*_own_arguments(mm), parsed.format, how.rng, how.rounding, how.overflow, how.key)[0]
 
 
 def linear(x: Tensor, w: Tensor, b: Tensor | None, input: list[Tensor], weight: list[Tensor], *rest: Any) -> Tensor:

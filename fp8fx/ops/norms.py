@@ -11,12 +11,13 @@ what reads it takes its codes, and the anchor carries the gradient.
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
 from fp8fx.ops.act_gradients import cast_of, cast_of_fake
+from fp8fx.ops.arguments import signature, takes
 from fp8fx.ops.library import define
 from fp8fx.ops.producers import make_anchor
 
@@ -43,58 +44,69 @@ def _statistics(x: Tensor, kind: str, eps: float) -> tuple[Tensor, Tensor]:
     return mean, torch.rsqrt(variance + eps)
 
 
-def norm_cast_reference(
-    x: Tensor,
-    residual: Tensor | None,
-    weight: Tensor | None,
-    bias: Tensor | None,
-    kind: str,
-    eps: float,
-    spec: str,
-    rng: Tensor | None,
-    site: str,
-    scale: Tensor | None,
-    record: Tensor | None,
-    layout: str,
-) -> tuple[Tensor, ...]:
-    """`x` [..., K] and `residual` of one shape and dtype; codes of role `input` of `site`, under `scale`, float32 (), if it is delayed."""
-    s = x if residual is None else x + residual
-    y = normalize(s, weight, bias, kind, eps)
-    codes = cast_of(y, spec, rng, site, "input", scale, record, layout)
-    return make_anchor(y.shape, y.dtype, y.device), x.new_empty(0) if residual is None else s, *codes, *_statistics(s, kind, eps)
+class NormCast(NamedTuple):
+    """The arguments of `norm_cast`: `x` [..., K] and `residual` of one shape and dtype; how the norm's output is cast, as role `input`
+    of `site`. `scale`: float32 (), where it is delayed."""
+
+    x: Tensor
+    residual: Tensor | None
+    weight: Tensor | None
+    bias: Tensor | None
+    kind: str
+    eps: float
+    spec: str
+    rng: Tensor | None
+    site: str
+    scale: Tensor | None
+    record: Tensor | None
+    layout: str
 
 
-def norm_cast_fake(
-    x: Tensor, residual: Tensor | None, weight: Tensor | None, bias: Tensor | None, kind: str, *rest: Any
-) -> tuple[Tensor, ...]:
+@takes(NormCast)
+def norm_cast_reference(a: NormCast) -> tuple[Tensor, ...]:
+    s = a.x if a.residual is None else a.x + a.residual
+    y = normalize(s, a.weight, a.bias, a.kind, a.eps)
+    codes = cast_of(y, a.spec, a.rng, a.site, "input", a.scale, a.record, a.layout)
+    of_sum = a.x.new_empty(0) if a.residual is None else s
+    return make_anchor(y.shape, y.dtype, y.device), of_sum, *codes, *_statistics(s, a.kind, a.eps)
+
+
+@takes(NormCast)
+def norm_cast_fake(a: NormCast) -> tuple[Tensor, ...]:
+    x = a.x
     rstd = x.new_empty((*x.shape[:-1], 1), dtype=torch.float32)
-    mean = torch.empty_like(rstd) if kind == "layer" else rstd.new_empty(0)
-    s = x.new_empty(0) if residual is None else x.new_empty(x.shape)
-    return make_anchor(x.shape, x.dtype, x.device), s, *cast_of_fake(x, rest[1], rest[-1]), mean, rstd
+    mean = torch.empty_like(rstd) if a.kind == "layer" else rstd.new_empty(0)
+    s = x.new_empty(0) if a.residual is None else x.new_empty(x.shape)
+    return make_anchor(x.shape, x.dtype, x.device), s, *cast_of_fake(x, a.spec, a.layout), mean, rstd
 
 
-def norm_backward_reference(
-    grad: Tensor,
-    x: Tensor,
-    weight: Tensor | None,
-    bias: Tensor | None,
-    mean: Tensor,
-    rstd: Tensor,
-    add: Tensor | None,
-    kind: str,
-    eps: float,
-) -> tuple[Tensor, Tensor, Tensor]:
-    """(dx + add, dweight, dbias), those that are not there without elements. `mean` and `rstd` are those of the forward."""
-    nothing = x.new_empty(0)
-    if kind == "layer":
-        wanted = [True, weight is not None, bias is not None]
-        own = torch.native_layer_norm(x, x.shape[-1:], weight, bias, eps)[1:]  # torch's may be in x's dtype
-        found = torch.ops.aten.native_layer_norm_backward(grad, x, x.shape[-1:], *own, weight, bias, wanted)
+class NormBackward(NamedTuple):
+    """The arguments of `norm_backward`. `mean` and `rstd` are those of the forward."""
+
+    grad: Tensor
+    x: Tensor
+    weight: Tensor | None
+    bias: Tensor | None
+    mean: Tensor
+    rstd: Tensor
+    add: Tensor | None
+    kind: str
+    eps: float
+
+
+@takes(NormBackward)
+def norm_backward_reference(a: NormBackward) -> tuple[Tensor, Tensor, Tensor]:
+    """(dx + add, dweight, dbias), those that are not there without elements."""
+    x, nothing = a.x, a.x.new_empty(0)
+    if a.kind == "layer":
+        wanted = [True, a.weight is not None, a.bias is not None]
+        own = torch.native_layer_norm(x, x.shape[-1:], a.weight, a.bias, a.eps)[1:]  # torch's may be in x's dtype
+        found = torch.ops.aten.native_layer_norm_backward(a.grad, x, x.shape[-1:], *own, a.weight, a.bias, wanted)
         dx, dw, db = (part if want else nothing for part, want in zip(found, wanted, strict=True))
     else:
-        dx, dw = _rms_backward(grad, x, weight, rstd, kind)
+        dx, dw = _rms_backward(a.grad, x, a.weight, a.rstd, a.kind)
         db = nothing
-    return dx if add is None else dx + add, nothing if dw is None else dw, db
+    return dx if a.add is None else dx + a.add, nothing if dw is None else dw, db
 
 
 def _rms_backward(grad: Tensor, x: Tensor, weight: Tensor | None, rstd: Tensor, kind: str) -> tuple[Tensor, Tensor | None]:
@@ -108,25 +120,23 @@ def _rms_backward(grad: Tensor, x: Tensor, weight: Tensor | None, rstd: Tensor, 
     return (dn * rstd + of_mean.expand_as(h) * (2 * h)).to(x.dtype), dw
 
 
-def norm_backward_fake(grad: Tensor, x: Tensor, weight: Tensor | None, bias: Tensor | None, *rest: Any) -> tuple[Tensor, Tensor, Tensor]:
-    of_weight, of_bias = (x.new_empty(0) if t is None else t.new_empty(t.shape) for t in (weight, bias))
-    return x.new_empty(x.shape), of_weight, of_bias
+@takes(NormBackward)
+def norm_backward_fake(a: NormBackward) -> tuple[Tensor, Tensor, Tensor]:
+    of_weight, of_bias = (a.x.new_empty(0) if t is None else t.new_empty(t.shape) for t in (a.weight, a.bias))
+    return a.x.new_empty(a.x.shape), of_weight, of_bias
 
 
 norm_backward = define(
-    "norm_backward(Tensor grad, Tensor x, Tensor? weight, Tensor? bias, Tensor mean, Tensor rstd, Tensor? add, str kind, float eps)"
-    " -> (Tensor dx, Tensor dw, Tensor db)",
-    norm_backward_reference,
-    norm_backward_fake,
+    f"norm_backward({signature(NormBackward)}) -> (Tensor dx, Tensor dw, Tensor db)", norm_backward_reference, norm_backward_fake
 )
 
 
 def _setup(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
-    x, residual, weight, bias, ctx.kind, ctx.eps, *_ = inputs
-    ctx.adds = residual is not None
+    a = NormCast(*inputs)
+    ctx.kind, ctx.eps, ctx.adds = a.kind, a.eps, a.residual is not None
     ctx.mark_non_differentiable(*output[2:], *([] if ctx.adds else [output[1]]))
     ctx.set_materialize_grads(False)
-    ctx.save_for_backward(output[1] if ctx.adds else x, weight, bias, *output[5:])
+    ctx.save_for_backward(output[1] if ctx.adds else a.x, a.weight, a.bias, *output[5:])
 
 
 def _backward(ctx: Any, grad: Tensor | None, of_sum: Tensor | None, *_: Any) -> tuple[Any, ...]:
@@ -142,9 +152,7 @@ def _backward(ctx: Any, grad: Tensor | None, of_sum: Tensor | None, *_: Any) -> 
 
 
 norm_cast = define(
-    "norm_cast(Tensor x, Tensor? residual, Tensor? weight, Tensor? bias, str kind, float eps, str spec, Tensor? rng, str site,"
-    " Tensor? scale, Tensor? record, str layout)"
-    " -> (Tensor anchor, Tensor s, Tensor q, Tensor qt, Tensor scale_y, Tensor mean, Tensor rstd)",
+    f"norm_cast({signature(NormCast)}) -> (Tensor anchor, Tensor s, Tensor q, Tensor qt, Tensor scale_y, Tensor mean, Tensor rstd)",
     norm_cast_reference,
     norm_cast_fake,
     setup_context=_setup,

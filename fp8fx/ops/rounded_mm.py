@@ -8,12 +8,15 @@ and `role`. On a GPU it is the last step of the product's own kernel, so that th
 
 from __future__ import annotations
 
+from typing import NamedTuple
+
 import torch
 from torch import Tensor
 
+from fp8fx.ops.arguments import signature, takes
 from fp8fx.ops.library import define
 from fp8fx.ops.quantize import round_reference
-from fp8fx.ops.scaled_mm import scaled_mm_fake, scaled_mm_reference
+from fp8fx.ops.scaled_mm import ScaledMM, scaled_mm_fake, scaled_mm_reference
 from fp8fx.spec import TensorSpec
 
 
@@ -22,35 +25,24 @@ def rounds_in_place(spec: TensorSpec | None) -> bool:
     return spec is not None and spec.scaling == "none"
 
 
-def rounded_mm_reference(
-    a: Tensor,
-    scale_a: Tensor | None,
-    format_a: str,
-    block_a: list[int],
-    b: Tensor,
-    scale_b: Tensor | None,
-    format_b: str,
-    block_b: list[int],
-    bias: Tensor | None,
-    dtype: torch.dtype,
-    accumulate: str,
-    spec: str,
-    rng: Tensor | None,
-    site: str,
-    role: str,
-) -> Tensor:
-    """The arguments of `scaled_mm`, `dtype` being the result's, then the rounding's."""
-    sums = scaled_mm_reference(a, scale_a, format_a, block_a, b, scale_b, format_b, block_b, bias, torch.float32, accumulate)
-    return round_reference(sums, spec, rng, site, role)[0].to(dtype)
+class Ending(NamedTuple):
+    """What `rounded_mm` takes beside the arguments of `scaled_mm`, of which `dtype` is then the result's: the rounding."""
+
+    spec: str
+    rng: Tensor | None
+    site: str
+    role: str
 
 
-def rounded_mm_fake(*args: object) -> Tensor:
-    return scaled_mm_fake(*args[:11])  # type: ignore[arg-type]
+@takes(ScaledMM, Ending)
+def rounded_mm_reference(mm: ScaledMM, ending: Ending) -> Tensor:
+    sums = scaled_mm_reference(*mm._replace(dtype=torch.float32))
+    return round_reference(sums, *ending)[0].to(mm.dtype)
 
 
-rounded_mm = define(
-    "rounded_mm(Tensor a, Tensor? scale_a, str format_a, int[] block_a, Tensor b, Tensor? scale_b, str format_b, int[] block_b,"
-    " Tensor? bias, ScalarType dtype, str accumulate, str spec, Tensor? rng, str site, str role) -> Tensor",
-    rounded_mm_reference,
-    rounded_mm_fake,
-)
+@takes(ScaledMM, Ending)
+def rounded_mm_fake(mm: ScaledMM, _: Ending) -> Tensor:
+    return scaled_mm_fake(*mm)
+
+
+rounded_mm = define(f"rounded_mm({signature(ScaledMM, Ending)}) -> Tensor", rounded_mm_reference, rounded_mm_fake)

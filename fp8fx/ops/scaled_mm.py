@@ -14,6 +14,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -21,32 +22,38 @@ from torch import Tensor
 from fp8fx import numerics
 from fp8fx.arithmetic.product import product
 from fp8fx.arithmetic.spec import Arithmetic
+from fp8fx.ops.arguments import signature, takes
 from fp8fx.ops.library import define
 from fp8fx.spec import ACCUMULATORS
 
 
-def scaled_mm_reference(
-    a: Tensor,
-    scale_a: Tensor | None,
-    format_a: str,
-    block_a: list[int],
-    b: Tensor,
-    scale_b: Tensor | None,
-    format_b: str,
-    block_b: list[int],
-    bias: Tensor | None,
-    dtype: torch.dtype,
-    accumulate: str = "precise",
-) -> Tensor:
-    """`block_a` is [] or the (rows, columns) of A's blocks over [M, K]; `block_b` likewise over [K, N]."""
-    left, right = operand(a, format_a), operand(b, format_b)
-    if block_a or block_b:
-        result = _blocked(left, scale_a, block_a, right, scale_b, block_b, multiplication(accumulate, format_a, format_b))
+class ScaledMM(NamedTuple):
+    """The arguments of `scaled_mm`. `block_a` is [] or the (rows, columns) of A's blocks over [M, K]; `block_b` likewise over [K, N]."""
+
+    a: Tensor
+    scale_a: Tensor | None
+    format_a: str
+    block_a: list[int]
+    b: Tensor
+    scale_b: Tensor | None
+    format_b: str
+    block_b: list[int]
+    bias: Tensor | None
+    dtype: torch.dtype
+    accumulate: str = "precise"
+
+
+@takes(ScaledMM)
+def scaled_mm_reference(mm: ScaledMM) -> Tensor:
+    left, right = operand(mm.a, mm.format_a), operand(mm.b, mm.format_b)
+    multiply = multiplication(mm.accumulate, mm.format_a, mm.format_b)
+    if mm.block_a or mm.block_b:
+        result = _blocked(left, right, mm, multiply)
     else:
-        result = apply_scales(multiplication(accumulate, format_a, format_b)(left, right), scale_a, scale_b)
-    if bias is not None:
-        result = result + bias.float()
-    return result.to(dtype)
+        result = apply_scales(multiply(left, right), mm.scale_a, mm.scale_b)
+    if mm.bias is not None:
+        result = result + mm.bias.float()
+    return result.to(mm.dtype)
 
 
 def multiplication(accumulate: str, format_a: str, format_b: str) -> Callable[[Tensor, Tensor], Tensor]:
@@ -72,25 +79,17 @@ def apply_scales(result: Tensor, scale_a: Tensor | None, scale_b: Tensor | None)
     return result
 
 
-def _blocked(
-    left: Tensor,
-    scale_a: Tensor | None,
-    block_a: list[int],
-    right: Tensor,
-    scale_b: Tensor | None,
-    block_b: list[int],
-    multiply: Callable[[Tensor, Tensor], Tensor] = torch.matmul,
-) -> Tensor:
+def _blocked(left: Tensor, right: Tensor, mm: ScaledMM, multiply: Callable[[Tensor, Tensor], Tensor]) -> Tensor:
     """Sum over blocks of K, each partial product scaled before it is added. The step divides both operands' blocks."""
     depth = left.shape[-1]
-    step = math.gcd(block_a[1] if block_a else 0, block_b[0] if block_b else 0)
+    step = math.gcd(mm.block_a[1] if mm.block_a else 0, mm.block_b[0] if mm.block_b else 0)
     if depth == 0:  # an empty sum: there are no blocks either
         return left @ right
     result = left.new_zeros(1)
     for start in range(0, depth, step):
         part = multiply(left[..., start : start + step], right[..., start : start + step, :])
-        part = part * _slice_scale(scale_a, block_a, start, part.shape[-2], contraction=-1)
-        result = result + part * _slice_scale(scale_b, block_b, start, part.shape[-1], contraction=-2)
+        part = part * _slice_scale(mm.scale_a, mm.block_a, start, part.shape[-2], contraction=-1)
+        result = result + part * _slice_scale(mm.scale_b, mm.block_b, start, part.shape[-1], contraction=-2)
     return result
 
 
@@ -106,26 +105,10 @@ def _slice_scale(scale: Tensor | None, block: list[int], start: int, size: int, 
     return picked.repeat_interleave(block[other % 2], dim=other).narrow(other, 0, size)
 
 
-def scaled_mm_fake(
-    a: Tensor,
-    scale_a: Tensor | None,
-    format_a: str,
-    block_a: list[int],
-    b: Tensor,
-    scale_b: Tensor | None,
-    format_b: str,
-    block_b: list[int],
-    bias: Tensor | None,
-    dtype: torch.dtype,
-    accumulate: str = "precise",
-) -> Tensor:
-    batch = torch.broadcast_shapes(a.shape[:-2], b.shape[:-2])
-    return a.new_empty((*batch, a.shape[-2], b.shape[-1]), dtype=dtype)
+@takes(ScaledMM)
+def scaled_mm_fake(mm: ScaledMM) -> Tensor:
+    batch = torch.broadcast_shapes(mm.a.shape[:-2], mm.b.shape[:-2])
+    return mm.a.new_empty((*batch, mm.a.shape[-2], mm.b.shape[-1]), dtype=mm.dtype)
 
 
-scaled_mm = define(
-    "scaled_mm(Tensor a, Tensor? scale_a, str format_a, int[] block_a, Tensor b, Tensor? scale_b, str format_b, int[] block_b,"
-    " Tensor? bias, ScalarType dtype, str accumulate='precise') -> Tensor",
-    scaled_mm_reference,
-    scaled_mm_fake,
-)
+scaled_mm = define(f"scaled_mm({signature(ScaledMM)}) -> Tensor", scaled_mm_reference, scaled_mm_fake)

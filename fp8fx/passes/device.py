@@ -28,7 +28,7 @@ QUANTIZE, LINEAR = ops.quantize.default, ops.linear.default
 
 RECORDS, GRAD_RECORDS = "fp8_records", "fp8_grad_records"  # names of the inputs, and keys of module.meta
 OUTSIDE = "its codes come from outside of the graph (weight_cache, evaluation), in one layout: the other is made in backward"
-FORMATS, SIDES, DTYPES = ("e4m3fn", "e5m2"), (32, 64, 128), (torch.bfloat16, torch.float16, torch.float32)
+FORMATS, DTYPES = ("e4m3fn", "e5m2"), (torch.bfloat16, torch.float16, torch.float32)
 
 
 def to_kernels(module: fx.GraphModule, context: Context) -> tuple[bool, list[Skip]]:
@@ -80,7 +80,7 @@ def _no_kernel(spec: TensorSpec) -> str:
     block = spec.granularity
     if isinstance(block, str):
         return "" if block == "tensor" or spec.scaling == "current" else "scales per row are current ones"
-    if spec.scaling != "current" or max(block) not in SIDES or not set(block) <= {1, max(block)}:
+    if spec.scaling != "current" or not spec.sides_on_hardware:
         return f"no kernel has blocks of {block[0]}x{block[1]}"
     return ""
 

@@ -61,14 +61,9 @@ def _on_hardware(spec: SiteSpec) -> bool:
     roles: list[TensorSpec | None] = [getattr(spec, role) for role in ROLES]
     rounds = ("nearest_even", "stochastic")
     return all(
-        role is None or (role.format in HARDWARE and role.rounding in rounds and role.on_hardware and _sides(role)) for role in roles
+        role is None or (role.format in HARDWARE and role.rounding in rounds and role.on_hardware and role.sides_on_hardware)
+        for role in roles
     )
-
-
-def _sides(role: TensorSpec) -> bool:
-    """Kernels have blocks of these sides only, in one direction or in both."""
-    block = role.granularity
-    return isinstance(block, str) or (max(block) in (32, 64, 128) and set(block) <= {1, max(block)})
 
 
 def _layer(call: SiteCall, spec: SiteSpec, readers: dict[fx.Node, int]) -> costs.Layer | None:

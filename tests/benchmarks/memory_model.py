@@ -86,7 +86,7 @@ class _Watch(TorchDispatchMode):
             if isinstance(x, Tensor):
                 self.live.add(x, str(func))
         if func is ACT_LINEAR and result[4].dtype == torch.uint8:
-            self.live.look(result[4].numel() + result[5].numel())  # as fp8fx/ops/cuda_act.py: half of h and u, or a in place of h
+            self.live.look(result[4].numel() + result[5].numel())  # as fp8fx/ops/cuda_act_linear.py: half of h and u, or a in place of h
         return result
 
 

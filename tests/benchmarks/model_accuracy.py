@@ -21,7 +21,8 @@ _import_torchvision()
 
 from models.measure import COVERAGE, EXEMPT, TOLERANCE, Measured, measure  # noqa: E402
 from models.zoo import ZOO, Case, build  # noqa: E402
-from oracle import METHODS, plain, sqnr  # noqa: E402
+from oracle import plain, sqnr  # noqa: E402
+from oracle_rounding import METHODS  # noqa: E402
 
 HEAD = """# Models: coverage and accuracy
 

@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 import torch
 from checkpoint.runs import same
-from checkpoint.test_load import compiled, state, train
+from checkpoint.small import compiled, state, train
 from torch import Tensor, nn
 
 import fp8fx

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
-from checkpoint.test_load import compiled, make, train
+from checkpoint.small import compiled, make, train
 from torch import nn
 
 import fp8fx

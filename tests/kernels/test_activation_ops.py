@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 pytest.importorskip("triton")
-from fp8fx.ops import cuda_act
+from fp8fx.ops import cuda_act, cuda_act_linear
 from fp8fx.ops.casts import RECORD
 from fp8fx.ops.library import REFERENCES
 
@@ -44,7 +44,7 @@ def nearly(ours: Any, theirs: Any) -> None:
 @pytest.mark.parametrize("spec", [CURRENT, DELAYED], ids=["current", "delayed"])
 @pytest.mark.parametrize(("gated", "kept"), [(True, False), (True, True), (False, True)])
 def test_act_linear(device: str, spec: str, gated: bool, kept: bool, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(cuda_act, "ROWS", 32)  # 80 rows take three parts
+    monkeypatch.setattr(cuda_act_linear, "ROWS", 32)  # 80 rows take three parts
     args = arguments(device, spec, gated, kept)
     ours, theirs = cuda_act.act_linear(*args), REFERENCES["act_linear"](*args[:13], args[13].clone(), *args[14:])
     nearly(ours, theirs)

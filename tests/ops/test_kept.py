@@ -6,7 +6,7 @@ from typing import Any
 
 import pytest
 import torch
-from ops.test_opcheck import act_linear_args, recorded_args
+from ops.samples import act_linear_args, recorded_args
 from torch import Tensor
 
 from fp8fx.ops.casts import RECORD
