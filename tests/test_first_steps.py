@@ -160,6 +160,11 @@ def test_qat_suggests_the_shipped_recipe() -> None:
         fp8fx.qat(net(), "hybird", data=[torch.randn(2, 8)])
 
 
+def test_qat_names_the_misspelt_role() -> None:
+    with pytest.raises(fp8fx.ModelError, match=r"unknown role 'wieght' .*Did you mean 'weight'\?"):
+        fp8fx.qat(net(), {"input": "e4m3fn", "wieght": "int8"}, data=[torch.randn(2, 8)])
+
+
 def test_the_text_of_an_arithmetic_is_shown_where_no_key_is_near() -> None:
     with pytest.raises(fp8fx.ModelError, match="Write key=value, as in 'multiplier=mitchell/accumulate=float16'"):
         matmul(torch.ones(2, 2), torch.ones(2, 2), "mitchell")
