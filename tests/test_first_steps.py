@@ -10,9 +10,11 @@ import pytest
 import safetensors.torch
 import torch
 from torch import Tensor, nn
+from typer.testing import CliRunner
 
 import fp8fx
 from fp8fx.arithmetic import matmul
+from fp8fx.cli import app
 from fp8fx.targets import sample_inputs
 
 
@@ -185,3 +187,27 @@ def test_the_package_runs_as_a_module(tmp_path: Path) -> None:
     assert done.returncode == 2
     assert "Did you mean 'hybrid'?" in done.stderr
     assert "Traceback" not in done.stderr
+
+
+def test_the_sensitivity_command_repeats_with_its_seed(tmp_path: Path) -> None:
+    (tmp_path / "own.py").write_text(
+        "import torch\n"
+        "def model(): return torch.nn.Sequential(torch.nn.Linear(8, 4))\n"
+        "def data(): return [(torch.randn(4, 8), torch.randint(0, 4, (4,)))]\n"
+    )
+
+    def losses(seed: str) -> str:
+        arguments = ["sensitivity", f"{tmp_path}/own.py:model", "--data", f"{tmp_path}/own.py:data", "--seed", seed, "--no-switch-off"]
+        done = CliRunner().invoke(app, arguments)
+        assert done.exit_code == 0, done.output
+        return done.output
+
+    assert losses("0") == losses("0") != losses("1")
+
+
+def test_a_copy_folded_in_training_computes_what_evaluation_does() -> None:
+    model = nn.Sequential(nn.Conv2d(2, 3, 1), nn.BatchNorm2d(3))
+    model(torch.randn(4, 2, 3, 3) * 2 + 1)
+    x = torch.randn(2, 2, 3, 3)
+    folded = fp8fx.fold_batchnorm(model.train())
+    torch.testing.assert_close(folded(x), model.eval()(x))
