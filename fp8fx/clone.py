@@ -90,6 +90,8 @@ def _make_class(base: type[nn.Module]) -> type[nn.Module]:
 
     @functools.wraps(base.forward)
     def forward(self: nn.Module, *args: Any, **kwargs: Any) -> Any:
+        if torch.compiler.is_exporting():  # it would follow the plain forward, and the program would have no FP8 in it
+            raise ModelError("a compiled model cannot be exported (torch.export, torch.onnx): export the original, fp8fx.unwrap(model)")
         return vars(self)[RUNTIME].call(self, args, kwargs)
 
     def reduce(self: nn.Module, protocol: Any = None) -> Any:

@@ -90,6 +90,11 @@ def plan(
     """
     if runtime_of(model) is not None or (isinstance(model, torch._dynamo.OptimizedModule) and runtimes_of(model)):
         return runtimes_of(model)[-1].plan()  # type: ignore[no-any-return]
+    if isinstance(model, torch._dynamo.OptimizedModule):
+        raise ModelError(
+            "nothing of fp8fx is captured in this torch.compile'd model so far: under backend='fp8fx' call it once before its plan. "
+            "To see a plan before that: fp8fx.plan(model._orig_mod, recipe, example_inputs=...)"
+        )
     check_model(model)
     capture = capture or ("symbolic" if example_inputs is None else "dynamo")
     options = Options(capture=capture, plan_only=True)
@@ -194,5 +199,10 @@ def _ours(key: str) -> bool:
 
 
 def strip(state: Mapping[str, Any]) -> dict[str, Any]:
-    """`state` without fp8fx's own entries, also those of compiled models inside: exactly the original model's keys."""
+    """`state` without fp8fx's own entries, also those of compiled models inside: exactly the original model's keys.
+
+    Raises ModelError where `state` is no mapping, such as the model itself.
+    """
+    if not isinstance(state, Mapping):
+        raise ModelError(f"fp8fx.strip takes a state_dict, got {type(state).__name__}; for a model: fp8fx.strip(model.state_dict())")
     return {key: value for key, value in state.items() if not _ours(key)}

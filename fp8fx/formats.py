@@ -194,6 +194,15 @@ def get(format: str | torch.dtype | Format) -> Format:
     return found
 
 
+def _other_spelling(name: object) -> str:
+    """A " Did you mean ...?" for capital letters, torch's and other libraries' words: E4M3FN, torch.float8_e5m2, fp8_e4m3, fp8."""
+    word = re.sub(r"^(torch\.)?(float|fp)8_?", "", str(name).lower())
+    if word in ("", *AMBIGUOUS) and word != str(name):
+        return " Did you mean 'e4m3fn' or 'e5m2'?" if not word else f" Did you mean {AMBIGUOUS[word]}?"
+    written = word != str(name) and (word in MX or _INTEGER.fullmatch(word) or _PATTERN.fullmatch(word))
+    return f" Did you mean {word!r}?" if written else ""
+
+
 def _parse(name: str | torch.dtype) -> Format:
     if isinstance(name, str) and name in AMBIGUOUS:
         raise FormatError(f"format {name!r} is ambiguous: write {AMBIGUOUS[name]}")
@@ -206,7 +215,7 @@ def _parse(name: str | torch.dtype) -> Format:
     if match is None:
         known = [*TABLE, "int8", "int4", *MX]
         rule = "any eXmY or ueXmY with an optional bias (e4m3b6.5) and style (ieee, fn, fnuz, none), or intN, of 2 to 8 bits"
-        raise FormatError(f"unknown format {name!r}; allowed: {allowed(TABLE)}, {rule}.{nearest(name, known)}")
+        raise FormatError(f"unknown format {name!r}; allowed: {allowed(TABLE)}, {rule}.{_other_spelling(name) or nearest(name, known)}")
     signed, exponent_bits, mantissa_bits, layout = not match[1], int(match[2]), int(match[3]), f"e{match[2]}m{match[3]}"
     default = TABLE[layout].nan if layout in TABLE else "ieee"
     style = match[5] or default

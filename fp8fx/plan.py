@@ -143,12 +143,14 @@ def _not_captured(root: nn.Module, rows: set[str], hooked: Collection[str]) -> l
         if isinstance(module, QUANTIZABLE):
             names.setdefault(id(module), []).append(name)
     found = []
+    layers = [f"{name!r}, {type(module).__name__}" for name, module in modules.items() if isinstance(module, nn.RNNBase)]
+    recurrent = f"; TorchDynamo leaves a forward alone that calls a recurrent layer ({layers[0]})" if layers else ""
     for aliases in names.values():
         inside = any(not name or row == name or row.startswith(name + ".") for name in aliases for row in rows)
         of_attention = any(isinstance(modules[name.rpartition(".")[0]], nn.MultiheadAttention) for name in aliases)
         if not inside and not of_attention:
             module = modules[aliases[0]]
-            reason = _HOOKED if aliases[0] in hooked else "not called so far, or called outside every captured graph"
+            reason = _HOOKED if aliases[0] in hooked else f"not called so far, or called outside every captured graph{recurrent}"
             found.append(SiteRow(aliases[0], type(module).__name__, "", "not_captured", "", reason, 0))
     return found
 

@@ -19,6 +19,7 @@ import torch
 from torch import fx
 
 from fp8fx.capture.graph import MODULE, SITE, TENSOR_NAME, tensor
+from fp8fx.errors import ModelError
 from fp8fx.passes.contract import SCALES, Slot, decision, is_fp8
 from fp8fx.passes.lower import PARTS, WEIGHTS, WeightInput
 from fp8fx.spec import GEMMS, ROLES
@@ -42,7 +43,15 @@ _IMPLIED = ("input_spec", "weight_spec", "left_spec", "right_spec", "input1_spec
 
 
 def listing(module: fx.GraphModule, *, full: bool = False) -> str:
-    """The graph of `module` as text, in order of execution. `full`: every argument of every call, and no line is broken."""
+    """The graph of `module` as text, in order of execution. `full`: every argument of every call, and no line is broken.
+
+    Raises ModelError for anything else, such as a compiled model, which may have several graphs.
+    """
+    if not isinstance(module, fx.GraphModule):
+        raise ModelError(
+            f"fp8fx.listing takes a graph, got {type(module).__name__}; of a compiled model that was called: "
+            "fp8fx.listing(fast.graph('insert_qdq')), and fast.graph(stage, 1) for its next graph"
+        )
     return _Printer(module, full).text()
 
 

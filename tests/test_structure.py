@@ -38,6 +38,7 @@ trainers
 targets
 commands
 demo cli
+__main__
 """
 RANK = {name: rank for rank, line in enumerate(LAYERS.split("\n")) for name in line.split()}
 PEERS = {"plan", "state", "scaling", "watch", "monitor", "runtime", "graph_call", "demo", "cli", "targets"}

@@ -169,7 +169,8 @@ def _known(given: Mapping[str, Any]) -> None:
     names = [f.name for f in dataclasses.fields(Arithmetic)]
     for key in given:
         if key not in names:
-            raise ModelError(f"unknown key {key!r} of an arithmetic; allowed: {allowed(names)}.{nearest(key, names)}")
+            hint = nearest(key, names) or " Write key=value, as in 'multiplier=mitchell/accumulate=float16'"
+            raise ModelError(f"unknown key {key!r} of an arithmetic; allowed: {allowed(names)}.{hint}")
 
 
 def _keys(parts: list[tuple[str, str, str]]) -> dict[str, Any]:

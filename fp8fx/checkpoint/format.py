@@ -106,4 +106,7 @@ def restored(data: Tensor, dtype: str, shape: list[int]) -> Tensor:
         raise ValueError(f"{dtype} {shape} is no form of a tensor")
     if math.prod(shape) * kind.itemsize != data.numel():
         raise ValueError(f"{dtype} {shape} has not {data.numel()} bytes")
-    return data.view(kind).reshape(shape) if data.numel() else torch.empty(shape, dtype=kind)
+    if not data.numel():
+        return torch.empty(shape, dtype=kind)
+    # No view of the bytes: autograd keeps a view's base, and a gradient that has a uint8 base cannot be captured after model.half().
+    return torch.empty(0, dtype=kind).set_(data.untyped_storage(), 0, shape, torch.empty(shape, device="meta").stride())

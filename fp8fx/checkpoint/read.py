@@ -83,6 +83,8 @@ def _read(name: str) -> Contents:
         with safe_open(name, framework="pt") as file:
             _check_origin(name, file.metadata() or {}, len(file.keys()))
             stored = {key: file.get_tensor(key).clone() for key in file.keys()}  # noqa: SIM118 - no mapping. clone: not the mapped file
+    except CheckpointError:  # a ValueError too; the file is whole, and of somebody else
+        raise
     except (SafetensorError, OSError, ValueError, RuntimeError) as error:
         raise _foreign(name, head) or _damaged(name, f"as safetensors: {error}") from error
     if MANIFEST not in stored or SEAL not in stored:

@@ -41,9 +41,11 @@ def sensitivity(
     html_file: Annotated[Path | None, typer.Option("--html", help="Write a page with pictures to this file.")] = None,
     json_file: Annotated[Path | None, typer.Option("--json", help="Write all figures as JSON to this file.")] = None,
     high: Annotated[int, typer.Option("--high", min=0, help="Integer inputs of --input are drawn from 0 to this number.")] = 9,
-    seed: Annotated[int, typer.Option("--seed", help="Of the random inputs.")] = 0,
+    seed: Annotated[int, typer.Option("--seed", help="Of the model's random weights and of random inputs.")] = 0,
 ) -> None:
     """Measure what FP8 does to each layer and to the loss, one layer at a time, and suggest which to exempt."""
+    import torch
+
     import fp8fx
     from fp8fx.sensitivity.budget import Budget
     from fp8fx.sensitivity.files import check_place
@@ -56,6 +58,7 @@ def sensitivity(
     for path in (suggest, html_file, json_file):
         if path is not None:
             check_place(path)
+    torch.manual_seed(seed)
     model = load_model(target)
     given = load_data(data) if data else [_one_batch(sample_inputs(inputs or (), model, high, seed))]
     result = fp8fx.sensitivity(

@@ -13,6 +13,7 @@ outputs the next operation reads in high precision anyway (conv -> batch norm, l
 from __future__ import annotations
 
 import dataclasses
+import functools
 import operator
 from typing import Any
 
@@ -136,6 +137,9 @@ def _obstacle(call: SiteCall, spec: SiteSpec, attention: str) -> str | None:
     kinds = [value.dtype for value in values if value is not None]
     if not all(kind.is_floating_point for kind in kinds):
         return f"operands are {', '.join(str(kind).removeprefix('torch.') for kind in kinds)}, not floating point"
+    if len(set(kinds)) > 1 and (own := tensor(call.node)) is not None and own.dtype == functools.reduce(torch.promote_types, kinds):
+        # Autocast would give its own dtype. Without it torch refuses them, and so the plain call must be the one that runs.
+        return f"operands are {' and '.join(str(kind).removeprefix('torch.') for kind in kinds)}: the model itself cannot multiply them"
     if call.op == "attention" and spec.arithmetic is not None:
         return "fused attention has its own products (arithmetic)"
     if call.op == "attention":

@@ -139,10 +139,12 @@ def recipe_of(recipe: RecipeLike) -> Recipe:
         try:
             name = formats.get(recipe).name
         except FormatError as error:
-            raise ModelError(
-                f"fp8fx.qat: {recipe!r} is neither a shipped recipe ({allowed(Recipe.shipped())}) nor a format: {error}"
-            ) from None
+            shipped = f"{allowed(Recipe.shipped())}{nearest(recipe, Recipe.shipped()).replace(' Did', '; did')}"
+            raise ModelError(f"fp8fx.qat: {recipe!r} is neither a shipped recipe ({shipped}) nor a format: {error}") from None
         recipe = dict.fromkeys(ROLES, name)
+    if isinstance(recipe, Mapping) and set(recipe) & set(ROLES) and (unknown := [key for key in recipe if key not in ROLES]):
+        hint = nearest(unknown[0], ROLES)
+        raise ModelError(f"fp8fx.qat: unknown role {unknown[0]!r} beside a format; allowed: {allowed(ROLES)}.{hint}")
     if isinstance(recipe, Mapping) and recipe and set(recipe) <= set(ROLES) and all(isinstance(v, str) for v in recipe.values()):
         recipe = {"extends": "hybrid", "defaults": {role: {"format": name} for role, name in recipe.items()}}
     return Recipe.load(recipe)

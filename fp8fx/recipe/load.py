@@ -76,6 +76,8 @@ def follow(source: Source, chain: tuple[str, ...] = (), strict: bool | None = No
     chain = (*chain, _identity(source))
     base: list[Loaded] = []
     name = source.data.get("extends")
+    if name is None and "extends" in source.data:
+        raise source.error(("extends",), f"is empty: write {', '.join(shipped())} or the path of a file, or leave the key out")
     if name is not None:
         base = follow(_extended(source, name, chain), chain, strict)
     if strict is None:

@@ -105,10 +105,17 @@ def _globs_an_op(word: str) -> bool:
 
 
 def missing_name(pattern: str, modules: Modules) -> str:
-    """`no module is called 'conv11'. Did you mean 'conv1'?`"""
+    """`no module matches 'conv11'. Did you mean 'conv1'?`, or what modules there are."""
     bare = pattern.removeprefix("re:").replace("\\", "").strip("*.")
-    close = nearest(bare, modules) or _nearest_ending(bare, modules)
+    close = nearest(bare, modules) or _nearest_ending(bare, modules) or _some_names(modules)
     return f"no module matches {pattern!r}.{close}"
+
+
+def _some_names(modules: Modules, most: int = 8) -> str:
+    """For a name unlike any: the innermost modules, at most so many of them."""
+    inside = {name.rpartition(".")[0] for name in modules}
+    names = [repr(name) for name in modules if name and name not in inside]
+    return f" The modules are {', '.join(names[:most])}{' and more' if len(names) > most else ''}" if names else ""
 
 
 def _nearest_ending(bare: str, modules: Modules) -> str:

@@ -65,7 +65,7 @@ class Source:
         kept: list[str | int] = []
         for part in path:
             if isinstance(value, list):
-                if not (isinstance(part, int) and part < len(value)):
+                if not (isinstance(part, int) and 0 <= part < len(value)):
                     break
                 value = value[part]
             elif isinstance(value, dict) and part in value:
@@ -182,7 +182,10 @@ class _Reader:
         lines = text.splitlines()
         line = lines[mark.line] if mark is not None and mark.line < len(lines) else ""
         hint = "; YAML indents with spaces, and this line has a tab" if "\t" in line else ""
-        return RecipeError(f"{where}: is not YAML: {error.problem or error.context}{hint}")
+        begun = error.context_mark
+        # PyYAML notices an open quote or bracket where the text ends: where it began is what to look at.
+        context = f" ({error.context}, from line {begun.line + 1} on)" if begun and error.problem and error.context else ""
+        return RecipeError(f"{where}: is not YAML: {error.problem or error.context}{context}{hint}")
 
     def _build(self, loader: yaml.SafeLoader, node: yaml.Node, path: KeyPath) -> object:
         self._count += 1

@@ -84,7 +84,12 @@ def search(
     searcher = _Searcher(fast, runtime, found, forward, space, scaling)
     choices = searcher.by_mse(sampling.samples, progress) if objective == "mse" else searcher.by_output(sampling.samples, inputs, progress)
     said = f"{objective}{f' (inputs {inputs})' if objective == 'output' else ''}, base {recipe.name}, {len(found)} batches"
-    left = [f"{row.name}: {row.reason}" for row in runtime.plan().rows if row.name not in {key[0] for key in sampling.samples}]
+    searched = {key[0] for key in sampling.samples}
+    left = [
+        f"{row.name}: {row.reason if any(fnmatch.fnmatchcase(row.name, pattern) for pattern in patterns) else 'left out by layers=...'}"
+        for row in runtime.plan().rows
+        if row.name not in searched
+    ]
     result = SearchResult(choices, recipe, objective, list(exempt), said, left)
     if out is not None:
         result.save(out)
