@@ -126,7 +126,7 @@ def rounded(
 def linear(x: Tensor, w: Tensor, b: Tensor | None, input: list[Tensor], weight: list[Tensor], *rest: Any) -> Tensor:
     input_spec, weight_spec, backward, dtype = rest[-4:]
     spec = SiteSpec.parse_backward(backward)
-    if "output" not in spec.gemms or not input or not weight:
+    if "output" not in spec.gemms or not input or not weight or spec.accumulate[0] not in ACCUMULATORS:
         return linear_op.linear_reference(x, w, b, input, weight, *rest)
     left, right = forward_operand(x, input, input_spec), forward_operand(w, weight, weight_spec).mT
     if cut_by_batches(x, left.block):

@@ -40,7 +40,9 @@ def rounded_mm_reference(
     role: str,
 ) -> Tensor:
     """The arguments of `scaled_mm`, `dtype` being the result's, then the rounding's."""
-    sums = scaled_mm_reference(a, scale_a, format_a, block_a, b, scale_b, format_b, block_b, bias, torch.float32, accumulate)
+    sums = scaled_mm_reference(
+        a, scale_a, format_a, block_a, b, scale_b, format_b, block_b, bias, torch.float32, accumulate, rng, site, role
+    )
     return round_reference(sums, spec, rng, site, role)[0].to(dtype)
 
 

@@ -12,6 +12,7 @@ before the scales, are then made as that says.
 
 from __future__ import annotations
 
+import itertools
 import math
 from collections.abc import Callable
 
@@ -21,6 +22,7 @@ from torch import Tensor
 from fp8fx import numerics
 from fp8fx.arithmetic.product import product
 from fp8fx.arithmetic.spec import Arithmetic
+from fp8fx.arithmetic.stream import Stream
 from fp8fx.ops.library import define
 from fp8fx.spec import ACCUMULATORS
 
@@ -37,24 +39,40 @@ def scaled_mm_reference(
     bias: Tensor | None,
     dtype: torch.dtype,
     accumulate: str = "precise",
+    rng: Tensor | None = None,
+    site: str = "",
+    role: str = "output",
 ) -> Tensor:
-    """`block_a` is [] or the (rows, columns) of A's blocks over [M, K]; `block_b` likewise over [K, N]."""
+    """`block_a` is [] or the (rows, columns) of A's blocks over [M, K]; `block_b` likewise over [K, N].
+
+    `rng`, int64 [seed, step, call], `site` and `role` say which random words an arithmetic with stochastic rounding draws.
+    """
     left, right = operand(a, format_a), operand(b, format_b)
+    multiply = multiplication(accumulate, format_a, format_b, rng, site, role)
     if block_a or block_b:
-        result = _blocked(left, scale_a, block_a, right, scale_b, block_b, multiplication(accumulate, format_a, format_b))
+        result = _blocked(left, scale_a, block_a, right, scale_b, block_b, multiply)
     else:
-        result = apply_scales(multiplication(accumulate, format_a, format_b)(left, right), scale_a, scale_b)
+        result = apply_scales(multiply(left, right), scale_a, scale_b)
     if bias is not None:
         result = result + bias.float()
     return result.to(dtype)
 
 
-def multiplication(accumulate: str, format_a: str, format_b: str) -> Callable[[Tensor, Tensor], Tensor]:
-    """The product of two float32 matrices, of values of these formats."""
+def multiplication(
+    accumulate: str, format_a: str, format_b: str, rng: Tensor | None = None, site: str = "", role: str = "output"
+) -> Callable[[Tensor, Tensor], Tensor]:
+    """The product of two float32 matrices, of values of these formats. Each call has random words of its own, where any are drawn."""
     if accumulate in ACCUMULATORS:
         return torch.matmul
-    arithmetic = Arithmetic.parse(accumulate)
-    return lambda a, b: product(a, b, arithmetic, (format_a, format_b))
+    arithmetic, parts = Arithmetic.parse(accumulate), itertools.count()
+    if not arithmetic.stochastic or rng is None:
+        return lambda a, b: product(a, b, arithmetic, (format_a, format_b))
+
+    def multiply(a: Tensor, b: Tensor) -> Tensor:
+        stream = Stream.of(rng[0], site, role, next(parts), rng[1], rng[2])
+        return product(a, b, arithmetic, (format_a, format_b), stream=stream)
+
+    return multiply
 
 
 def operand(x: Tensor, format: str) -> Tensor:
