@@ -22,7 +22,7 @@ from fp8fx import formats
 from fp8fx.errors import FormatError, ModelError, allowed, nearest
 from fp8fx.formats import Format
 from fp8fx.numerics.eager import tracing
-from fp8fx.numerics.rounding import round_to_format
+from fp8fx.numerics.rounding import has_magic, round_to_format
 from fp8fx.spec import OVERFLOWS, ROUNDINGS
 
 FLOAT32 = Format("float32", 8, 23, 127, torch.finfo(torch.float32).max, True, "ieee")
@@ -119,7 +119,7 @@ def _stochastic(format: Format, overflow: str) -> Round:
 
 def _in_few_passes(format: Format, overflow: str) -> bool:
     """`round_nearest` can: ties are in the mantissa, and if it does not end at max the grid goes on with 2^(emax + 1), which is inf."""
-    if format.mantissa_bits == 0 or not format.signed_zero:
+    if format.mantissa_bits == 0 or not format.signed_zero or not has_magic(format, torch.float32):
         return False
     return overflow == "saturate" or (format.has_inf and format.max == (2.0 - 2.0**-format.mantissa_bits) * 2.0**format.bias)
 
