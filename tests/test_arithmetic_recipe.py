@@ -58,7 +58,12 @@ class Model(nn.Module):
 
 
 @pytest.mark.parametrize(
-    "keys", [{"accumulate": "hopper_fast", "gradients": "same"}, {"multiplier": "mitchell", "products": "e5m6", "shift": -3}]
+    "keys",
+    [
+        {"accumulate": "hopper_fast", "gradients": "same"},
+        {"multiplier": "mitchell", "products": "e5m6", "shift": -3},
+        {"products": "e8m3", "accumulate": "bfloat16", "rounding": "stochastic", "gradients": "same"},
+    ],
 )
 def test_passes_keep_its_bits(keys: dict[str, Any]) -> None:
     """After insert_qdq the numbers are final: a fused mlp is the two layers, products of activations keep the arithmetic."""

@@ -7,6 +7,7 @@
     multiplier   tables of products; Mitchell's; a table as a few float products
     spec         Arithmetic: one arithmetic as a value
     operands     what the tiles read of an operand
+    stream       the random words of stochastic rounding, by position
     room         whether products of codes fit the formats they are kept in
     tiles        the sums step by step, and the model of Hopper's accumulator; compiled: the same through Inductor; gpu: as a Triton kernel
     product      one matrix product, by the cheapest form

@@ -24,8 +24,8 @@ def exponent_of(x: Fraction) -> int:
     return e if Fraction(2) ** e <= x else e - 1
 
 
-def round_number(x: Number, format: Format, rounding: str = "nearest_even", overflow: str = "nonfinite") -> Number:
-    """`x` in `format`."""
+def round_number(x: Number, format: Format, rounding: str = "nearest_even", overflow: str = "nonfinite", word: int = 0) -> Number:
+    """`x` in `format`. word: the 32 random bits, for `stochastic`."""
     if isinstance(x, float):  # inf or NaN
         if math.isnan(x) or overflow == "nonfinite":
             return x if format.has_inf else math.nan
@@ -40,6 +40,7 @@ def round_number(x: Number, format: Format, rounding: str = "nearest_even", over
         "toward_zero": False,
         "up": rest > 0 and x > 0,
         "down": rest > 0 and x < 0,
+        "stochastic": math.floor(rest * 2**32) + word >= 2**32,
     }[rounding]
     magnitude = (k + away) * step
     if magnitude > Fraction(format.max):

@@ -14,15 +14,17 @@ from torch import Tensor
 from fp8fx.arithmetic import operands as op
 from fp8fx.arithmetic.product import product
 from fp8fx.arithmetic.spec import Arithmetic, Given
+from fp8fx.arithmetic.stream import Stream
 from fp8fx.errors import ModelError
 
 
-def matmul(a: Tensor, b: Tensor, arithmetic: Given, *, compiled: bool = False, dtype: torch.dtype | None = None) -> Tensor:
+def matmul(a: Tensor, b: Tensor, arithmetic: Given, *, compiled: bool = False, dtype: torch.dtype | None = None, seed: int = 0) -> Tensor:
     """`a` [..., M, K] @ `b` [..., K, N] -> [..., M, N]; computed in float32, then cast to `dtype` once. Differentiable once.
 
     arithmetic: an `Arithmetic`, its text, or a mapping of its keys. compiled: on a CPU, tiles through Inductor; the same bits, after
     some seconds of compilation per arithmetic. dtype: of the result; by default the wider one of the two operands, and float32 where
     either is a float8 one. float16 ends at 65504 whatever `accumulate` is: dtype=torch.float32 keeps what lies beyond.
+    seed: 64 bits, where rounding is stochastic: the same seed gives the same bits, on every device, and those of each gradient are others.
     Raises ModelError for operands that are no float matrices or do not fit, FormatError and ModelError for a wrong arithmetic.
     """
     text = _text(arithmetic)
@@ -39,7 +41,7 @@ def matmul(a: Tensor, b: Tensor, arithmetic: Given, *, compiled: bool = False, d
     usual = torch.float32 if narrow else torch.promote_types(a.dtype, b.dtype)
     wanted = usual if dtype is None else _checked(dtype)
     work = usual if wanted == usual else torch.float32  # the product returns its operands' dtype
-    return _arithmetic_mm(a.to(work), b.to(work), text, compiled).to(wanted)
+    return _arithmetic_mm(a.to(work), b.to(work), text, compiled, _signed(seed), "output").to(wanted)
 
 
 def linear(
@@ -50,6 +52,7 @@ def linear(
     *,
     compiled: bool = False,
     dtype: torch.dtype | None = None,
+    seed: int = 0,
 ) -> Tensor:
     """`x` [..., K] times `w` [N, K] transposed, plus `bias` [N], which is cast to the result's dtype: [..., N]. Else as `matmul`."""
     for name, operand in (("x", x), ("w", w), *(() if bias is None else (("bias", bias),))):
@@ -64,7 +67,8 @@ def linear(
         raise ModelError(
             f"arithmetic.linear: bias must be [{w.shape[0]}], one element per row of w {list(w.shape)}; got {list(bias.shape)}"
         )
-    y = matmul(x.reshape(-1, x.shape[-1]), w.mT, arithmetic, compiled=compiled, dtype=dtype).reshape(*x.shape[:-1], w.shape[0])
+    y = matmul(x.reshape(-1, x.shape[-1]), w.mT, arithmetic, compiled=compiled, dtype=dtype, seed=seed)
+    y = y.reshape(*x.shape[:-1], w.shape[0])
     return y if bias is None else y + bias.to(y.dtype)
 
 
@@ -74,6 +78,13 @@ def _checked(dtype: object) -> torch.dtype:
     return dtype
 
 
+def _signed(seed: object) -> int:
+    """The seed's 64 bits as an int64, which is what an operator takes."""
+    if isinstance(seed, bool) or not isinstance(seed, int) or not -(2**63) <= seed < 2**64:
+        raise ModelError(f"seed: got {seed!r}; allowed: a whole number of up to 64 bits")
+    return seed - 2**64 if seed >= 2**63 else seed
+
+
 @torch.compiler.assume_constant_result
 def _text(arithmetic: Given) -> str:
     """The arithmetic's text, a constant for Dynamo."""
@@ -81,18 +92,19 @@ def _text(arithmetic: Given) -> str:
 
 
 @torch.library.custom_op("fp8fx::arithmetic_mm", mutates_args=())
-def _arithmetic_mm(a: Tensor, b: Tensor, arithmetic: str, compiled: bool) -> Tensor:
-    return product(a.float(), b.float(), Arithmetic.parse(arithmetic), compiled=compiled).to(a.dtype)
+def _arithmetic_mm(a: Tensor, b: Tensor, arithmetic: str, compiled: bool, seed: int, role: str) -> Tensor:
+    stream = Stream.of(seed, "arithmetic.matmul", role)
+    return product(a.float(), b.float(), Arithmetic.parse(arithmetic), compiled=compiled, stream=stream).to(a.dtype)
 
 
 @_arithmetic_mm.register_fake
-def _(a: Tensor, b: Tensor, arithmetic: str, compiled: bool) -> Tensor:
+def _(a: Tensor, b: Tensor, arithmetic: str, compiled: bool, seed: int, role: str) -> Tensor:
     batch = torch.broadcast_shapes(a.shape[:-2], b.shape[:-2])
     return a.new_empty((*batch, a.shape[-2], b.shape[-1]))
 
 
 def _setup(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
-    a, b, text, ctx.compiled = inputs
+    a, b, text, ctx.compiled, ctx.seed, _ = inputs
     ctx.text = text
     ctx.save_for_backward(a, b)
 
@@ -104,10 +116,10 @@ def _backward(ctx: Any, grad: Tensor) -> tuple[Any, ...]:
     a_read, b_read = (op.rounded(x, arithmetic.operands) for x in (a, b))
     da = db = None
     if ctx.needs_input_grad[0]:
-        da = _arithmetic_mm(grad.float(), b_read.mT, text, ctx.compiled).sum_to_size(a.shape).to(a.dtype)
+        da = _arithmetic_mm(grad.float(), b_read.mT, text, ctx.compiled, ctx.seed, "grad_a").sum_to_size(a.shape).to(a.dtype)
     if ctx.needs_input_grad[1]:
-        db = _arithmetic_mm(a_read.mT, grad.float(), text, ctx.compiled).sum_to_size(b.shape).to(b.dtype)
-    return da, db, None, None
+        db = _arithmetic_mm(a_read.mT, grad.float(), text, ctx.compiled, ctx.seed, "grad_b").sum_to_size(b.shape).to(b.dtype)
+    return da, db, None, None, None, None
 
 
 _arithmetic_mm.register_autograd(_backward, setup_context=_setup)

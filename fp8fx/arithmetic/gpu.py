@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from torch import Tensor
 
-from fp8fx.arithmetic.numbers import number
+from fp8fx.arithmetic.numbers import MODES, number
 from fp8fx.arithmetic.operands import Parts
 from fp8fx.arithmetic.spec import Arithmetic
 from fp8fx.arithmetic.tiles import Steps
@@ -19,7 +19,8 @@ def grids(arithmetic: Arithmetic, steps: Steps) -> tuple[Grid, Grid]:
 
 
 def supported(arithmetic: Arithmetic, steps: Steps) -> bool:
-    return all(grid.supported for grid in grids(arithmetic, steps))
+    """The kernel has these formats, and no random bits."""
+    return arithmetic.rounding in MODES and all(grid.supported for grid in grids(arithmetic, steps))
 
 
 def tiles_on_gpu(arithmetic: Arithmetic, steps: Steps, a: Parts, b: Parts) -> Tensor:

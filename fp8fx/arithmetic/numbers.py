@@ -13,15 +13,16 @@ from __future__ import annotations
 
 import re
 from collections.abc import Callable
+from typing import Protocol
 
 import torch
 from torch import Tensor
 
 from fp8fx import formats
-from fp8fx.errors import FormatError, allowed, nearest
+from fp8fx.errors import FormatError, ModelError, allowed, nearest
 from fp8fx.formats import Format
 from fp8fx.numerics.eager import tracing
-from fp8fx.numerics.rounding import round_to_format
+from fp8fx.numerics.rounding import has_magic, round_to_format
 from fp8fx.spec import OVERFLOWS, ROUNDINGS
 
 FLOAT32 = Format("float32", 8, 23, 127, torch.finfo(torch.float32).max, True, "ieee")
@@ -31,7 +32,7 @@ _CANONICAL = {layout: name for name, layout in _NAMES.items()}
 _PATTERN = re.compile(r"e([2-8])m([1-9]|1[0-9]|20)(ieee)?")
 _CASTS = {"float16": torch.float16, "bfloat16": torch.bfloat16}
 
-# Of `fp8fx.spec.ROUNDINGS` those without random bits.
+# Of `fp8fx.spec.ROUNDINGS` those without random bits: what the Triton kernel has.
 MODES = tuple(mode for mode in ROUNDINGS if mode != "stochastic")
 
 _KNOWN: dict[str, Format] = {"float32": FLOAT32}
@@ -72,32 +73,53 @@ def _build(name: str) -> Format:
 
 def check_mode(rounding: str, overflow: str) -> None:
     """Raise FormatError for a rounding or an overflow policy that sums and products cannot have."""
-    if rounding not in MODES:
-        why = " (random bits for each of M N K products are not drawn)" if rounding == "stochastic" else ""
+    if rounding not in ROUNDINGS:
         raise FormatError(
-            f"rounding: unknown rounding {rounding!r} of products and sums{why}; allowed: {allowed(MODES)}.{nearest(rounding, MODES)}"
+            f"rounding: unknown rounding {rounding!r} of products and sums; allowed: {allowed(ROUNDINGS)}.{nearest(rounding, ROUNDINGS)}"
         )
     if overflow not in OVERFLOWS:
         raise FormatError(f"overflow: unknown overflow policy {overflow!r}; allowed: {allowed(OVERFLOWS)}.{nearest(overflow, OVERFLOWS)}")
 
 
-def rounder(format: Format, rounding: str = "nearest_even", overflow: str = "nonfinite") -> Callable[[Tensor], Tensor]:
+Draw = Callable[[], Tensor]  # makes one random word per element: int64 in [0, 2^32)
+
+
+class Round(Protocol):
+    """float32 to the grid of a format; `draw` is called where the rounding is stochastic and something is rounded."""
+
+    def __call__(self, x: Tensor, draw: Draw | None = None) -> Tensor: ...
+
+
+def rounder(format: Format, rounding: str = "nearest_even", overflow: str = "nonfinite") -> Round:
     """A function that takes float32 tensors to the grid of `format`; the identity for float32. Traceable."""
     if format.mantissa_bits == 23:
-        return lambda x: x
+        return lambda x, draw=None: x
+    if rounding == "stochastic":
+        return _stochastic(format, overflow)
     if format.name in _CASTS and rounding == "nearest_even" and overflow == "nonfinite" and not tracing():
         dtype = _CASTS[format.name]  # torch's own cast; Inductor would leave both conversions out
-        return lambda x: x.to(dtype).float()
+        return lambda x, draw=None: x.to(dtype).float()
     if format.exponent_bits == 8:
-        return lambda x: round_bits(x, format, rounding, overflow)
+        return lambda x, draw=None: round_bits(x, format, rounding, overflow)
     if rounding == "nearest_even" and _in_few_passes(format, overflow):
-        return lambda x: round_nearest(x, format, overflow)
-    return lambda x: round_to_format(x, format, rounding, overflow)
+        return lambda x, draw=None: round_nearest(x, format, overflow)
+    return lambda x, draw=None: round_to_format(x, format, rounding, overflow)
+
+
+def _stochastic(format: Format, overflow: str) -> Round:
+    def run(x: Tensor, draw: Draw | None = None) -> Tensor:
+        if draw is None:
+            raise ModelError(f"rounding: stochastic of products and sums ({format.name}) needs random bits: a seed, or the rng input")
+        if format.exponent_bits == 8:
+            return round_bits(x, format, "stochastic", overflow, draw())
+        return round_to_format(x, format, "stochastic", overflow, draw())
+
+    return run
 
 
 def _in_few_passes(format: Format, overflow: str) -> bool:
     """`round_nearest` can: ties are in the mantissa, and if it does not end at max the grid goes on with 2^(emax + 1), which is inf."""
-    if format.mantissa_bits == 0 or not format.signed_zero:
+    if format.mantissa_bits == 0 or not format.signed_zero or not has_magic(format, torch.float32):
         return False
     return overflow == "saturate" or (format.has_inf and format.max == (2.0 - 2.0**-format.mantissa_bits) * 2.0**format.bias)
 
@@ -116,10 +138,13 @@ def round_nearest(x: Tensor, format: Format, overflow: str) -> Tensor:
     return q if overflow == "saturate" else q.mul_(2.0 ** (127 - format.bias)).mul_(2.0 ** (format.bias - 127))
 
 
-def round_bits(x: Tensor, format: Format, rounding: str = "nearest_even", overflow: str = "nonfinite") -> Tensor:
+def round_bits(
+    x: Tensor, format: Format, rounding: str = "nearest_even", overflow: str = "nonfinite", random_bits: Tensor | None = None
+) -> Tensor:
     """float32 `x` on the grid of a format with float32's exponent: the bits below the step go, after what the mode adds to them.
 
-    A carry goes on into the exponent and from the largest number into inf, as it should.
+    A carry goes on into the exponent and from the largest number into inf, as it should. random_bits: 32 per element, for `stochastic`;
+    the upper ones are added, which carries where those of fp8fx.numerics do: floor(r 2^32) + bits >= 2^32.
     """
     below = 23 - format.mantissa_bits
     magnitude = x.view(torch.int32) & 0x7FFFFFFF
@@ -130,6 +155,9 @@ def round_bits(x: Tensor, format: Format, rounding: str = "nearest_even", overfl
     elif rounding in ("up", "down"):
         away = x > 0.0 if rounding == "up" else x < 0.0
         magnitude = magnitude + away.to(torch.int32) * ((1 << below) - 1)
+    elif rounding == "stochastic":
+        assert random_bits is not None  # drawn by whoever asks for it
+        magnitude = magnitude + (random_bits >> (32 - below)).to(torch.int32)
     y = (magnitude & -(1 << below)).view(torch.float32)
     if overflow == "saturate":
         y = y.clamp(max=format.max)

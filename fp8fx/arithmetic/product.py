@@ -21,15 +21,17 @@ from fp8fx import formats
 from fp8fx.arithmetic import compiled as compiling
 from fp8fx.arithmetic import operands as op
 from fp8fx.arithmetic.multiplier import BUILT_IN, LARGEST_MANTISSA, Multiplier
-from fp8fx.arithmetic.numbers import number, rounder
+from fp8fx.arithmetic.numbers import Round, number, rounder
 from fp8fx.arithmetic.operands import Parts
 from fp8fx.arithmetic.spec import HOPPER, Arithmetic, Given
-from fp8fx.arithmetic.tiles import Steps
+from fp8fx.arithmetic.stream import OUTER, OUTPUT, Stream
+from fp8fx.arithmetic.tiles import Steps, drawing
 from fp8fx.errors import ModelError
 
 FORMS = ("float", "factored", "tiles")
 TERMS = 1 << 24  # elements of one factored operand at a time: 64 MiB
 ROWS, COLUMNS = 32, 512  # of an eager tile: 64 KiB, so that the dozen temporaries of a step stay in a core's cache
+DRAWN_ROWS = 128  # where random words are drawn: a hundred operators per step, on a quarter of the elements
 
 Formats = tuple[str, str]
 
@@ -69,57 +71,63 @@ def _width(given: Formats) -> int | None:
     return max(bits) if len(bits) == 2 and max(bits) <= LARGEST_MANTISSA else None
 
 
-def product(a: Tensor, b: Tensor, arithmetic: Arithmetic, given: Formats = ("", ""), compiled: bool = False) -> Tensor:
+def product(
+    a: Tensor, b: Tensor, arithmetic: Arithmetic, given: Formats = ("", ""), compiled: bool = False, stream: Stream | None = None
+) -> Tensor:
     """`a` [..., M, K] times `b` [..., K, N] in float32, batch dimensions broadcast: [..., M, N].
 
     given: formats whose values `a` and `b` are known to be (names of fp8fx.formats, or ""). compiled: tiles on a CPU through Inductor.
+    stream: the random words, where rounding is stochastic; such tiles run eagerly.
     Raises ModelError for a code table whose operands have no known format of 8 bits.
     """
     given = _formats(arithmetic, given)
     a, b = op.rounded(a, arithmetic.operands), op.rounded(b, arithmetic.operands)
-    matrix = functools.partial(_matrix, arithmetic=arithmetic, given=given, compiled=compiled)
+    stream = stream if arithmetic.stochastic else None
+    matrix = functools.partial(_matrix, arithmetic=arithmetic, given=given, compiled=compiled and stream is None)
     if a.dim() == 2 and b.dim() == 2:
-        return matrix(a, b)
+        return matrix(a, b, stream)
     batch = torch.broadcast_shapes(a.shape[:-2], b.shape[:-2])
     if form_of(arithmetic, given) == "float" and not (arithmetic.chunk or arithmetic.shift):
-        return _output(arithmetic)(a @ b)
+        y = a @ b
+        return _rounded_output(y.reshape(-1, y.shape[-1]), arithmetic, stream).view(y.shape)
     if b.dim() == 2:
-        return matrix(a.reshape(-1, a.shape[-1]), b).reshape(*a.shape[:-1], b.shape[-1])
+        return matrix(a.reshape(-1, a.shape[-1]), b, stream).reshape(*a.shape[:-1], b.shape[-1])
     left = a.expand(*batch, *a.shape[-2:]).reshape(-1, *a.shape[-2:])
     right = b.expand(*batch, *b.shape[-2:]).reshape(-1, *b.shape[-2:])
     result = a.new_empty((left.shape[0], a.shape[-2], b.shape[-1]))
     for i in range(left.shape[0]):
-        result[i] = matrix(left[i], right[i])
+        result[i] = matrix(left[i], right[i], None if stream is None else stream.at(i * a.shape[-2]))
     return result.view(*batch, *result.shape[1:])
 
 
-def _output(arithmetic: Arithmetic) -> Callable[[Tensor], Tensor]:
-    return rounder(number(arithmetic.output), arithmetic.rounding, arithmetic.overflow)
+def _rounded_output(y: Tensor, arithmetic: Arithmetic, stream: Stream | None) -> Tensor:
+    """The finished sums `y` [M, N], rounded."""
+    return rounder(number(arithmetic.output), arithmetic.rounding, arithmetic.overflow)(y, drawing(stream, y, 0, OUTPUT))
 
 
-def _matrix(a: Tensor, b: Tensor, arithmetic: Arithmetic, given: Formats, compiled: bool) -> Tensor:
+def _matrix(a: Tensor, b: Tensor, stream: Stream | None, arithmetic: Arithmetic, given: Formats, compiled: bool) -> Tensor:
     """[M, K] by [K, N]."""
     form = form_of(arithmetic, given)
     a = a * 2.0**arithmetic.shift if form == "float" and arithmetic.shift else a
-    partial = {"float": _float, "factored": _factored, "tiles": _tiles}[form](a, b, arithmetic, given, compiled)
+    partial = {"float": _float, "factored": _factored, "tiles": _tiles}[form](a, b, arithmetic, given, compiled, stream)
     depth = a.shape[1]
     if arithmetic.chunk == 0 or depth == 0:
-        return _output(arithmetic)(partial(0, depth)) * 2.0**-arithmetic.shift
-    outer = rounder(number(arithmetic.outer), arithmetic.rounding, arithmetic.overflow)
+        return _rounded_output(partial(0, depth), arithmetic, stream) * 2.0**-arithmetic.shift
+    outer: Round = rounder(number(arithmetic.outer), arithmetic.rounding, arithmetic.overflow)
     total = a.new_zeros((a.shape[0], b.shape[1]))
     for start in range(0, depth, arithmetic.chunk):
-        total = outer(total + partial(start, min(start + arithmetic.chunk, depth)))
-    return _output(arithmetic)(total) * 2.0**-arithmetic.shift
+        total = outer(total + partial(start, min(start + arithmetic.chunk, depth)), drawing(stream, total, start, OUTER))
+    return _rounded_output(total, arithmetic, stream) * 2.0**-arithmetic.shift
 
 
 Partial = Callable[[int, int], Tensor]  # (start, stop) of k -> [M, N]
 
 
-def _float(a: Tensor, b: Tensor, arithmetic: Arithmetic, given: Formats, compiled: bool) -> Partial:
+def _float(a: Tensor, b: Tensor, arithmetic: Arithmetic, given: Formats, compiled: bool, stream: Stream | None) -> Partial:
     return lambda start, stop: a[:, start:stop] @ b[start:stop]
 
 
-def _factored(a: Tensor, b: Tensor, arithmetic: Arithmetic, given: Formats, compiled: bool) -> Partial:
+def _factored(a: Tensor, b: Tensor, arithmetic: Arithmetic, given: Formats, compiled: bool, stream: Stream | None) -> Partial:
     """r products as one whose contraction is r times as deep: [M, K r] by [K r, N], so many k at a time as fit in TERMS elements."""
     table = arithmetic.table(_width(given))
     assert table is not None
@@ -185,12 +193,12 @@ def split(a: Tensor, b: Tensor, arithmetic: Arithmetic, given: Formats) -> tuple
     return Steps.of(arithmetic, "exact"), op.exact(a), op.exact(b)
 
 
-def _tiles(a: Tensor, b: Tensor, arithmetic: Arithmetic, given: Formats, compiled: bool) -> Partial:
+def _tiles(a: Tensor, b: Tensor, arithmetic: Arithmetic, given: Formats, compiled: bool, stream: Stream | None) -> Partial:
     steps, left, right = split(a, b, arithmetic, given)
     left = _shifted(left, arithmetic)
     kernel = _kernel(arithmetic, steps) if a.is_cuda else None
     finite = arithmetic.accumulate != HOPPER or (op.finite(a) and op.finite(b))
-    rows, columns = (compiling.ROWS, compiling.COLUMNS) if compiled else (ROWS, COLUMNS)
+    rows, columns = (compiling.ROWS, compiling.COLUMNS) if compiled else (ROWS if stream is None else DRAWN_ROWS, COLUMNS)
 
     def partial(start: int, stop: int) -> Tensor:
         depth = slice(start, stop)
@@ -203,7 +211,8 @@ def _tiles(a: Tensor, b: Tensor, arithmetic: Arithmetic, given: Formats, compile
                 for j in range(0, b.shape[1], columns):
                     y = right[depth, slice(j, j + columns)]
                     acc = a.new_zeros((x.values.shape[1], y.values.shape[1]))
-                    tile = compiling.advance(arithmetic, steps, acc, x, y) if compiled else steps.advance(acc, x, y)
+                    here = None if stream is None else stream.at(i, j)
+                    tile = compiling.advance(arithmetic, steps, acc, x, y) if compiled else steps.advance(acc, x, y, here, start)
                     result[i : i + rows, j : j + columns] = tile
         return result if finite else _with_nonfinite(result, a[:, depth], b[depth])
 

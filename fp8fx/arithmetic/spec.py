@@ -40,7 +40,8 @@ class Arithmetic:
     output: the format the finished sum is rounded to.
     shift: products are multiplied by 2^shift before they are rounded, and the finished sum by 2^-shift: room in a narrow format. Codes of
         E4M3 that fill their range have products up to 200,704, which float16 has not.
-    rounding, overflow: of products and sums. An adder overflows to inf, so the default is nonfinite, unlike that of tensors.
+    rounding, overflow: of products and sums. `stochastic` takes its bits from a seed, by position (stream.py). An adder overflows to inf,
+        so the default is nonfinite, unlike that of tensors.
     gradients: `exact`, straight through: both gradient products are ordinary ones; `same`: they use this arithmetic too.
 
     Raises FormatError or ModelError for what cannot be.
@@ -111,6 +112,12 @@ class Arithmetic:
     def plain(self) -> bool:
         """An ordinary product of the operands as they are, summed in float32."""
         return not self.operands and self.text in ("exact", "gradients=same")
+
+    @property
+    def stochastic(self) -> bool:
+        """Random bits are drawn: something is rounded that way."""
+        rounded = (self.products, self.accumulate, self.outer, self.output)
+        return self.rounding == "stochastic" and any(name not in ("float32", HOPPER) for name in rounded)
 
     @property
     def text(self) -> str:

@@ -18,21 +18,19 @@ their model, not a promise of NVIDIA's.
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
-from fp8fx.arithmetic.numbers import FLOAT32, number, rounder
+from fp8fx.arithmetic.numbers import FLOAT32, Draw, Round, number, rounder
 from fp8fx.arithmetic.operands import Parts
 from fp8fx.arithmetic.spec import HOPPER, Arithmetic
+from fp8fx.arithmetic.stream import PRODUCTS, SUMS, Stream
 
 INSTRUCTION = 32  # elements of k that one instruction adds
 FRACTION = 13  # bits that its adder keeps below the largest exponent
 LEAST = 2.0**-100  # the smallest power that terms are aligned to: its steps, 2^-113, are normal numbers, and so are their inverses
-
-Round = Callable[[Tensor], Tensor]
 
 
 @dataclass(frozen=True)
@@ -54,15 +52,19 @@ class Steps:
         sums = rounding("float32" if hopper else arithmetic.accumulate)
         return cls(kind, rounding(arithmetic.products), sums, hopper, table)
 
-    def advance(self, acc: Tensor, a: Parts, b: Parts) -> Tensor:
-        """`acc` [m, n] after all of k of `a` [K, m] and `b` [K, n]."""
+    def advance(self, acc: Tensor, a: Parts, b: Parts, stream: Stream | None = None, start: int = 0) -> Tensor:
+        """`acc` [m, n] after all of k of `a` [K, m] and `b` [K, n].
+
+        stream: the tile's random words, where rounding is stochastic. start: which k the first is.
+        """
         if self.hopper:
             for start in range(0, a.depth, INSTRUCTION):
                 here = (slice(start, start + INSTRUCTION), slice(None))
                 acc = instruction(acc, a[here], b[here])
             return acc
         for k in range(a.depth):
-            acc = self.sums(acc + self.products(self.multiply(a, b, k)))
+            product = self.products(self.multiply(a, b, k), drawing(stream, acc, start + k, PRODUCTS))
+            acc = self.sums(acc + product, drawing(stream, acc, start + k, SUMS))
         return acc
 
     def multiply(self, a: Parts, b: Parts, k: int) -> Tensor:
@@ -77,6 +79,11 @@ class Steps:
             return product * torch.maximum(s + 1.0, s + s)
         assert self.table is not None
         return product * self.table.index_select(0, a.detail[k]).index_select(1, b.detail[k])
+
+
+def drawing(stream: Stream | None, x: Tensor, k: int, what: int) -> Draw | None:
+    """What draws a word for each element of `x` [m, n], where there is a stream."""
+    return None if stream is None else stream.draw(x.shape, k, what, x.device)
 
 
 def instruction(acc: Tensor, a: Parts, b: Parts) -> Tensor:

@@ -3,7 +3,8 @@
 The grid of a format with mantissa bits M has the step 2^(max(floor(log2|x|), emin) - M) around x. Two forms:
 
 *magic*, nearest-even only: adding 1.5 * 2^(e + p - M) pushes every bit below the step out of the significand of p bits, the
-processor's own rounding does the rest, and subtracting gives the value back. Exact for every input (numerics docs).
+processor's own rounding does the rest, and subtracting gives the value back. Exact for every input (numerics docs), where that number is
+one of the dtype: formats that reach 2^(bias - p + M + 1), bias the dtype's, take the other form.
 *steps*, every mode: |x| = (k + r) * step with k = floor; the mode says from k and r whether k becomes k + 1. Each operation
 is a scaling by a power of two or exact by size, so nothing is rounded twice.
 
@@ -74,8 +75,7 @@ def _on_grid(x: Tensor, format: Format, snap: bool) -> Tensor:
 
 def _round_grid(x: Tensor, format: Format, rounding: str, overflow: str, random_bits: Tensor | None) -> Tensor:
     """float32 or float64 x with a format whose bias is whole; x's dtype."""
-    # With no mantissa bit a tie goes to the even *code*, which the processor's rounding cannot see.
-    if rounding == "nearest_even" and format.mantissa_bits > 0:
+    if rounding == "nearest_even" and has_magic(format, x.dtype):
         y = _magic(x, format, overflow)
     else:
         y = _steps(x, format, rounding, overflow, random_bits)
@@ -98,12 +98,22 @@ def check(x: Tensor, format: Format, rounding: str, overflow: str, random_bits: 
         raise FormatError(f"format {format.name} has neither inf nor NaN: overflow must be 'saturate'")
 
 
+def has_magic(format: Format, dtype: torch.dtype) -> bool:
+    """The magic numbers of the format's largest binade, and of the one beyond, are numbers of `dtype`."""
+    _, p, bias = _LAYOUT[dtype]
+    return math.frexp(format.beyond)[1] - 1 + p - format.mantissa_bits <= bias
+
+
 def _magic(x: Tensor, format: Format, overflow: str) -> Tensor:
     integer, p, bias = _LAYOUT[x.dtype]
     bound = format.max if overflow == "saturate" else format.beyond
     y = x.clamp(-bound, bound)  # NaN passes
     exponent = (y.view(integer) & ((2 * bias + 1) << p)).clamp(min=(format.emin + bias) << p)
-    magic = (exponent + (((p - format.mantissa_bits) << p) | (1 << (p - 1)))).view(x.dtype)
+    magic = exponent + (((p - format.mantissa_bits) << p) | (1 << (p - 1)))
+    if format.mantissa_bits == 0:  # a tie goes to the even *code*, which counts exponents: an odd magic number exchanges even and odd
+        odd = (exponent >> p) & 1
+        magic = magic + (1 - odd if (format.emin + bias) % 2 else odd)  # the code of the lowest exponent is 1
+    magic = magic.view(x.dtype)
     q = (y + magic) - magic  # zero comes out as +0, which is what a format without -0 wants
     if format.signed_zero:
         q = torch.copysign(q, x)
@@ -115,7 +125,7 @@ def _magic(x: Tensor, format: Format, overflow: str) -> Tensor:
 def _steps(x: Tensor, format: Format, rounding: str, overflow: str, random_bits: Tensor | None) -> Tensor:
     integer, p, bias = _LAYOUT[x.dtype]
     m = format.mantissa_bits
-    a = x.abs().clamp(max=4.0 * format.max)  # far above max, so that 2^(m - e) below stays normal
+    a = x.abs().clamp(max=2.0 * format.max)  # above max, and so that 2^(m - e) below stays normal for a max of 2^125
     e = (a.view(integer) >> p).clamp(format.emin + bias, 2 * bias)  # biased exponent of the step's binade; NaN has 2 * bias + 1
     t = a * ((2 * bias + m - e) << p).view(x.dtype)
     r = t.frac()  # not t - t.floor(): torch hands floor to MKL's threads, which cost milliseconds on a busy machine

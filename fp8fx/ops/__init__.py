@@ -2,7 +2,7 @@
 
     quantize, dequantize, round_values, round_gradient, meter_row      quantize.py
     cast, cast_current, cast_amax                                      casts.py       (made by lower)
-    scaled_mm; rounded_mm                                              scaled_mm.py, rounded_mm.py
+    scaled_mm; rounded_mm; stochastic_mm                               scaled_mm.py, rounded_mm.py, stochastic_mm.py
     linear, matmul, conv, embedding                                    one page each
     grouped_mm, scaled_grouped_mm                                      grouped.py
     layer_norm_quantize, linear_quantize                               producers.py   (made by fuse)
@@ -31,6 +31,7 @@ from fp8fx.ops import (
     quantize,
     rounded_mm,
     scaled_mm,
+    stochastic_mm,
 )
 
 __all__ = [
@@ -49,4 +50,5 @@ __all__ = [
     "quantize",
     "rounded_mm",
     "scaled_mm",
+    "stochastic_mm",
 ]

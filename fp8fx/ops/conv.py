@@ -10,6 +10,7 @@ Y; in dX, which sums over the output channels, the dequantized weight takes the 
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -55,7 +56,8 @@ def conv_reference(
     if accumulate in ACCUMULATORS:
         result = torch.convolution(operand(left.values, left.format), operand(right.values, right.format), None, *geometry)
     else:
-        result = _unfolded(left, right, geometry, accumulate)
+        multiply = multiplication(accumulate, right.format, left.format, rng, site)
+        result = _unfolded(left, right, geometry, multiply)
     result = apply_scales(result, left.scale, _by_channel(right.scale, w.dim(), groups if transposed else 1))
     if b is not None:
         result = result + b.float().reshape(-1, *([1] * (w.dim() - 2)))
@@ -69,7 +71,7 @@ def _by_channel(scale: Tensor | None, dims: int, groups: int) -> Tensor | None:
     return scale.reshape(-1).repeat(groups).reshape(1, -1, *([1] * (dims - 2)))
 
 
-def _unfolded(x: Operand, w: Operand, geometry: Geometry, accumulate: str) -> Tensor:
+def _unfolded(x: Operand, w: Operand, geometry: Geometry, multiply: Callable[[Tensor, Tensor], Tensor]) -> Tensor:
     """A 1-d or 2-d convolution as one product per image and group, [O / g, C / g k] by [C / g k, L]: for an arithmetic of its own."""
     stride, padding, dilation, _, _, groups = geometry
     values, weight = operand(x.values, x.format), operand(w.values, w.format)
@@ -77,7 +79,6 @@ def _unfolded(x: Operand, w: Operand, geometry: Geometry, accumulate: str) -> Te
     if flat:
         values, weight = values.unsqueeze(2), weight.unsqueeze(2)
         stride, padding, dilation = [1, *stride], [0, *padding], [1, *dilation]
-    multiply = multiplication(accumulate, w.format, x.format)
     kernels = weight.flatten(1).chunk(groups)
     sizes = zip(values.shape[2:], padding, dilation, weight.shape[2:], stride, strict=True)
     size = [(n + 2 * p - d * (k - 1) - 1) // s + 1 for n, p, d, k, s in sizes]

@@ -29,7 +29,7 @@ from fp8fx.ops.inductor import FORMATS, cut_by_batches, torch_has
 from fp8fx.ops.library import LIBRARY, REFERENCES, without_autocast
 from fp8fx.ops.operands import forward_operand
 from fp8fx.ops.quantize import as_matrix
-from fp8fx.ops.rounded_mm import Ending, rounds_in_place
+from fp8fx.ops.rounded_mm import Ending, rounded_mm_reference, rounds_in_place
 from fp8fx.ops.scaled_mm import ScaledMM, scaled_mm_reference
 from fp8fx.spec import ACCUMULATORS, SiteSpec, TensorSpec
 
@@ -95,7 +95,9 @@ def _has_blocks(block_a: list[int], block_b: list[int]) -> bool:
 def rounded(mm: ScaledMM, ending: Ending) -> Tensor:
     parsed = TensorSpec.parse(ending.spec)
     codes = mm.format_a in FORMATS and mm.format_b in FORMATS and mm.dtype in DTYPES and _has_blocks(mm.block_a, mm.block_b)
-    if not codes or mm.accumulate not in ACCUMULATORS or not has_kernel(mm.a, parsed, (mm.a.dtype,)) or not rounds_in_place(parsed):
+    if mm.accumulate not in ACCUMULATORS:
+        return rounded_mm_reference(*mm, *ending)
+    if not codes or not has_kernel(mm.a, parsed, (mm.a.dtype,)) or not rounds_in_place(parsed):
         sums = scaled(*mm._replace(dtype=torch.float32))
         return round_values(sums, *ending)[0].to(mm.dtype)
     how = rounding_of(parsed, *ending[1:])
@@ -105,7 +107,7 @@ def rounded(mm: ScaledMM, ending: Ending) -> Tensor:
 def linear(x: Tensor, w: Tensor, b: Tensor | None, input: list[Tensor], weight: list[Tensor], *rest: Any) -> Tensor:
     input_spec, weight_spec, backward, dtype = rest[-4:]
     spec = SiteSpec.parse_backward(backward)
-    if "output" not in spec.gemms or not input or not weight:
+    if "output" not in spec.gemms or not input or not weight or spec.accumulate[0] not in ACCUMULATORS:
         return linear_op.linear_reference(x, w, b, input, weight, *rest)
     left, right = forward_operand(x, input, input_spec), forward_operand(w, weight, weight_spec).mT
     if cut_by_batches(x, left.block):

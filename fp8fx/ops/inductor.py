@@ -90,7 +90,7 @@ def _scaled_mm(
 def _linear(x: Tensor, w: Tensor, b: Tensor | None, input: list[Tensor], weight: list[Tensor], *rest: Any) -> Any:
     _, _, rng, site, input_spec, weight_spec, backward, dtype = rest
     spec = SiteSpec.parse_backward(backward)
-    if not on_gpu(x) or "output" not in spec.gemms or not input or not weight:
+    if not on_gpu(x) or "output" not in spec.gemms or not input or not weight or spec.accumulate[0] not in ACCUMULATORS:
         return NotImplemented
     left, right = forward_operand(x, input, input_spec), forward_operand(w, weight, weight_spec).mT
     if cut_by_batches(x, left.block):

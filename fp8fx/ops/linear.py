@@ -49,7 +49,7 @@ def linear_reference(
     operands = (*left.arguments(), *right.arguments(), b, dtype, spec.accumulate[0])
     if spec.output is not None:
         return rounded_mm_reference(*operands, spec.output.text, rng, site, "output")
-    return scaled_mm_reference(*operands)
+    return scaled_mm_reference(*operands, rng, site)
 
 
 def linear_fake(x: Tensor, w: Tensor, b: Tensor | None, input: list[Tensor], weight: list[Tensor], *rest: Any) -> Tensor:

@@ -16,7 +16,7 @@ from torch import Tensor
 
 from fp8fx.ops.library import define
 from fp8fx.ops.linear import Saved
-from fp8fx.ops.operands import Backward, Operand, backward_operand, forward_operand, gemm
+from fp8fx.ops.operands import Backward, Operand, backward_operand, forward_operand
 from fp8fx.ops.scaled_mm import scaled_mm_reference
 from fp8fx.spec import ACCUMULATORS, GEMMS, SiteSpec
 
@@ -40,7 +40,7 @@ def matmul_reference(
     if "output" not in spec.gemms:
         return a.to(dtype) @ b.to(dtype)
     first, second = forward_operand(a, left, left_spec), forward_operand(b, right, right_spec)
-    return scaled_mm_reference(*first.arguments(), *second.arguments(), None, dtype, spec.accumulate[0])
+    return scaled_mm_reference(*first.arguments(), *second.arguments(), None, dtype, spec.accumulate[0], rng, site)
 
 
 def matmul_fake(a: Tensor, b: Tensor, left: list[Tensor], right: list[Tensor], *rest: Any) -> Tensor:
@@ -85,7 +85,7 @@ def _product(
     """One gradient, in FP8 or in the model's dtype, summed to `shape`, then rounded once."""
     if state.fp8(role):
         wanted = state.spec.accumulate[GEMMS.index(role)]
-        result = gemm(a, b, torch.float32, "precise" if wanted in ACCUMULATORS else wanted)
+        result = state.gemm(a, b, torch.float32, "precise" if wanted in ACCUMULATORS else wanted, role)
     else:
         result = plain[0].to(dtype) @ plain[1].to(dtype)
     return state.round(result.sum_to_size(shape), role, dtype)

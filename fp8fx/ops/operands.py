@@ -17,12 +17,14 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor
 
+from fp8fx.arithmetic.spec import Arithmetic
 from fp8fx.ops.casts import cast, cast_current
 from fp8fx.ops.kept import mark
 from fp8fx.ops.quantize import GRADIENTS, as_matrix, meter_row, quantize, round_values
 from fp8fx.ops.rounded_mm import rounded_mm, rounds_in_place
 from fp8fx.ops.scaled_mm import scaled_mm
-from fp8fx.spec import GEMMS, SiteSpec, TensorSpec, needs_two, turned
+from fp8fx.ops.stochastic_mm import stochastic_mm
+from fp8fx.spec import ACCUMULATORS, GEMMS, SiteSpec, TensorSpec, needs_two, turned
 
 __all__ = ["Backward", "Operand", "as_matrix", "backward_operand", "forward_operand", "gemm", "needs_two", "quantized_operand", "turned"]
 
@@ -146,7 +148,13 @@ class Backward:
         accumulate = self.spec.accumulate[GEMMS.index(role)]
         if spec is not None and self.spec.columns and rounds_in_place(spec):  # nobody asks for its amax there
             return rounded_mm(*a.arguments(), *b.arguments(), None, dtype, accumulate, spec.text, self.rng, self.site, role)
-        return self.round(gemm(a, b, torch.float32 if rounds else dtype, accumulate), role, dtype)
+        return self.round(self.gemm(a, b, torch.float32 if rounds else dtype, accumulate, role), role, dtype)
+
+    def gemm(self, a: Operand, b: Operand, dtype: torch.dtype, accumulate: str, role: str) -> Tensor:
+        """`gemm`, with the random words of this role where the arithmetic draws any."""
+        if accumulate in ACCUMULATORS or not Arithmetic.parse(accumulate).stochastic:
+            return gemm(a, b, dtype, accumulate)
+        return stochastic_mm(*a.arguments(), *b.arguments(), None, dtype, accumulate, self.rng, self.site, role)
 
     def round(self, grad: Tensor, role: str, dtype: torch.dtype) -> Tensor:
         spec: TensorSpec | None = getattr(self.spec, role)

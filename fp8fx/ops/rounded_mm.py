@@ -36,7 +36,7 @@ class Ending(NamedTuple):
 
 @takes(ScaledMM, Ending)
 def rounded_mm_reference(mm: ScaledMM, ending: Ending) -> Tensor:
-    sums = scaled_mm_reference(*mm._replace(dtype=torch.float32))
+    sums = scaled_mm_reference(*mm._replace(dtype=torch.float32), ending.rng, ending.site, ending.role)
     return round_reference(sums, *ending)[0].to(mm.dtype)
 
 

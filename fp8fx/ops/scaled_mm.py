@@ -12,6 +12,7 @@ before the scales, are then made as that says.
 
 from __future__ import annotations
 
+import itertools
 import math
 from collections.abc import Callable
 from typing import NamedTuple
@@ -22,6 +23,7 @@ from torch import Tensor
 from fp8fx import numerics
 from fp8fx.arithmetic.product import product
 from fp8fx.arithmetic.spec import Arithmetic
+from fp8fx.arithmetic.stream import Stream
 from fp8fx.ops.arguments import signature, takes
 from fp8fx.ops.library import define
 from fp8fx.spec import ACCUMULATORS
@@ -43,10 +45,18 @@ class ScaledMM(NamedTuple):
     accumulate: str = "precise"
 
 
-@takes(ScaledMM)
-def scaled_mm_reference(mm: ScaledMM) -> Tensor:
+class Draws(NamedTuple):
+    """Which random words an arithmetic with stochastic rounding draws. rng: int64 [seed, step, call]."""
+
+    rng: Tensor | None = None
+    site: str = ""
+    role: str = "output"
+
+
+@takes(ScaledMM, Draws)
+def scaled_mm_reference(mm: ScaledMM, draws: Draws) -> Tensor:
     left, right = operand(mm.a, mm.format_a), operand(mm.b, mm.format_b)
-    multiply = multiplication(mm.accumulate, mm.format_a, mm.format_b)
+    multiply = multiplication(mm.accumulate, mm.format_a, mm.format_b, *draws)
     if mm.block_a or mm.block_b:
         result = _blocked(left, right, mm, multiply)
     else:
@@ -56,12 +66,21 @@ def scaled_mm_reference(mm: ScaledMM) -> Tensor:
     return result.to(mm.dtype)
 
 
-def multiplication(accumulate: str, format_a: str, format_b: str) -> Callable[[Tensor, Tensor], Tensor]:
-    """The product of two float32 matrices, of values of these formats."""
+def multiplication(
+    accumulate: str, format_a: str, format_b: str, rng: Tensor | None = None, site: str = "", role: str = "output"
+) -> Callable[[Tensor, Tensor], Tensor]:
+    """The product of two float32 matrices, of values of these formats. Each call has random words of its own, where any are drawn."""
     if accumulate in ACCUMULATORS:
         return torch.matmul
-    arithmetic = Arithmetic.parse(accumulate)
-    return lambda a, b: product(a, b, arithmetic, (format_a, format_b))
+    arithmetic, parts = Arithmetic.parse(accumulate), itertools.count()
+    if not arithmetic.stochastic or rng is None:
+        return lambda a, b: product(a, b, arithmetic, (format_a, format_b))
+
+    def multiply(a: Tensor, b: Tensor) -> Tensor:
+        stream = Stream.of(rng[0], site, role, next(parts), rng[1], rng[2])
+        return product(a, b, arithmetic, (format_a, format_b), stream=stream)
+
+    return multiply
 
 
 def operand(x: Tensor, format: str) -> Tensor:

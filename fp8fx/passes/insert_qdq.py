@@ -20,6 +20,7 @@ from typing import Any
 import torch
 from torch import fx
 
+from fp8fx.arithmetic.spec import Arithmetic
 from fp8fx.capture.graph import VAL, tensor
 from fp8fx.capture.naming import weight_source
 from fp8fx.capture.sites import CONVOLUTIONS, SiteCall, read_site
@@ -60,6 +61,12 @@ def _metered(node: fx.Node, made: SiteDecision) -> bool:
     return made.op != "attention" and value is not None and value.requires_grad
 
 
+def _draws(spec: SiteSpec) -> bool:
+    """Something at the site is rounded stochastically: a role, or its products."""
+    roles = [role for name in ROLES if (role := getattr(spec, name)) is not None]
+    return any(role.stochastic for role in roles) or (spec.arithmetic is not None and Arithmetic.parse(spec.arithmetic).stochastic)
+
+
 class _Writer:
     """Writes one graph's sites. `self.first` names each quantized tensor after the first site that reads it."""
 
@@ -68,8 +75,7 @@ class _Writer:
         self.first: dict[tuple[Any, ...], tuple[str, str, SiteDecision]] = {}
         self.matrices: dict[fx.Node, fx.Node] = {}  # a tensor of tokens -> its flattened form
         self.inputs = FurtherInputs(module, context)
-        specs = [getattr(made.spec, role) for _, made in sites for role in ROLES]
-        self.rng = self.inputs.rng() if any(spec is not None and spec.stochastic for spec in specs) else None
+        self.rng = self.inputs.rng() if any(_draws(made.spec) for _, made in sites if made.spec is not None) else None
         self.inputs.add_rows([(node, made) for node, made in sites if _metered(node, made)])
 
     def rewrite(self, call: SiteCall, made: SiteDecision, spec: SiteSpec) -> fx.Node:

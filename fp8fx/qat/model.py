@@ -20,7 +20,7 @@ from fp8fx.recipe.load import is_path
 from fp8fx.search.candidates import MAX_VALUES, candidates, errors, ranked
 from fp8fx.search.data import Forward, batches_of, check_runs, run_all
 from fp8fx.search.measure import Sample, Sampling
-from fp8fx.search.result import document_of
+from fp8fx.search.result import document_of, rule_of
 from fp8fx.search.run import ROLES
 from fp8fx.search.taps import Operand, Product, Site, TapRuntime, tapped
 
@@ -29,7 +29,7 @@ LEARNED = ("max_value", "mantissa_bits")
 
 
 class QatRuntime(TapRuntime):
-    """Rounds the operands of every tapped site with the model's LearnedQuantizers. `handler`, where there is one, comes first."""
+    """Rounds operands and outputs of every tapped site with the model's LearnedQuantizers. `handler`, where there is one, comes first."""
 
     def handle(self, site: Site, x: Tensor, w: Tensor, product: Product) -> Tensor:
         if self.handler is not None:
@@ -38,11 +38,11 @@ class QatRuntime(TapRuntime):
         if not isinstance(known, Quantizers):
             return product(x, w)
         rounded = [_rounded(known, site, operand, value) for operand, value in zip(site.operands, (x, w), strict=True)]
-        return product(*rounded)
+        return _rounded(known, site, site.output, product(*rounded))
 
 
 def _rounded(known: Quantizers, site: Site, operand: Operand | None, value: Tensor) -> Tensor:
-    """The operand on its learned grid; as it is where calibration never met it."""
+    """The operand (or output) on its learned grid; as it is where nothing rounds it, or calibration never met it."""
     quantizer = None if operand is None else known.get(site.name, operand.role)
     if operand is None or quantizer is None:
         return value
@@ -60,11 +60,11 @@ def qat(
     forward: Forward | None = None,
     samples: int = 32768,
 ) -> M:
-    """A clone of `model` that rounds weights and inputs to grids which are trained with the weights, for the layers `recipe` quantizes.
+    """A clone of `model` that rounds weights, inputs and outputs to grids which are trained with the weights, where `recipe` rounds them.
 
-    recipe: as for fp8fx.compile, or the name of a format, or a dict of role (input, weight) to format. What it says of formats and
-    granularities is where training starts; of scaling and gradients nothing is used: gradients stay in high precision. Layers whose
-    outputs it rounds, with an arithmetic or with e8m0 scales are refused: `recipe()` could not say what was trained.
+    recipe: as for fp8fx.compile, or the name of a format for inputs and weights, or a dict of role (input, weight, output) to format.
+    What it says of formats and granularities is where training starts; of scaling and gradients nothing is used: gradients stay in high
+    precision. Layers with an arithmetic or with e8m0 scales are refused: `recipe()` could not say what was trained.
     learn: max_value, the largest value of each grid, or, for scales per row or block, its ratio to each one's own largest magnitude;
     mantissa_bits, how the bits of each format are split into exponent and mantissa. What is not named keeps its first value.
     data, batches, forward: as for fp8fx.search; the largest values start with the least mean square error on about `samples` elements.
@@ -94,7 +94,9 @@ def qat(
             known.add(name, role, _start(sample, "mantissa_bits" in learned))
     if not len(known.by_name):
         reasons = "; ".join(f"{row.name}: {row.reason}" for row in runtime.plan().rows[:4])
-        raise ModelError(f"fp8fx.qat: no layer has a quantized input or weight under this recipe, so there is nothing to learn. {reasons}")
+        raise ModelError(
+            f"fp8fx.qat: no layer has a quantized input, weight or output under this recipe, so there is nothing to learn. {reasons}"
+        )
     known.requires_grad_("max_value" in learned)
     for quantizer in known.by_name.values():
         if quantizer.mantissa_bits is not None:
@@ -117,8 +119,6 @@ def _learned(learn: str | Sequence[str]) -> tuple[str, ...]:
 def _check_honoured(site: Site) -> None:
     """ModelError where the recipe asks a layer for what training does not do: what is learned would not describe what was trained."""
     spec, asked = site.spec, {}
-    if spec.output is not None:
-        asked["output"] = (f"rounded to {spec.output.format}", "training keeps outputs in high precision", "output: none")
     if spec.arithmetic is not None:
         asked["arithmetic"] = (spec.arithmetic, "training multiplies exactly", "arithmetic: none")
     for role in site.roles():
@@ -134,14 +134,14 @@ def _check_honoured(site: Site) -> None:
 
 
 def recipe_of(recipe: RecipeLike) -> Recipe:
-    """A recipe, or `hybrid` with other formats of input and weight."""
+    """A recipe, or `hybrid` with other formats of input and weight, and of the output where it is named."""
     if isinstance(recipe, str) and recipe not in Recipe.shipped() and not is_path(recipe):
         try:
             name = formats.get(recipe).name
         except FormatError as error:
             shipped = f"{allowed(Recipe.shipped())}{nearest(recipe, Recipe.shipped()).replace(' Did', '; did')}"
             raise ModelError(f"fp8fx.qat: {recipe!r} is neither a shipped recipe ({shipped}) nor a format: {error}") from None
-        recipe = dict.fromkeys(ROLES, name)
+        recipe = dict.fromkeys(("input", "weight"), name)
     if isinstance(recipe, Mapping) and set(recipe) & set(ROLES) and (unknown := [key for key in recipe if key not in ROLES]):
         hint = nearest(unknown[0], ROLES)
         raise ModelError(f"fp8fx.qat: unknown role {unknown[0]!r} beside a format; allowed: {allowed(ROLES)}.{hint}")
@@ -165,6 +165,7 @@ def learned_recipe(model: nn.Module) -> Recipe:
     """The recipe of a model made by `qat`, with each layer's learned formats as rules."""
     runtime = vars(model)[RUNTIME]
     known = cast(Quantizers, model._modules[QUANTIZERS])
+    parameters = {name for name, _ in model.named_parameters(remove_duplicate=False)}
     rules: dict[str, dict[str, Any]] = {}
     for site, role, quantizer in known.items():
         if not quantizer.finite:
@@ -172,7 +173,7 @@ def learned_recipe(model: nn.Module) -> Recipe:
                 f"layer {site!r}: what is learned for its {role} is no longer finite, {quantizer}, so that there is no recipe of it. "
                 "Training diverged: go back to an earlier state, with a lower learning rate for fp8fx.quantizer_parameters(model)"
             )
-        rules.setdefault(site, {"match": site})[role] = quantizer.entry()
+        rules.setdefault(site, rule_of(site, parameters))[role] = quantizer.entry()
     for rule in rules.values():
         rule["reason"] = "learned"
     return Recipe.load(document_of(runtime.recipe, (), list(rules.values())))

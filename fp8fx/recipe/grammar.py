@@ -144,7 +144,7 @@ class Study(Model):
     outer: Text = field("format of the sum of partial sums", default="float32")
     output: Text = field("format of the finished sum, before scales and bias", default="float32")
     shift: Whole = field("products are multiplied by 2^shift before they are rounded, the sum by 2^-shift", default=0)
-    rounding: Text = field("of products and sums: the words of a role, without stochastic", default="nearest_even")
+    rounding: Text = field("of products and sums: the words of a role", default="nearest_even")
     overflow: Overflow = field("of products and sums: an adder overflows to inf", default="nonfinite")
     gradients: Text = field("exact: gradient multiplications are ordinary ones; same: they use this arithmetic too", default="exact")
 

@@ -1,4 +1,4 @@
-"""Handlers for taps: samples of every operand, and the error a candidate makes in a layer's output."""
+"""Handlers for taps: samples of every operand and output, and the error a candidate makes in a layer's output."""
 
 from __future__ import annotations
 
@@ -63,7 +63,10 @@ class Sampling:
         for operand, value in zip(site.operands, (x, w), strict=True):
             if operand is not None and operand.spec is not None and self.wanted(site, operand.role):
                 self._add(site, operand, value.detach())
-        return product(x, w)
+        y = product(x, w)
+        if site.output.spec is not None and self.wanted(site, "output"):
+            self._add(site, site.output, y.detach())
+        return y
 
     def _add(self, site: Site, operand: Operand, value: Tensor) -> None:
         sample = self.samples.setdefault((site.name, operand.role), Sample(site, operand.role))
@@ -95,16 +98,18 @@ class Quantized:
 
     def __call__(self, site: Site, x: Tensor, w: Tensor, product: Product) -> Tensor:
         chosen = [self.choices.get((site.name, operand.role)) if operand is not None else None for operand in site.operands]
-        if not any(chosen):
+        output = self.choices.get((site.name, "output"))
+        if not any(chosen) and output is None:
             return self.at(site, x, w, product)
         pairs = zip(chosen, site.operands, (x, w), strict=True)
-        return product(*(value if choice is None else apply(choice[0], operand, value, choice[1]) for choice, operand, value in pairs))
+        y = product(*(value if choice is None else apply(choice[0], operand, value, choice[1]) for choice, operand, value in pairs))
+        return y if output is None else apply(output[0], site.output, y, output[1])
 
 
 class OutputErrors:
     """Sums, over calls, the squared error that each candidate of each role makes in the output of the sites it is asked about.
 
-    Each role is judged with the other operand in high precision. target: the outputs to be met, in the order of the calls; without it,
+    Each role is judged with all else in high precision. target: the outputs to be met, in the order of the calls; without it,
     the product of what reaches the site.
     """
 
@@ -125,12 +130,19 @@ class OutputErrors:
             self.power[key] += float(target.square().sum())
             self.elements[key] += target.numel()
             for place, candidate in enumerate(self.spaces[key]):
-                operands = [
-                    apply(candidate, operand, value, self.largest[key]) if operand is not None and operand.role == key[1] else value
-                    for operand, value in zip(site.operands, (x, w), strict=True)
-                ]
-                self.sums[key][place] += float((product(*operands).double() - target).square().sum())
+                made = self._output(site, key, candidate, (x, w, y), product)
+                self.sums[key][place] += float((made.double() - target).square().sum())
         return y
+
+    def _output(self, site: Site, key: Key, candidate: Candidate, values: tuple[Tensor, Tensor, Tensor], product: Product) -> Tensor:
+        """The output of the site where what has this role is on the candidate's grid; values: x, w and the product y of both."""
+        if key[1] == "output":
+            return apply(candidate, site.output, values[2], self.largest[key])
+        operands = [
+            apply(candidate, operand, value, self.largest[key]) if operand is not None and operand.role == key[1] else value
+            for operand, value in zip(site.operands, values[:2], strict=True)
+        ]
+        return product(*operands)
 
     def found(self, key: Key) -> list[Found]:
         """Mean squared error of the output, per candidate of this site and role."""

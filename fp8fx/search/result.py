@@ -6,7 +6,7 @@ import contextlib
 import io
 import os
 import secrets
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -68,11 +68,16 @@ def decibels(found: Found | None) -> str:
     return "" if found is None else f"{found.sqnr:.2f} dB"
 
 
-def rules_of(choices: Sequence[Choice]) -> list[dict[str, Any]]:
-    """One rule per layer, in execution order."""
+def rule_of(name: str, parameters: Collection[str]) -> dict[str, Any]:
+    """The beginning of a layer's rule. A product that is named after a parameter is no module, which a rule must say."""
+    return {"match": name, "optional": True} if name in parameters else {"match": name}
+
+
+def rules_of(choices: Sequence[Choice], parameters: Collection[str] = ()) -> list[dict[str, Any]]:
+    """One rule per layer, in execution order. parameters: names of the model's."""
     rules: dict[str, dict[str, Any]] = {}
     for choice in choices:
-        rule = rules.setdefault(choice.layer, {"match": choice.layer})
+        rule = rules.setdefault(choice.layer, rule_of(choice.layer, parameters))
         rule[choice.role] = choice.entry()
     for name, rule in rules.items():
         said = [f"{c.role} {decibels(c.best)}" for c in choices if c.layer == name]
@@ -114,7 +119,7 @@ def write(path: str | os.PathLike[str], text: str) -> None:
 class SearchResult:
     """The choices of a search; `recipe` is what they make of the base recipe. Prints as a table.
 
-    left: layers that were not searched, and why.
+    left: layers that were not searched, and why. parameters: names of the model's, of which some name a layer.
     """
 
     choices: list[Choice]
@@ -123,6 +128,7 @@ class SearchResult:
     exempt: list[Any] = field(default_factory=list)
     said: str = ""
     left: list[str] = field(default_factory=list)
+    parameters: frozenset[str] = frozenset()
 
     def __getitem__(self, key: tuple[str, str]) -> Choice:
         """The choice of (layer, role)."""
@@ -134,7 +140,7 @@ class SearchResult:
     @property
     def document(self) -> dict[str, Any]:
         """The recipe as plain data."""
-        return document_of(self.base, self.exempt, rules_of(self.choices))
+        return document_of(self.base, self.exempt, rules_of(self.choices, self.parameters))
 
     @property
     def recipe(self) -> Recipe:

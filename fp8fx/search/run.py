@@ -20,10 +20,12 @@ from fp8fx.search.progress import progress as progress_bar
 from fp8fx.search.result import Choice, SearchResult
 from fp8fx.search.taps import Operand, Site, TapRuntime, tapped
 from fp8fx.sensitivity.files import check_place
+from fp8fx.spec import ROLES as ALL_ROLES
 from fp8fx.spec import Granularity
 
 SHORTLIST = 3  # largest values per format and granularity, by the tensor's own error, whose error in the output is measured
-ROLES = ("input", "weight")
+ROLES = ("input", "weight", "output")
+GRADIENTS = tuple(role for role in ALL_ROLES if role not in ROLES)
 
 
 def search(
@@ -51,9 +53,10 @@ def search(
     data: a tensor, a dict of keyword arguments, or an iterable of batches, of which the first `batches` are used (all without it).
     forward(model, batch) calls the model where a batch is not its arguments.
     formats, granularities, max_values: the search space; max_values are fractions of the largest magnitude.
-    roles: input, weight. layers: globs of layers to search; the others, and those in `exempt`, keep what `base` says.
+    roles: of input, weight and output those to search; a role is searched where `base` quantizes it. layers: globs of layers to search;
+    the others, and those in `exempt`, keep what `base` says.
     objective: mse, the error of each tensor, on about `samples` elements of it; or output, the error in the layer's output against its
-    high-precision output, layer by layer in execution order, each role with the other one in high precision.
+    high-precision output, layer by layer in execution order, each role with the others in high precision.
     inputs: for `output`. quantized: a layer gets what the layers before it, quantized as chosen, give; float: what they give unquantized.
     scaling: fixed writes the largest value into the recipe (one scale per tensor only); current lets each tensor's own magnitude
     set it, times the fraction found.
@@ -90,7 +93,8 @@ def search(
         for row in runtime.plan().rows
         if row.name not in searched
     ]
-    result = SearchResult(choices, recipe, objective, list(exempt), said, left)
+    parameters = frozenset(name for name, _ in model.named_parameters(remove_duplicate=False))
+    result = SearchResult(choices, recipe, objective, list(exempt), said, left, parameters)
     if out is not None:
         result.save(out)
     return result
@@ -109,10 +113,14 @@ def _roles(roles: Sequence[str]) -> tuple[str, ...]:
         raise ModelError("the search space is empty: roles has no entry")
     for role in found:
         if role not in ROLES:
-            raise ModelError(
-                f"fp8fx.search(roles=...): got {role!r}; the roles that can be searched are {allowed(ROLES)}.{nearest(role, ROLES)}"
-            )
+            raise ModelError(f"fp8fx.search(roles=...): got {role!r}; the roles that can be searched are {allowed(ROLES)}.{_why_not(role)}")
     return found
+
+
+def _why_not(role: str) -> str:
+    if role in GRADIENTS:
+        return " Gradients are there in training only, and change as it goes: give them scaling: current or delayed"
+    return nearest(role, ROLES)
 
 
 def _check_found(runtime: TapRuntime, sampling: Sampling, patterns: Sequence[str], roles: Sequence[str]) -> None:
@@ -154,8 +162,7 @@ class _Searcher:
         return choices
 
     def errors(self, sample: Sample) -> list[Found]:
-        operands = [o for o in sample.site.operands if o is not None and o.role == sample.role]
-        space = [c for c in self.space if all(fits(c, operand, sample.site, sample.flat) for operand in operands)]
+        space = [c for c in self.space if all(fits(c, o, sample.site, sample.flat) for o in sample.site.having(sample.role))]
         if not space:
             kinds = ", ".join(sorted({c.text for c in self.space}))
             raise ModelError(

@@ -2,6 +2,8 @@
 
     y = linear(x, w, b)     ->     y = tap(x, w, b)        tap calls handler(site, x, w, product); product(x, w) is linear(x, w, b)
 
+An addend (torch.addmm and its relatives) comes after what the handler gives where the recipe rounds the output: it rounds the product.
+
 Capture, names and decisions are those of `fp8fx.compile`: functional sites are reached too, exempt ones are left alone, and what a
 handler sees is named as a recipe's rules name it. The graph stays in high precision and runs eagerly, with autograd as usual.
 """
@@ -35,10 +37,11 @@ Handler = Callable[["Site", Tensor, Tensor, Product], Tensor]
 
 @dataclass(frozen=True)
 class Operand:
-    """One operand of a site: the role it has, its spec in the base recipe, and where its contraction lies.
+    """One operand of a site, or its output: the role it has, its spec in the base recipe, and where its contraction lies.
 
     layout: `last` and `second_last` dimension; `tail`, all but the first (the weight of a convolution); `turned_tail`, all but
-    the second (of a transposed one); `none` for what takes one scale per tensor only (the input of a convolution).
+    the second (of a transposed one); `none` for what takes one scale per tensor only (the input of a convolution, its output).
+    An output has its scales over its last dimension.
     """
 
     role: str
@@ -60,13 +63,14 @@ class Operand:
 
 @dataclass(frozen=True)
 class Site:
-    """One product: its name, its operation, what annotate decided, and its operands; `left` is None for an embedding's index."""
+    """One product: its name, its operation, what annotate decided, its operands and its output; `left` is None for an embedding's index."""
 
     name: str
     op: str
     spec: SiteSpec
     left: Operand | None
     right: Operand
+    output: Operand
     shape: str = ""
 
     @property
@@ -74,8 +78,12 @@ class Site:
         return self.left, self.right
 
     def roles(self) -> list[str]:
-        """The roles that the base recipe quantizes here, of input and weight, each once."""
-        return list(dict.fromkeys(o.role for o in self.operands if o is not None and o.spec is not None))
+        """The roles that the base recipe quantizes here, of input, weight and output, each once."""
+        return list(dict.fromkeys(o.role for o in (*self.operands, self.output) if o is not None and o.spec is not None))
+
+    def having(self, role: str) -> list[Operand]:
+        """What has this role: one or two operands, or the output."""
+        return [o for o in (*self.operands, self.output) if o is not None and o.role == role]
 
 
 def site_of(call: SiteCall, name: str, op: str, spec: SiteSpec) -> Site:
@@ -89,16 +97,20 @@ def site_of(call: SiteCall, name: str, op: str, spec: SiteSpec) -> Site:
     elif call.transposed_weight:
         right = ("last", "second_last")
     roles = [Operand(role, getattr(spec, role), layout) for role, layout in zip(left, right, strict=True)]
-    return Site(name, op, spec, None if call.op == "embedding" else roles[0], roles[1], call.shape)
+    output = Operand("output", spec.output, "none" if call.op in CONVOLUTIONS else "last")
+    return Site(name, op, spec, None if call.op == "embedding" else roles[0], roles[1], output, call.shape)
 
 
 class Tap(nn.Module):
     """Stands for one site in the graph; calls the runtime's `handle`. Under fp8fx.autocast(enabled=False) it is the product itself."""
 
-    def __init__(self, runtime: TapRuntime, site: Site, target: Any, method: bool, places: tuple[int | str, int | str]) -> None:
+    def __init__(
+        self, runtime: TapRuntime, site: Site, target: Any, method: bool, places: tuple[int | str, int | str], adds: bool = False
+    ) -> None:
+        """adds: the call adds its first argument, and the handler is to see the product without it."""
         super().__init__()
         self.runtime: Any = weakref.ref(runtime)  # Dynamo's caches keep graphs for longer than anyone keeps the model
-        self.site, self.method, self.places = site, method, places
+        self.site, self.method, self.places, self.adds = site, method, places, adds
         vars(self)["target"] = target  # not by assignment: a module would become a child
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
@@ -114,8 +126,14 @@ class Tap(nn.Module):
             return vars(self)["target"](*positional, **named)
 
         x, w = (args[place] if isinstance(place, int) else kwargs[place] for place in self.places)
+        if mode() != FP8:
+            return product(x, w)
         runtime: Any = alive(self.runtime)
-        return runtime.handle(self.site, x, w, product) if mode() == FP8 else product(x, w)
+        if not self.adds:
+            return runtime.handle(self.site, x, w, product)
+        y = runtime.handle(self.site, x, w, operator.matmul) * kwargs.get("alpha", 1)
+        beta = kwargs.get("beta", 1)  # torch ignores the values of an addend with 0, NaN too
+        return y if beta == 0 else y + beta * (args[0] if args else kwargs["input"])
 
 
 class TapRuntime(Runtime):
@@ -149,7 +167,8 @@ def tap_graph(module: fx.GraphModule, runtime: TapRuntime) -> fx.GraphModule:
         site = runtime.sites.setdefault(made.name, site_of(call, made.name, made.op, made.spec))
         method = node.op == "call_method"
         name = f"fp8fx_tap_{number}"
-        module.add_submodule(name, Tap(runtime, site, _in_place(node.target), method, _places(call)))
+        adds = call.add is not None and site.spec.output is not None
+        module.add_submodule(name, Tap(runtime, site, _in_place(node.target), method, _places(call), adds))
         with module.graph.inserting_before(node):
             tap = module.graph.call_module(name, node.args, node.kwargs)
         tap.meta = dict(node.meta)

@@ -81,7 +81,7 @@ def test_under_torch_compile() -> None:
 
 def test_opcheck() -> None:
     a, b = torch.randn(4, 6, requires_grad=True), torch.randn(6, 5, requires_grad=True)
-    torch.library.opcheck(torch.ops.fp8fx.arithmetic_mm.default, (a, b, "accumulate=float16", False))
+    torch.library.opcheck(torch.ops.fp8fx.arithmetic_mm.default, (a, b, "accumulate=float16", False, 3, "output"))
 
 
 @pytest.mark.parametrize(

@@ -183,7 +183,7 @@ def test_texts() -> None:
     [
         ({"accumulate": "hoper_fast"}, "accumulate: unknown number format 'hoper_fast'.*Did you mean 'hopper_fast'"),
         ({"products": "float8"}, "unknown number format 'float8'"),
-        ({"rounding": "stochastic"}, r"unknown rounding 'stochastic' of products and sums \(random bits"),
+        ({"rounding": "stochastics"}, r"unknown rounding 'stochastics' of products and sums.*Did you mean 'stochastic'"),
         ({"overflow": "wrap"}, "unknown overflow policy 'wrap'"),
         ({"chunk": -1}, "chunk: got -1"),
         ({"chunk": 2.5}, "chunk: got 2.5"),

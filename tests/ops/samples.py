@@ -226,6 +226,7 @@ SAMPLES: dict[str, list[Callable[[], tuple[Any, ...]]]] = {
     "round_gradient": [lambda: (learned(3, 8), SPEC, None, "attn", "grad_output")],
     "meter_row": [meter_row_args, lambda: (randn(3, 8), None, "", None, None, None)],
     "rounded_mm": [lambda: (*scaled_mm_args([]), "precise", RANDOM, RNG, "fc", "output")],
+    "stochastic_mm": [lambda: (*scaled_mm_args([]), "products=e5m2/rounding=stochastic", RNG, "fc", "grad_input")],
     "scaled_mm": [lambda: scaled_mm_args([]), lambda: scaled_mm_args([1, 4]), lambda: scaled_mm_args([4, 4])],
     "linear": [
         lambda: linear_args(BACKWARD),
