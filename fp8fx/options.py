@@ -21,6 +21,14 @@ class Options:
     on_capture_error: str = "raise"  # raise | eager
     plan_only: bool = False
 
+    @property
+    def cuda_graphs(self) -> bool:
+        """Inductor puts what it compiles into CUDA graphs."""
+        if self.inner not in ("auto", "inductor"):
+            return False
+        mode = torch._inductor.list_mode_options(self.inner_mode) if self.inner_mode else {}
+        return bool(mode.get("triton.cudagraphs", torch._inductor.config.triton.cudagraphs))
+
     def check(self) -> None:
         """Raise ModelError for a word that is none of those allowed."""
         choices: dict[str, tuple[str, ...]] = {

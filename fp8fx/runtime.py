@@ -155,7 +155,10 @@ class Runtime:
             self._first_layer = layers[0]
         recipe = self.recipe.with_boundary(first=first, last=captured.ends)
         where = next((x.device for x in example_inputs if isinstance(x, Tensor) and x.is_cuda), torch.device("cpu"))
-        context = Context(recipe, module_types(self.root), complete, add_input, False, where.type, eager=self.options.inner == "eager")
+        context = Context(
+            recipe, module_types(self.root), complete, add_input, False, where.type,
+            eager=self.options.inner == "eager", cuda_graphs=self.options.cuda_graphs,
+        )  # fmt: skip
         if where.type == "cuda":
             name, capability = torch.cuda.get_device_name(where), torch.cuda.get_device_capability(where)
             context = dataclasses.replace(context, weights_inside=self.trains(), device_name=name, capability=capability)

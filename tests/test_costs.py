@@ -106,6 +106,7 @@ def test_choose_leaves_what_only_costs_launches() -> None:
     assert costs.choose([large] * 10 + [tiny] * 10, table) == [True] * 10 + [False] * 10
     assert costs.choose([tiny] * 10, table) == [False] * 10
     assert costs.choose([], table) == []
+    assert costs.choose([tiny] * 10, table.without_host()) == [True] * 10  # in CUDA graphs launches cost nothing
     assert costs.choose([large], table, least=2.5) == [False]  # 2 times is not enough
 
 

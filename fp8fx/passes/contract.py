@@ -78,6 +78,7 @@ class Context:
     add_input: appends an input placeholder; the front end knows how. calibrating: measure amax only
     (fp8fx.autocast). device: type of device it runs on; device_name, capability: of that GPU, by torch. weights_inside: weights that nobody
     keeps are quantized in the graph, where it runs on kernels. eager: no compiler joins what the rewritten graph leaves apart.
+    cuda_graphs: the host launches the graph as a whole, whatever is in it.
     """
 
     recipe: Recipe
@@ -90,6 +91,7 @@ class Context:
     capability: tuple[int, int] | None = None
     weights_inside: bool = False
     eager: bool = False
+    cuda_graphs: bool = False
 
 
 Pass = Callable[[fx.GraphModule, Context], PassResult]

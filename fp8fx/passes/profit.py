@@ -48,6 +48,8 @@ def without_gain(
         elif layer := _layer(call, made.spec, readers):
             layers[i] = layer
     table = costs.load(context.device_name) if context.device_name else costs.load()
+    if context.cuda_graphs:
+        table = table.without_host()
     for i, chosen in zip(layers, costs.choose(list(layers.values()), table, LEAST), strict=True):
         if not chosen:
             gain = costs.cost(layers[i], table).gpu_speedup

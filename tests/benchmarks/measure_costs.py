@@ -126,11 +126,11 @@ def cast_calls(x: Tensor) -> dict[str, Call]:
 
 
 def casts(elements: Sequence[int], device: str) -> dict[str, list[list[float]]]:
-    """kind -> [[elements, us], ...], of matrices about four times as long as wide."""
+    """kind -> [[elements, us], ...], of matrices about four times as long as wide, with a multiple of 16 rows as batches have."""
     found: dict[str, list[list[float]]] = {kind: [] for kind in CASTS}
     for count in elements:
         width = 128 * max(1, round(math.sqrt(count / 4) / 128))
-        x = torch.randn(count // width, width, device=device, dtype=torch.bfloat16)
+        x = torch.randn(max(16, count // width // 16 * 16), width, device=device, dtype=torch.bfloat16)
         for kind, call in cast_calls(x).items():
             found[kind].append([x.numel(), round(gpu_us(call), 3)])
     return found

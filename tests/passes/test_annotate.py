@@ -14,6 +14,7 @@ from torch.nn import functional as F
 
 import fp8fx
 from fp8fx import pipeline
+from fp8fx.options import Options
 from fp8fx.passes.contract import SiteDecision, decision
 from fp8fx.spec import ROLES
 
@@ -286,10 +287,10 @@ def test_torch_and_transformers_run_experts_alike() -> None:
 # -- on a GPU: does FP8 pay? --------------------------------------------------------------------------------------------------
 
 
-def on_gpu(recipe: dict[str, Any]) -> list[SiteDecision]:
+def on_gpu(recipe: dict[str, Any], cuda_graphs: bool = False) -> list[SiteDecision]:
     """The decisions that a graph on a GPU would get for a block whose layers are far too small for FP8."""
     trace = together("attention", "hybrid")
-    context = dataclasses.replace(trace.record.context, device="cuda", recipe=fp8fx.Recipe.load(recipe))
+    context = dataclasses.replace(trace.record.context, device="cuda", recipe=fp8fx.Recipe.load(recipe), cuda_graphs=cuda_graphs)
     graph = pipeline.run(trace.record.captured, context, "annotate").module.graph
     return [made for node in graph.nodes if (made := decision(node)) is not None]
 
@@ -334,3 +335,20 @@ def test_the_cost_model_decides_for_the_whole_graph(monkeypatch: pytest.MonkeyPa
     assert len(seen) > 1
     assert [made.mode for made in decisions] == ["fp8"] + ["high_precision"] * (len(seen) - 1)
     assert all((layer.granularity, layer.scaling, layer.training) == ("row", "current", True) for layer in seen)
+
+
+def test_inside_of_cuda_graphs_launches_cost_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
+    hosts: list[Any] = []
+
+    def choose(layers: Any, table: Any, least: float) -> list[bool]:
+        hosts.append(table.host["training"]["fp8"])
+        return [True] * len(layers)
+
+    monkeypatch.setattr(fp8fx.costs, "choose", choose)
+    for cuda_graphs in (False, True):
+        on_gpu({"extends": "hybrid"}, cuda_graphs)
+    assert hosts[0] > 0
+    assert hosts[1] == 0
+    modes = {mode: Options(inner_mode=mode).cuda_graphs for mode in (None, "default", "reduce-overhead", "max-autotune-no-cudagraphs")}
+    assert modes == {None: False, "default": False, "reduce-overhead": True, "max-autotune-no-cudagraphs": False}
+    assert not Options(inner="eager", inner_mode="reduce-overhead").cuda_graphs
