@@ -232,6 +232,7 @@ def bars(rows: list[Row], selection: dict[str, list[str]] | None) -> list[Bar]:
 def draw(figure: Any, rows: list[Row]) -> None:
     """Bars of speed-up per group; a mark where the issue's bar lies."""
     shown = [row for row in rows if "speed_up" in row and not row["baseline"]]
+    shown.sort(key=lambda row: (list(GROUPS).index(row["group"]), row["candidate"]))
     names = [f"{row['group']}/{row['candidate']}" for row in shown]
     axes = figure.add_subplot()
     figure.set_size_inches(8, 1 + 0.28 * max(len(shown), 4))
