@@ -155,13 +155,9 @@ class Runtime:
             self._first_layer = layers[0]
         recipe = self.recipe.with_boundary(first=first, last=captured.ends)
         where = next((x.device for x in example_inputs if isinstance(x, Tensor) and x.is_cuda), torch.device("cpu"))
-        context = Context(
-            recipe, module_types(self.root), complete, add_input, False, where.type,
-            eager=self.options.inner == "eager", cuda_graphs=self.options.cuda_graphs,
-        )  # fmt: skip
-        if where.type == "cuda":
-            name, capability = torch.cuda.get_device_name(where), torch.cuda.get_device_capability(where)
-            context = dataclasses.replace(context, weights_inside=self.trains(), device_name=name, capability=capability)
+        eager, cuda_graphs = self.options.inner == "eager", self.options.cuda_graphs
+        context = Context(recipe, module_types(self.root), complete, add_input, eager=eager, cuda_graphs=cuda_graphs)
+        context = context.on(where, self.trains())
         compiled = pipeline.run(captured, context, "annotate" if self.options.plan_only else "lower")
         record = GraphRecord(captured, context, compiled, site_rows(compiled.annotated), bool(layers))
         if self.options.plan_only:

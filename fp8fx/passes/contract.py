@@ -14,7 +14,7 @@ from __future__ import annotations
 
 import operator
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
@@ -92,6 +92,13 @@ class Context:
     weights_inside: bool = False
     eager: bool = False
     cuda_graphs: bool = False
+
+    def on(self, device: torch.device, trains: bool) -> Context:
+        """The same for a graph on `device`, whose weights change between calls if it `trains`."""
+        if device.type != "cuda":
+            return replace(self, device=device.type)
+        name, capability = torch.cuda.get_device_name(device), torch.cuda.get_device_capability(device)
+        return replace(self, device="cuda", weights_inside=trains, device_name=name, capability=capability)
 
 
 Pass = Callable[[fx.GraphModule, Context], PassResult]

@@ -352,3 +352,12 @@ def test_inside_of_cuda_graphs_launches_cost_nothing(monkeypatch: pytest.MonkeyP
     modes = {mode: Options(inner_mode=mode).cuda_graphs for mode in (None, "default", "reduce-overhead", "max-autotune-no-cudagraphs")}
     assert modes == {None: False, "default": False, "reduce-overhead": True, "max-autotune-no-cudagraphs": False}
     assert not Options(inner="eager", inner_mode="reduce-overhead").cuda_graphs
+
+
+def test_what_passes_know_of_a_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda device: "NVIDIA H100 80GB HBM3")
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (9, 0))
+    context = together("attention", "hybrid").record.context
+    there = context.on(torch.device("cuda", 0), trains=True)
+    assert (there.device, there.device_name, there.capability, there.weights_inside) == ("cuda", "NVIDIA H100 80GB HBM3", (9, 0), True)
+    assert context.on(torch.device("cpu"), trains=True) == context
