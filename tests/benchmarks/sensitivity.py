@@ -14,9 +14,10 @@ import sys
 import time
 from pathlib import Path
 
-sys.path.insert(0, str(Path(__file__).parents[1]))
+# This file's own name is that of the package beside it: only its folder may be searched.
+sys.path[:] = [str(Path(__file__).parents[1] / "sensitivity"), *(folder for folder in sys.path if folder != str(Path(__file__).parent))]
 
-from sensitivity.planted import planted
+from planted import planted
 
 import fp8fx
 
