@@ -14,8 +14,7 @@ import sys
 import time
 from pathlib import Path
 
-# This file's own name is that of the package beside it: only its folder may be searched.
-sys.path[:] = [str(Path(__file__).parents[1] / "sensitivity"), *(folder for folder in sys.path if folder != str(Path(__file__).parent))]
+sys.path.insert(0, str(Path(__file__).parents[1] / "sensitivity"))  # the folder itself: this file has the name of that package
 
 from planted import planted
 
