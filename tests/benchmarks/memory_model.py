@@ -34,8 +34,8 @@ from transformer_blocks import Blocks, Size, make, tokens
 
 import fp8fx
 from fp8fx import inner as inner_module
-from fp8fx import runtime
 from fp8fx.ops import act_linear, inductor
+from fp8fx.passes.contract import Context
 
 SIZE = Size(width=256, heads=8, kv_heads=2, hidden=896, layers=2, length=128)
 ACT_LINEAR = torch.ops.fp8fx.act_linear.default
@@ -109,14 +109,13 @@ def _buffers(live: list[Live]) -> Iterator[None]:
 @contextlib.contextmanager
 def _as_on_a_gpu() -> Iterator[None]:
     """Graphs are lowered for kernels, and products become aten's, though every tensor is on the CPU."""
-    context = runtime.Context
 
-    def on_gpu(*args: Any, **further: Any) -> Any:
-        return dataclasses.replace(context(*args, **further), device="cuda", device_name="", weights_inside=True)
+    def on_gpu(context: Context, device: torch.device, trains: bool) -> Context:
+        return dataclasses.replace(context, device="cuda", weights_inside=True)
 
     by_inductor = inner_module._by_inductor
     with (
-        mock.patch.object(runtime, "Context", on_gpu),
+        mock.patch.object(Context, "on", on_gpu),
         mock.patch.object(act_linear, "APART", act_linear.APART * (SIZE.width * SIZE.length) // (4096 * 2048)),
         mock.patch.object(inductor, "on_gpu", return_value=True),
         mock.patch.object(inner_module, "_by_inductor", lambda module, inputs, mode, cuda: by_inductor(module, inputs, mode, True)),

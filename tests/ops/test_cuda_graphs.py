@@ -20,8 +20,8 @@ from torch._inductor import cudagraph_utils, output_code, scheduler
 from torch.nn import functional as F
 
 import fp8fx
-from fp8fx import runtime
 from fp8fx.ops import inductor
+from fp8fx.passes.contract import Context
 
 SETTINGS = {"defaults": {"when_not_faster": "emulate"}}
 
@@ -80,13 +80,12 @@ class Graphs:
 
 @contextlib.contextmanager
 def as_on_a_gpu(graphs: Graphs) -> Iterator[None]:
-    context = runtime.Context
 
-    def on_gpu(*args: Any, **further: Any) -> Any:
-        return dataclasses.replace(context(*args, **further), device="cuda", device_name="", weights_inside=True)
+    def on_gpu(context: Context, device: torch.device, trains: bool) -> Context:
+        return dataclasses.replace(context, device="cuda", weights_inside=True)
 
     with (
-        mock.patch.object(runtime, "Context", on_gpu),
+        mock.patch.object(Context, "on", on_gpu),
         mock.patch.object(inductor, "on_gpu", return_value=True),
         mock.patch.object(output_code, "cudagraph_partition_post_compile", graphs),
         mock.patch.object(scheduler.BaseSchedulerNode, "is_gpu", return_value=True),
