@@ -14,7 +14,7 @@ from fp8fx.capture import dynamo
 from fp8fx.ops.available import triton_works
 from fp8fx.ops.inductor import decompositions
 from fp8fx.ops.kept import static_records
-from fp8fx.options import Options
+from fp8fx.options import Options, in_cuda_graphs
 from fp8fx.passes.device import GRAD_RECORDS, RECORDS
 from fp8fx.spec import ACCUMULATORS, SiteSpec, TensorSpec
 
@@ -38,7 +38,7 @@ def _by_inductor(module: fx.GraphModule, example_inputs: list[Any], mode: str | 
 
     patches = torch._inductor.list_mode_options(mode) if mode else {}
     further: dict[str, Any] = {"decompositions": decompositions()} if cuda else {}
-    if patches.get("triton.cudagraphs", torch._inductor.config.triton.cudagraphs):
+    if in_cuda_graphs(mode):
         _keep_in_place(module)
         _make_constants(module, example_inputs)
         further["inner_compile"] = static_records(compile_fx_inner)

@@ -9,6 +9,12 @@ import torch
 from fp8fx.errors import ModelError, allowed, nearest
 
 
+def in_cuda_graphs(mode: str | None) -> bool:
+    """Inductor captures CUDA graphs in this mode, or whatever the mode is."""
+    changes = torch._inductor.list_mode_options(mode) if mode else {}
+    return bool(changes.get("triton.cudagraphs", torch._inductor.config.triton.cudagraphs))
+
+
 @dataclass(frozen=True)
 class Options:
     """How a model is compiled, apart from the recipe."""
@@ -24,10 +30,7 @@ class Options:
     @property
     def cuda_graphs(self) -> bool:
         """Inductor puts what it compiles into CUDA graphs."""
-        if self.inner not in ("auto", "inductor"):
-            return False
-        mode = torch._inductor.list_mode_options(self.inner_mode) if self.inner_mode else {}
-        return bool(mode.get("triton.cudagraphs", torch._inductor.config.triton.cudagraphs))
+        return self.inner in ("auto", "inductor") and in_cuda_graphs(self.inner_mode)
 
     def check(self) -> None:
         """Raise ModelError for a word that is none of those allowed."""
