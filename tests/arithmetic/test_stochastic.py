@@ -11,6 +11,7 @@ import gfloat
 import numpy as np
 import pytest
 import torch
+from numerics.golden_stochastic import philox
 from numerics.oracles import gfloat_format
 from torch import Tensor, nn
 
@@ -25,15 +26,6 @@ from fp8fx.errors import ModelError
 MASK = 0xFFFFFFFF
 PRODUCTS, SUMS, OUTER, OUTPUT = range(4)
 SIGMAS = 5.0
-
-
-def philox(counter: list[int], key: list[int]) -> list[int]:
-    """Philox4x32-10 as Salmon et al. write it, in Python's integers."""
-    for _ in range(10):
-        product0, product1 = 0xD2511F53 * counter[0], 0xCD9E8D57 * counter[2]
-        counter = [(product1 >> 32) ^ counter[1] ^ key[0], product1 & MASK, (product0 >> 32) ^ counter[3] ^ key[1], product0 & MASK]
-        key = [(key[0] + 0x9E3779B9) & MASK, (key[1] + 0xBB67AE85) & MASK]
-    return counter
 
 
 def key_of(seed: int, site: str, role: str, part: int = 0, step: int = 0, call: int = 0) -> list[int]:

@@ -14,8 +14,6 @@ from fp8fx import pipeline
 from fp8fx.options import Options
 from fp8fx.passes.contract import SiteDecision, decision
 
-ROW = {"granularity": "row"}
-
 
 def on_gpu(recipe: dict[str, Any], cuda_graphs: bool = False) -> list[SiteDecision]:
     """The decisions that a graph on a GPU would get for a block whose layers are far too small for FP8."""

@@ -8,6 +8,7 @@ from typing import Any
 import pytest
 import torch
 from qat.test_relaxed import relaxed
+from rounded_net import Net
 from torch import Tensor, nn
 from torch.nn import functional as F
 
@@ -16,19 +17,6 @@ from fp8fx import formats
 from fp8fx.ops import observe
 
 OUTPUTS = {"extends": "hybrid", "defaults": {"output": {"format": "e4m3fn", "scaling": "current"}}}
-
-
-class Net(nn.Module):
-    """Outputs of a convolution, of a layer that another one reads, of a product without a module, and of the last layer."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.conv = nn.Conv2d(3, 4, 3)
-        self.up, self.head = nn.Linear(36, 8), nn.Linear(8, 5)
-
-    def forward(self, x: Tensor) -> Tensor:
-        y = self.up(self.conv(x).flatten(2))  # [B, 4, 8]
-        return self.head((y @ y.mT) @ y).mean(1)
 
 
 def made(recipe: Any = OUTPUTS, **kwargs: Any) -> tuple[Net, Any, Tensor]:

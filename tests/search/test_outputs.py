@@ -9,6 +9,7 @@ import ml_dtypes
 import numpy as np
 import pytest
 import torch
+from rounded_net import Net
 from torch import Tensor, nn
 
 import fp8fx
@@ -22,19 +23,6 @@ def base(**roles: Any) -> dict[str, Any]:
 
 
 ONLY = base(input="none", weight="none")
-
-
-class Net(nn.Module):
-    """A convolution, a layer that another one reads, a product without a module, and the last layer."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.conv = nn.Conv2d(3, 4, 3)
-        self.up, self.head = nn.Linear(36, 8), nn.Linear(8, 5)
-
-    def forward(self, x: Tensor) -> Tensor:
-        y = self.up(self.conv(x).flatten(2))
-        return self.head((y @ y.mT) @ y).mean(1)
 
 
 def made() -> tuple[Net, list[Tensor]]:
