@@ -7,7 +7,7 @@
 Some hundred programs walk over the tensors, from their end to their start, so that the cast which follows finds the start in the L2
 cache. They leave partial amaxes, float32 [PARTS], no memory to zero and no atomics; or merge theirs into an amax that the caller gives,
 and zeroed. Either is what `activation_cast(..., from_amax=True)` makes its scale from. The values are those that it
-casts, to the bit (of du alone, but for the last bit of silu).
+casts, to the bit.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ from torch import Tensor
 from fp8fx.errors import KernelError
 from fp8fx.kernels.activations import ACTIVATIONS, Kept, backward, check_operands, forward, pointers, values
 from fp8fx.kernels.amax import part_count
-from fp8fx.kernels.codes import finite_magnitude
+from fp8fx.kernels.codes import finite_magnitude, largest_of
 from fp8fx.kernels.launch import launch
 from fp8fx.kernels.layout import plain_matrices
 from fp8fx.kernels.quarters import locate_tile
@@ -76,7 +76,7 @@ def _activation_amax_kernel(
 
 @triton.jit
 def _leave(amax_ptr, largest, pid, MERGE: tl.constexpr):
-    value = tl.max(tl.max(largest, 1), 0)
+    value = largest_of(largest)
     if MERGE:
         merge_amax(amax_ptr, amax_bits(amax_ptr), value)
     else:

@@ -12,7 +12,7 @@ quarters (see `quarters`). A tile cannot know the amax of the whole: scales are 
 
 h and u can be kept for the backward in FP8 (`Kept`): forward writes their codes beside q and qT, and backward reads those. The two results
 of a gated backward can be written by two launches, so that u is free before the second: `only` dh, and then du as the forward's
-act(h) * dy, which it is but for the last bit of silu.
+act(h) * dy, to the bit.
 """
 
 from __future__ import annotations

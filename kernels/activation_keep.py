@@ -19,7 +19,7 @@ from torch import Tensor
 from fp8fx.errors import KernelError
 from fp8fx.kernels.activations import ACTIVATIONS, Kept, check_operands, forward, keep
 from fp8fx.kernels.amax import part_count
-from fp8fx.kernels.codes import finite_magnitude
+from fp8fx.kernels.codes import finite_magnitude, largest_of
 from fp8fx.kernels.launch import launch
 from fp8fx.kernels.layout import matrices
 from fp8fx.kernels.quarters import locate_tile
@@ -58,7 +58,7 @@ def _activation_keep_kernel(
         at = rows.to(tl.int64)[:, None] * K + columns[None, :]
         tl.store(h_ptr + at, y.to(h_ptr.dtype.element_ty), mask=(rows < M)[:, None] & (columns < K)[None, :])
         largest = tl.maximum(largest, finite_magnitude(y))
-    tl.store(amax_ptr + pid, tl.max(tl.max(largest, 1), 0))
+    tl.store(amax_ptr + pid, largest_of(largest))
 
 
 def activation_keep(h: Tensor, u: Tensor | None, activation: str, kept: tuple[Kept, Kept | None]) -> Tensor:

@@ -22,6 +22,7 @@ from fp8fx.kernels.codes import decode, encode, finite_magnitude
 from fp8fx.kernels.layout import cdiv, check_input
 from fp8fx.kernels.quarters import load_quarter, store_quarter
 from fp8fx.kernels.scale import current_scale, inverse
+from fp8fx.kernels.stochastic import INTERPRET
 
 SIDE = 128  # columns that share a scale of what is kept: the width of a tile of the kernels
 
@@ -47,16 +48,35 @@ _INV_SQRT_2_PI = tl.constexpr(0.3989422804014327)
 _KAPPA = tl.constexpr(0.044715)
 
 
+# 1 / (1 + 2^(-h log2(e))). What `exp` and `/` do for results below 2^-126 is left out: added to 1 they do not count, and a sigmoid that
+# small is 0 here, so that silu is -0 below -87.3 instead of a number above -2^-119. That makes 4 instructions of 12.
+_SIGMOID = tl.constexpr("""{
+    .reg .f32 t;
+    mul.f32 t, $1, 0fBFB8AA3B;
+    ex2.approx.ftz.f32 t, t;
+    add.f32 t, t, 0f3F800000;
+    rcp.approx.ftz.f32 $0, t;
+}""")
+
+
+@triton.jit
+def _sigmoid(h):
+    if INTERPRET:
+        return 1.0 / (1.0 + tl.exp(-h))
+    else:
+        return tl.inline_asm_elementwise(_SIGMOID, "=f,f", [h], dtype=tl.float32, is_pure=True, pack=1)
+
+
 @triton.jit
 def _tanh(x):
-    return 1.0 - 2.0 / (tl.exp(2.0 * x) + 1.0)
+    return 1.0 - 2.0 * _sigmoid(-2.0 * x)
 
 
 @triton.jit
 def activate(h, ACT: tl.constexpr):
     """act(h) of float32 h."""
     if ACT == 0:
-        return h / (1.0 + tl.exp(-h))
+        return h * _sigmoid(h)
     elif ACT == 1:
         return h * 0.5 * (1.0 + tl.erf(h * _SQRT_HALF))
     elif ACT == 2:
@@ -69,8 +89,7 @@ def activate(h, ACT: tl.constexpr):
 def _derivative(h, ACT: tl.constexpr):
     """act'(h) of float32 h."""
     if ACT == 0:
-        sigmoid = 1.0 / (1.0 + tl.exp(-h))
-        return _silu_derivative(h, sigmoid)
+        return _silu_derivative(h, _sigmoid(h))
     elif ACT == 1:
         return 0.5 * (1.0 + tl.erf(h * _SQRT_HALF)) + h * tl.exp(-0.5 * h * h) * _INV_SQRT_2_PI
     elif ACT == 2:
@@ -88,9 +107,9 @@ def _silu_derivative(h, sigmoid):
 
 @triton.jit
 def _both(h, ACT: tl.constexpr):
-    """act(h) and act'(h). One division serves both of silu's, so that act may differ from `activate` in its last bit."""
+    """act(h) and act'(h)."""
     if ACT == 0:
-        sigmoid = 1.0 / (1.0 + tl.exp(-h))
+        sigmoid = _sigmoid(h)
         return h * sigmoid, _silu_derivative(h, sigmoid)
     else:
         return activate(h, ACT), _derivative(h, ACT)

@@ -17,7 +17,7 @@ import triton.language as tl
 from torch import Tensor
 
 from fp8fx.errors import KernelError
-from fp8fx.kernels.codes import finite_magnitude
+from fp8fx.kernels.codes import finite_magnitude, largest_of
 from fp8fx.kernels.launch import launch
 from fp8fx.kernels.layout import AXES, Matrices, axis_shape, axis_size, cdiv, ceil_power_of_two, check_input, long_rows, matrices
 from fp8fx.kernels.records import amax_bits, merge_amax
@@ -25,7 +25,7 @@ from fp8fx.kernels.records import amax_bits, merge_amax
 # BLOCK_M, BLOCK_K, num_warps
 _TILE = (64, 128, 4)
 _FLAT = (4, 4096, 8)
-_PARTS_FLAT = (2, 4096, 4)
+_PARTS_FLAT = (2, 4096, 8)
 
 # Programs of a kernel that walks over a whole tensor and leaves one partial amax each: almost eight per multiprocessor.
 MOST_PARTS = 1024
@@ -56,7 +56,7 @@ def _amax_kernel(
         largest = tl.max(magnitude, 0).to(tl.int32, bitcast=True)
         tl.atomic_max(column_ptr.to(tl.pointer_type(tl.int32), bitcast=True) + b * K + columns, largest, mask=columns < K, sem="relaxed")
     if TENSOR:
-        merge_amax(amax_ptr, amax_bits(amax_ptr), tl.max(tl.max(magnitude, 1), 0))
+        merge_amax(amax_ptr, amax_bits(amax_ptr), largest_of(magnitude))
 
 
 @triton.jit
@@ -89,7 +89,7 @@ def _amax_parts_kernel(
     for i in range(tl.program_id(0), tiles, PARTS):
         magnitude, _, _, _ = _tile(tiles - 1 - i, x_ptr, M, K, stride_xb, stride_xm, stride_xk, BLOCK_M, BLOCK_K)
         largest = tl.maximum(largest, magnitude)
-    tl.store(parts_ptr + tl.program_id(0), tl.max(tl.max(largest, 1), 0))
+    tl.store(parts_ptr + tl.program_id(0), largest_of(largest))
 
 
 def amax(x: Tensor, granularity: str = "tensor") -> Tensor:

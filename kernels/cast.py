@@ -38,7 +38,7 @@ from fp8fx.kernels.scale import compute_scale
 __all__ = ["LAYOUTS", "NEAREST", "Quantized", "Rounding", "cast", "cast_current"]
 
 # what is written -> BLOCK_M, BLOCK_K, num_warps; `flat`: any contiguous tensor with one scale, as long rows
-_CONFIGS = {"rows": (64, 128, 4), "transposed": (64, 128, 4), "flat": (4, 4096, 8)}
+_CONFIGS = {"rows": (64, 128, 4), "transposed": (64, 64, 4), "flat": (4, 4096, 8)}
 
 
 class Quantized(NamedTuple):

@@ -10,11 +10,12 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from fp8fx.kernels.codes import encode, random_tile
+from fp8fx.kernels.codes import encode
 from fp8fx.kernels.column_sums import store_partial
 from fp8fx.kernels.quarters import load_quarter, locate, store_quarter, store_transposed, zero_codes
 from fp8fx.kernels.records import amax_bits, amax_of, count_zeros, merge_amax
 from fp8fx.kernels.scale import current_scale, inverse, largest_part
+from fp8fx.kernels.stochastic import random_tile
 
 
 @triton.jit
@@ -143,12 +144,13 @@ def cast_kernel(
             _record_known(record_ptr, whole_t)
         if RECORD == 2 and AXIS < 0:
             count_zeros(record_ptr, x0, x1, x2, x3, c0, c1, c2, c3, place, BLOCK_M)
-    if AXIS_T != -1:
-        store_transposed(t_ptr, c0, c1, c2, c3, place, rows, words, columns, PACKED)
+    # What reads x comes first: from then on only its codes take registers.
     if SUMS:
         store_partial(sums_ptr, (x0 + x1) + (x2 + x3), place, columns, BLOCK_M, 1)
     if RECORD and not KNOWN:
         merge_amax(record_ptr, seen, amax_of(x0, x1, x2, x3))
+    if AXIS_T != -1:
+        store_transposed(t_ptr, c0, c1, c2, c3, place, rows, words, columns, PACKED)
 
 
 @triton.jit

@@ -15,12 +15,13 @@ import triton.language as tl
 from torch import Tensor
 
 from fp8fx.formats import Format
-from fp8fx.kernels.codes import encode, finite_magnitude, random_tile
+from fp8fx.kernels.codes import encode, finite_magnitude
 from fp8fx.kernels.launch import launch
 from fp8fx.kernels.layout import axis_shape, cdiv, ceil_power_of_two, plain_matrices
 from fp8fx.kernels.records import amax_bits, merge_amax
 from fp8fx.kernels.rounding import Rounding
 from fp8fx.kernels.scale import current_scale, inverse
+from fp8fx.kernels.stochastic import random_tile
 
 MOST = 16384  # columns that a program holds
 _TILE = 8192  # elements of a tile of several rows

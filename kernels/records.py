@@ -17,7 +17,7 @@ import triton.language as tl
 from torch import Tensor
 
 from fp8fx.errors import KernelError
-from fp8fx.kernels.codes import finite_magnitude
+from fp8fx.kernels.codes import finite_magnitude, largest_of
 
 SAMPLE = tl.constexpr(16)
 
@@ -49,7 +49,7 @@ def amax_of(x0, x1, x2, x3):
 
 @triton.jit
 def _max_of(a0, a1, a2, a3):
-    return tl.max(tl.max(tl.maximum(tl.maximum(a0, a1), tl.maximum(a2, a3)), 1), 0)
+    return largest_of(tl.maximum(tl.maximum(a0, a1), tl.maximum(a2, a3)))
 
 
 @triton.jit
@@ -63,7 +63,7 @@ def count_zeros(record_ptr, x0, x1, x2, x3, c0, c1, c2, c3, place, BLOCK_M: tl.c
         n3, z3 = _counts(x3, c3)
         # Both in one int32, 16 bits each: at most 4 per lane of [BLOCK_M / 4, BLOCK_K], and a tile has at most 2^15 elements.
         both = (n0 + n1 + n2 + n3) + ((z0 + z1 + z2 + z3) << 16)
-        total = tl.sum(tl.sum(both, 1), 0)
+        total = tl.sum(both, None)
         tl.atomic_add(record_ptr + 1, (total & 0xFFFF).to(tl.float32), sem="relaxed")
         tl.atomic_add(record_ptr + 2, (total >> 16).to(tl.float32), sem="relaxed")
 

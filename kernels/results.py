@@ -21,13 +21,14 @@ from torch import Tensor
 
 from fp8fx.errors import KernelError
 from fp8fx.formats import Format
-from fp8fx.kernels.codes import encode, random_tile
+from fp8fx.kernels.codes import encode
 from fp8fx.kernels.column_sums import store_partial
 from fp8fx.kernels.layout import Matrices, transposed_shape
 from fp8fx.kernels.quarters import packing, store_quarter, store_transposed
 from fp8fx.kernels.records import amax_bits, amax_of, count_zeros, merge_amax
 from fp8fx.kernels.rounding import Rounding
 from fp8fx.kernels.scale import compute_scale, current_scale, inverse, largest_part
+from fp8fx.kernels.stochastic import random_tile
 
 Pair = tuple[Tensor | None, Tensor | None]
 LAYOUTS = ("rows", "transposed", "both")
@@ -77,13 +78,7 @@ def write_result(y0, y1, y2, y3, into, random, place, at, inv, BLOCK_M: tl.const
     c1 = _codes(y1, random, place, rows + 1, inv, HOW)
     c2 = _codes(y2, random, place, rows + 2, inv, HOW)
     c3 = _codes(y3, random, place, rows + 3, inv, HOW)
-    if HOW[ROWS]:
-        store_quarter(q_ptr, c0, place, rows, columns)
-        store_quarter(q_ptr, c1, place, rows + 1, columns)
-        store_quarter(q_ptr, c2, place, rows + 2, columns)
-        store_quarter(q_ptr, c3, place, rows + 3, columns)
-    if HOW[TRANSPOSED]:
-        store_transposed(t_ptr, c0, c1, c2, c3, place, rows, words, columns, HOW[PACKED])
+    # What reads y comes first: from then on only its codes take registers.
     if HOW[SUMS]:
         store_partial(sums_ptr, (y0 + y1) + (y2 + y3), place, columns, BLOCK_M, HOW[SUMS])
     if HOW[RECORD] and HOW[PARTS] == 0:
@@ -91,6 +86,13 @@ def write_result(y0, y1, y2, y3, into, random, place, at, inv, BLOCK_M: tl.const
         merge_amax(record_ptr, seen, amax_of(y0, y1, y2, y3))
     if HOW[RECORD] == 2:
         count_zeros(record_ptr, y0, y1, y2, y3, c0, c1, c2, c3, place, BLOCK_M)
+    if HOW[ROWS]:
+        store_quarter(q_ptr, c0, place, rows, columns)
+        store_quarter(q_ptr, c1, place, rows + 1, columns)
+        store_quarter(q_ptr, c2, place, rows + 2, columns)
+        store_quarter(q_ptr, c3, place, rows + 3, columns)
+    if HOW[TRANSPOSED]:
+        store_transposed(t_ptr, c0, c1, c2, c3, place, rows, words, columns, HOW[PACKED])
 
 
 @triton.jit

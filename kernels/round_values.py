@@ -20,12 +20,13 @@ from torch import Tensor
 from fp8fx.errors import KernelError
 from fp8fx.formats import Format
 from fp8fx.kernels.amax import amax_parts
-from fp8fx.kernels.codes import decode, encode, finite_magnitude, hardware_format, random_tile
+from fp8fx.kernels.codes import finite_magnitude, hardware_format, largest_of, on_grid
 from fp8fx.kernels.launch import launch
 from fp8fx.kernels.layout import check_input, long_rows
 from fp8fx.kernels.records import amax_bits, check_record, merge_amax
 from fp8fx.kernels.rounding import NEAREST, Rounding
 from fp8fx.kernels.scale import current_scale, inverse, largest_part
+from fp8fx.kernels.stochastic import random_tile
 
 _CONFIGS = {True: (2, 2048, 8), False: (16, 128, 4)}  # rows of 4096, or not: BLOCK_M, BLOCK_K, num_warps
 
@@ -62,12 +63,12 @@ def _round_kernel(
             scale = tl.load(scale_ptr)
         if HOW[8]:
             seen = amax_bits(record_ptr)
-            merge_amax(record_ptr, seen, tl.max(tl.max(finite_magnitude(x), 1), 0))
+            merge_amax(record_ptr, seen, largest_of(finite_magnitude(x)))
     y = x * inverse(scale) if HOW[4] else x
     bits = x.to(tl.int32, bitcast=True)
     if HOW[1]:
         bits = random_tile((rng_ptr, key), rows, tile_k * BLOCK_K, K, BLOCK_M, BLOCK_K, HOW[3])
-    values = decode(encode(y, x, bits, HOW[0], HOW[1], HOW[2]), HOW[0])
+    values = on_grid(y, x, bits, HOW[0], HOW[1], HOW[2])
     if HOW[4]:
         values = values * scale
     tl.store(out_ptr + at, values.to(out_ptr.dtype.element_ty), mask=inside)

@@ -17,7 +17,7 @@ import triton.language as tl
 from torch import Tensor
 
 from fp8fx.formats import Format
-from fp8fx.kernels.codes import hardware_format
+from fp8fx.kernels.codes import hardware_format, largest_of
 from fp8fx.kernels.launch import launch
 from fp8fx.kernels.layout import cdiv
 
@@ -55,7 +55,7 @@ def current_scale(amax, eps, FMAX: tl.constexpr, POWER_OF_TWO: tl.constexpr):
 @triton.jit
 def largest_part(parts_ptr, PARTS: tl.constexpr):
     """The amax of a tensor from PARTS partial ones, a power of two: see `amax_parts`."""
-    return tl.max(tl.load(parts_ptr + tl.arange(0, PARTS)), 0)
+    return largest_of(tl.load(parts_ptr + tl.arange(0, PARTS)))
 
 
 @triton.jit

@@ -30,11 +30,12 @@ from triton.tools.tensor_descriptor import TensorDescriptor
 from fp8fx.errors import KernelError
 from fp8fx.formats import Format
 from fp8fx.kernels.activations import ACTIVATIONS
-from fp8fx.kernels.codes import INTERPRET, hardware_format
+from fp8fx.kernels.codes import hardware_format
 from fp8fx.kernels.launch import launch
 from fp8fx.kernels.layout import cdiv
 from fp8fx.kernels.rounding import NEAREST, Rounding
 from fp8fx.kernels.scaled_mm_kernels import blocked_mm_kernel, scaled_mm_kernel
+from fp8fx.kernels.stochastic import INTERPRET
 
 _DTYPES = {torch.bfloat16: tl.bfloat16, torch.float16: tl.float16, torch.float32: tl.float32}
 _FP8 = {torch.float8_e4m3fn: tl.float8e4nv, torch.float8_e5m2: tl.float8e5}
@@ -59,8 +60,8 @@ class Config:
 
     def stages(self, block_k: int, output_bytes: int, parts: int, stochastic: bool = False) -> int:
         """As many as fit into shared memory beside the tile of the output: one in float32 is twice as large. Random bits, 4 bytes each,
-        are exchanged between threads in as much again."""
-        tile, step = self.block_m * self.block_n // parts * (output_bytes + 4 * stochastic), (self.block_m + self.block_n) * block_k
+        are exchanged between threads in two turns."""
+        tile, step = self.block_m * self.block_n // parts * (output_bytes + 2 * stochastic), (self.block_m + self.block_n) * block_k
         return max(2, min(self.num_stages, (SHARED_MEMORY // self.per_multiprocessor - tile) // step))
 
     def parts(self, stochastic: bool) -> int:

@@ -15,9 +15,10 @@ import triton
 import triton.language as tl
 
 from fp8fx.kernels.activations import activate
-from fp8fx.kernels.codes import decode, encode, finite_magnitude, random_at, random_tile
+from fp8fx.kernels.codes import encode, finite_magnitude, largest_of, on_grid
 from fp8fx.kernels.records import amax_bits, merge_amax
 from fp8fx.kernels.scale import inverse
+from fp8fx.kernels.stochastic import random_at, random_tile
 
 BIAS = tl.constexpr(0)  # 0 none, 1 one per column of the tile, 2 one per row
 ACT = tl.constexpr(1)  # -1 none, else as ACTIVATIONS says
@@ -49,7 +50,7 @@ def _finish(c, part, ends, place, column, strides, END: tl.constexpr, TMA_STORE:
     if END[RECORD]:
         # Rows beyond the last may belong to the next batch.
         magnitude = tl.where(inside, finite_magnitude(part), 0.0)
-        merge_amax(record_ptr, amax_bits(record_ptr), tl.max(tl.max(magnitude, 1), 0))
+        merge_amax(record_ptr, amax_bits(record_ptr), largest_of(magnitude))
     if END[OUT] == 0:
         out = part.to(DTYPE)
     else:
@@ -58,11 +59,10 @@ def _finish(c, part, ends, place, column, strides, END: tl.constexpr, TMA_STORE:
         bits = part.to(tl.int32, bitcast=True)
         if END[STOCHASTIC]:
             bits = _bits((rng_ptr, key), batch.to(tl.int64), rows, columns, column, M, N, part.shape[0], part.shape[1], END)
-        codes = encode(y, part, bits, END[E5M2], END[STOCHASTIC], END[NONFINITE])
         if END[OUT] == 1:
-            out = codes.to(DTYPE, bitcast=True)
+            out = encode(y, part, bits, END[E5M2], END[STOCHASTIC], END[NONFINITE]).to(DTYPE, bitcast=True)
         else:
-            out = (decode(codes, END[E5M2]) * scale).to(DTYPE)
+            out = (on_grid(y, part, bits, END[E5M2], END[STOCHASTIC], END[NONFINITE]) * scale).to(DTYPE)
     if TMA_STORE:
         c.store([batch * M + row, column], out)
     else:

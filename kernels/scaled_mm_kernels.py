@@ -61,6 +61,7 @@ def scaled_mm_kernel(
     PROGRAMS: tl.constexpr,
 ):
     """C = (A B^T) scaled per tensor or per row of A and of B, finished as `scaled_mm_epilogue` says."""
+    tl.assume(K > 0)  # or the end of a tile is compiled once more, for sums of nothing
     tiles_m, tiles_n, steps = tl.cdiv(M, BLOCK_M), tl.cdiv(N, BLOCK_N), tl.cdiv(K, BLOCK_K)
     tiles = batches * tiles_m * tiles_n
     # Read early what the end of a tile needs: there, the matrix unit would wait for it.

@@ -67,7 +67,7 @@ def act_backward_gate(a: ActBackwardGate) -> tuple[Tensor, ...]:
 
 @takes(ActBackwardUp)
 def act_backward_up(a: ActBackwardUp) -> tuple[Tensor, ...]:
-    """du = act(h) * da, by the forward's kernel: its silu may differ in the last bit."""
+    """du = act(h) * da, by the forward's kernel."""
     grad, parsed, gate = a.grad, TensorSpec.parse(a.spec), _kept(a.h, a.block_h)
     current, how = parsed.scaling == "current", rounding_of(parsed, a.rng, a.site, GRADIENT)
     made = grad.new_empty(1 if current else 0, dtype=torch.float32)

@@ -116,13 +116,14 @@ def draw(figure: Any, rows: list[Row]) -> None:
 
 
 # Promotion to float32 is every BLOCK_K of a precise configuration.
-PRECISE = {
-    "128x128x128, 2 programs": CONFIGS["precise"],
-    "256x128x128": Config(256, 128, 128, 4, True, False, 8, 4),
-    "256x128x256": Config(256, 128, 256, 4, True, False, 8, 2),
-    "128x128x256": Config(128, 128, 256, 8, True, False, 4, 3),
+CONFIGURED = {
+    "fast": {"large": CONFIGS["large"], "medium": CONFIGS["medium"]},
+    "precise": {
+        "medium": CONFIGS["medium"],
+        "precise": CONFIGS["precise"],
+        "64x256, 2 programs": Config(64, 256, 128, 8, True, False, 4, 2, 2),
+    },
 }
-CONFIGURED = {"fast": {"large": CONFIGS["large"], "medium": CONFIGS["medium"]}, "precise": PRECISE}
 PRODUCTS = [(8192, 4096, 4096), (8192, 14336, 4096), (8192, 4096, 14336), (4096, 4096, 8192), (14336, 4096, 8192), (4096, 14336, 8192)]
 
 

@@ -1,0 +1,149 @@
+# mypy: allow-untyped-defs, allow-incomplete-defs
+"""Stochastic rounding of float32 tiles onto an FP8 grid, by 32 random bits per element; and those bits.
+
+    |y| = (k + r) steps, 0 <= r < 1, becomes k + 1 steps where floor(r 2^32) + random_bits carries out of 32 bits, else k steps
+    bits = Philox4x32-10 by the element's logical row-major index, one block for each four neighbours
+
+In the normal range a step is one unit of the last mantissa bit that FP8 keeps, so that r is what the float32 bits have below it, and the
+rounding is one addition of integers and one mask. Below that range steps no longer shrink: there, few elements as a rule, r is found in
+float32. On a GPU both are written as PTX, which can jump over the second where none of four elements needs it.
+
+Reference: `fp8fx.numerics`, equal bit for bit.
+"""
+
+from __future__ import annotations
+
+import triton
+import triton.language as tl
+
+INTERPRET = tl.constexpr(triton.knobs.runtime.interpret)
+
+_PHILOX_A = tl.constexpr(0xD2511F53)
+_PHILOX_B = tl.constexpr(0xCD9E8D57)
+_WEYL_A = tl.constexpr(0x9E3779B9)
+_WEYL_B = tl.constexpr(0xBB67AE85)
+
+
+def _ptx(dropped: int, emin: int) -> str:
+    """Rounds four magnitudes, $4..$7 (the sign bit is ignored) by the bits $8..$11. `dropped`: mantissa bits that FP8 does not keep."""
+    step = emin - (23 - dropped)  # its exponent below the normal range
+    power = "0f{:08X}".format
+    head, normal, below = [], [], []
+    for i in range(4):
+        head.append(f"abs.f32 a{i}, ${4 + i}; max.NaN.f32 a{i}, a{i}, 0f00000000;")  # of all NaNs, 0x7FFFFFFF
+        normal.append(f"shr.u32 t, ${8 + i}, {32 - dropped};")
+        normal.append(f"add.u32 t, t, a{i}; min.u32 t, t, 0x7FFFFFFF;")  # the NaN stays one
+        normal.append(f"and.b32 ${i}, t, {0x7FFFFFFF >> dropped << dropped:#x};")
+        below.append(f"mul.f32 t, a{i}, {power((step * -1 + 127) << 23)};")  # exact, as all that follows
+        below.append("cvt.rmi.f32.f32 k, t; sub.f32 t, t, k; mul.f32 t, t, 0f4F800000; cvt.rzi.u32.f32 t, t;")
+        below.append(f"not.b32 n, ${8 + i}; setp.gt.u32 up, t, n; @up add.f32 k, k, 0f3F800000;")
+        below.append(f"mul.f32 k, k, {power((step + 127) << 23)};")
+        below.append(f"setp.lt.u32 up, a{i}, LOWEST; @up mov.b32 ${i}, k;")
+    text = f"""{{
+        .reg .pred some, up;
+        .reg .b32 a0, a1, a2, a3, t, k, n;
+        {" ".join(head)}
+        {" ".join(normal)}
+        min.u32 t, a0, a1; min.u32 k, a2, a3; min.u32 t, t, k;
+        setp.ge.u32 some, t, LOWEST;
+        @some bra DONE;
+        {" ".join(below)}
+    DONE:
+    }}"""
+    return text.replace("LOWEST", f"{(emin + 127) << 23:#x}")
+
+
+_PTX_E5M2 = tl.constexpr(_ptx(21, -14))
+_PTX_E4M3 = tl.constexpr(_ptx(20, -6))
+
+
+@triton.jit
+def round_stochastic(y, random_bits, E5M2: tl.constexpr):
+    """|y| of float32 `y` on the grid, by `random_bits` uint32: float32, as large as it comes; inf and NaN stay."""
+    if INTERPRET:
+        return _round(tl.abs(y), random_bits, 2 if E5M2 else 3, -14 if E5M2 else -6)
+    else:
+        found = tl.inline_asm_elementwise(
+            _PTX_E5M2 if E5M2 else _PTX_E4M3,
+            "=&r,=&r,=&r,=&r,r,r,r,r,r,r,r,r",
+            [y.to(tl.int32, bitcast=True), random_bits],
+            dtype=tl.int32,
+            is_pure=True,
+            pack=4,
+        )
+        return found.to(tl.float32, bitcast=True)
+
+
+@triton.jit
+def _round(a, random_bits, M: tl.constexpr, EMIN: tl.constexpr):
+    """The formula as it stands, for a grid of M mantissa bits; float32 a >= 0."""
+    bounded = tl.where(a < 1048576.0, a, 1.0)  # so that the factor below stays normal; those beyond lie outside of every grid
+    e = tl.maximum(bounded.to(tl.int32, bitcast=True) >> 23, EMIN + 127)
+    t = bounded * ((254 + M - e) << 23).to(tl.float32, bitcast=True)  # exact: a power of two
+    k = tl.floor(t)
+    fraction = ((t - k) * 4294967296.0).to(tl.uint32)
+    k = tl.where(fraction > (random_bits ^ 0xFFFFFFFF), k + 1.0, k)
+    return tl.where(a < 1048576.0, k * ((e - M) << 23).to(tl.float32, bitcast=True), a)
+
+
+@triton.jit
+def _multiply(a, b: tl.constexpr):
+    """(low, high) 32 bits of the product of uint32 a and b."""
+    if INTERPRET:
+        product = a.to(tl.uint64) * b
+        return product.to(tl.uint32), (product >> 32).to(tl.uint32)
+    else:  # one instruction; a compiler may make two of it
+        return tl.inline_asm_elementwise(
+            "{ .reg .b64 p; mul.wide.u32 p, $2, $3; mov.b64 {$0, $1}, p; }",
+            "=r,=r,r,r",
+            [a, tl.full([], b, tl.uint32)],
+            dtype=(tl.uint32, tl.uint32),
+            is_pure=True,
+            pack=1,
+        )
+
+
+@triton.jit
+def philox(c0, c1, c2, c3, k0, k1):
+    """Philox4x32-10 of uint32 words: the random words of one block of four elements."""
+    for _ in tl.static_range(10):
+        low_a, high_a = _multiply(c0, _PHILOX_A)
+        low_b, high_b = _multiply(c2, _PHILOX_B)
+        c0, c1, c2, c3 = high_b ^ c1 ^ k0, low_b, high_a ^ c3 ^ k1, low_a
+        k0, k1 = k0 + _WEYL_A, k1 + _WEYL_B
+    return c0, c1, c2, c3
+
+
+@triton.jit
+def _words(random, block):
+    """The four random words of the blocks of elements with these int64 numbers; random as in `random_tile`."""
+    rng_ptr, key = random
+    seed, step, call = tl.load(rng_ptr), tl.load(rng_ptr + 1), tl.load(rng_ptr + 2)
+    k0 = (seed & 0xFFFFFFFF).to(tl.uint32)
+    k1 = (((seed >> 32) ^ key) & 0xFFFFFFFF).to(tl.uint32)
+    low, high = (block & 0xFFFFFFFF).to(tl.uint32), (block >> 32).to(tl.uint32)
+    c2, c3 = (step & 0xFFFFFFFF).to(tl.uint32), (call & 0xFFFFFFFF).to(tl.uint32)
+    return philox(low, high, tl.zeros_like(low) + c2, tl.zeros_like(low) + c3, k0, k1)
+
+
+@triton.jit
+def random_at(random, index):
+    """uint32, like index: the bits of the elements with these int64 row-major indices. Four times the work of a grouped tile."""
+    w0, w1, w2, w3 = _words(random, index >> 2)
+    word = (index & 3).to(tl.int32)
+    return tl.where(word == 0, w0, tl.where(word == 1, w1, tl.where(word == 2, w2, w3)))
+
+
+@triton.jit
+def random_tile(random, rows, column, width, BLOCK_M: tl.constexpr, BLOCK_K: tl.constexpr, GROUPED: tl.constexpr):
+    """uint32 [BLOCK_M, BLOCK_K]: the bits of elements (rows [BLOCK_M] int64, column + 0..BLOCK_K) of a matrix of `width` columns.
+
+    random: (pointer to int64 [seed, step, call], key: int32, the hash of producer and role). GROUPED: width and column are
+    multiples of 4, so the four words of a block are four neighbours of one row; otherwise each element makes its own block.
+    """
+    start = rows * width + column
+    if GROUPED:
+        w0, w1, w2, w3 = _words(random, (start[:, None] >> 2) + tl.arange(0, BLOCK_K // 4)[None, :])
+        return tl.join(tl.join(w0, w2), tl.join(w1, w3)).reshape(BLOCK_M, BLOCK_K)
+    else:
+        return random_at(random, start[:, None] + tl.arange(0, BLOCK_K)[None, :])
