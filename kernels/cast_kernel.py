@@ -97,7 +97,6 @@ def cast_kernel(
     AXIS_T: tl.constexpr,
     MAKE: tl.constexpr,  # see `_finish`
     HOW: tl.constexpr,  # see `_encode_quarter`
-    PACKED: tl.constexpr,
     RECORD: tl.constexpr,  # 0 none, 1 amax, 2 amax and counts
     SUMS: tl.constexpr,
     BLOCK_M: tl.constexpr,
@@ -144,7 +143,7 @@ def cast_kernel(
         if RECORD == 2 and AXIS < 0:
             count_zeros(record_ptr, x0, x1, x2, x3, c0, c1, c2, c3, place, BLOCK_M)
     if AXIS_T != -1:
-        store_transposed(t_ptr, c0, c1, c2, c3, place, rows, words, columns, PACKED)
+        store_transposed(t_ptr, c0, c1, c2, c3, place, words, columns)
     if SUMS:
         store_partial(sums_ptr, (x0 + x1) + (x2 + x3), place, columns, BLOCK_M, 1)
     if RECORD and not KNOWN:
