@@ -93,7 +93,8 @@ def pitch(m: int) -> int:
 def empty_transposed(shape: Sequence[int], dtype: torch.dtype | None, like: Tensor) -> Tensor:
     """Room for qT [..., K, M] of a tensor of `shape` [..., M, K], on the device of `like`; strides (K * pitch, pitch, 1).
 
-    Where M is no multiple of 16 it is a view that leaves out the padding, which the last row has too. `dtype` has one byte.
+    Where M is no multiple of 16 it is a view that leaves out the padding, which the last row has too. `dtype` has one byte. The operators'
+    fakes are made by this too: strides that differ from theirs would be wrong code under Inductor.
     """
     *batch, m, k = shape
     return like.new_empty((*batch, k, pitch(m)), dtype=dtype)[..., :m]
