@@ -29,7 +29,7 @@ from fp8fx.kernels.activations import ACTIVATIONS, Kept, backward, check_operand
 from fp8fx.kernels.codes import hardware_format
 from fp8fx.kernels.column_sums import check_sum, partials, sum_partials
 from fp8fx.kernels.launch import launch
-from fp8fx.kernels.layout import Matrices, plain_matrices
+from fp8fx.kernels.layout import Matrices, pitch, plain_matrices
 from fp8fx.kernels.quarters import locate_tile
 from fp8fx.kernels.records import check_record
 from fp8fx.kernels.results import Pair, Result, Scaling, tensor_inverse, write_result
@@ -143,7 +143,8 @@ def activation_cast(
     with `power_of_two` and `eps` goes to `made_scale`, float32 with one element; of two, the second gets the amax.
     record: float32 [3], see `records`; counts: also of zeros; amax: a record of one element, amax alone. bias_grad: float [K], set to
     the sum over the rows. kept: room for the codes of h and u, which are written too (`Kept.empty`). into: (q, qT, row) of a whole of
-    which h and u [m, K] are the rows from `row` on, a multiple of 32, as `kept` is then of the whole.
+    which h and u [m, K] are the rows from `row` on, a multiple of 32, as `kept` is then of the whole; qT as `layout.empty_transposed`
+    makes it.
     """
     wanted = _Wanted(Scaling(scale, from_amax, made_scale, power_of_two, eps), how, record, amax, bias_grad)
     return _launch(None, (h, u), activation, format, (wanted,), layout, counts, kept, into)[0]
@@ -309,4 +310,6 @@ def _part(where: str, x: Matrices, q: Tensor | None, t: Tensor | None, row: int,
     m = q.shape[0] if q is not None else t.shape[1] if t is not None else 0
     if x.batches != 1 or row % block_m or row + x.m > m or (row + x.m < m and x.m % block_m):
         raise KernelError(f"{where}: rows {row} to {row + x.m} of {m} are not whole tiles of {block_m} rows")
+    if t is not None and t.stride() != (pitch(m), 1):
+        raise KernelError(f"{where}: qT of {m} rows must have strides {(pitch(m), 1)}, see `layout.empty_transposed`; got {t.stride()}")
     return x._replace(m=m)

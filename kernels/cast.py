@@ -1,7 +1,8 @@
 """cast: a high-precision tensor to FP8 codes, their transpose and amax, in one read of it.
 
     q   [..., M, K] = encode(float32(x) * inv_scale)        row-major
-    qT  [..., K, M] = the same codes transposed             row-major: the layout in which the other GEMM contracts
+    qT  [..., K, M] = the same codes transposed             row-major: the layout in which the other GEMM contracts;
+                                                            rows padded to a multiple of 16 bytes (`layout.pitch`)
     record          : amax(x), and counts of zeros          see `records`
     bias_grad [K]   = sum of x over its rows                see `column_sums`
 
@@ -29,7 +30,6 @@ from fp8fx.kernels.codes import hardware_format
 from fp8fx.kernels.column_sums import check_sum, partials, sum_partials
 from fp8fx.kernels.launch import launch
 from fp8fx.kernels.layout import AXES, axis_shape, axis_size, check_input, long_rows, matrices
-from fp8fx.kernels.quarters import packing
 from fp8fx.kernels.records import check_record
 from fp8fx.kernels.results import LAYOUTS, Result, Scaling
 from fp8fx.kernels.rounding import NEAREST, Rounding
@@ -180,7 +180,6 @@ def _launch(
             "AXIS_T": axes[1],
             "MAKE": (scaling.from_amax, scaling.parts, scaling.power_of_two, scaling.eps, format.max, scaling.and_amax if whole else 0),
             "HOW": (format.name == "e5m2", how.stochastic, how.nonfinite, seen.k % 4 == 0),
-            "PACKED": packing(seen.m) if result.t is not None else 0,
             "RECORD": recording,
             "SUMS": sums is not None,
             "BLOCK_M": block_m,

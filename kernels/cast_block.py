@@ -4,7 +4,7 @@
     amax[i, j]  = max |x| over the finite elements of block (i, j)
     scale[i, j] = current_scale(amax[i, j])
     q           = encode(float32(x) * inv_scale of its block)       [..., M, K] row-major
-    qT          = the same under blocks of its own, transposed      [..., K, M] row-major
+    qT          = the same under blocks of its own, transposed      [..., K, M] row-major, rows padded (`layout.pitch`)
 
 The GEMM that reads qT contracts over M, so 1x128 blocks of x for q go with 128x1 blocks of x for qT; 128x128 blocks serve both, and
 q and qT then share codes. A program's tile holds whole blocks. Reference: `fp8fx.numerics.quantize_tensor`, equal byte for byte.
@@ -22,8 +22,8 @@ from fp8fx.formats import Format
 from fp8fx.kernels.cast import NEAREST, Quantized, Rounding
 from fp8fx.kernels.codes import encode, finite_magnitude, hardware_format
 from fp8fx.kernels.launch import launch
-from fp8fx.kernels.layout import cdiv, check_input, matrices, transposed_shape
-from fp8fx.kernels.quarters import load_quarter, locate, packing, store_quarter, store_transposed
+from fp8fx.kernels.layout import cdiv, check_input, empty_transposed, matrices
+from fp8fx.kernels.quarters import load_quarter, locate, store_quarter, store_transposed
 from fp8fx.kernels.scale import current_scale, inverse
 from fp8fx.kernels.stochastic import random_tile
 
@@ -118,7 +118,6 @@ def _cast_block_kernel(
     STOCHASTIC: tl.constexpr,
     NONFINITE: tl.constexpr,
     GROUPED: tl.constexpr,
-    PACKED: tl.constexpr,
     SIDE: tl.constexpr,
 ):
     place, rows, words, columns = locate(M, K, SIDE, SIDE)
@@ -140,7 +139,7 @@ def _cast_block_kernel(
         store_quarter(q_ptr, c2, place, rows + 2, columns)
         store_quarter(q_ptr, c3, place, rows + 3, columns)
     if TRANSPOSED:
-        store_transposed(t_ptr, c0, c1, c2, c3, place, rows, words, columns, PACKED)
+        store_transposed(t_ptr, c0, c1, c2, c3, place, words, columns)
 
 
 def cast_block(
@@ -173,7 +172,7 @@ def cast_block(
     fp8 = hardware_format(format)
     rows, transposed = layout != "transposed", layout != "rows"
     q = torch.empty(x.shape, dtype=fp8.torch_dtype, device=x.device) if rows else None
-    t = torch.empty(transposed_shape(x.shape), dtype=fp8.torch_dtype, device=x.device) if transposed else None
+    t = empty_transposed(x.shape, fp8.torch_dtype, x) if transposed else None
     amax, scale = _blocks(x, block if rows else block_t)
     if x.numel() > 0:
         seen = matrices(x)
@@ -191,7 +190,6 @@ def cast_block(
                 "STOCHASTIC": how.stochastic,
                 "NONFINITE": how.nonfinite,
                 "GROUPED": seen.k % 4 == 0,
-                "PACKED": packing(seen.m) if transposed else 0,
                 "SIDE": side,
             },
             num_warps=_WARPS[side],

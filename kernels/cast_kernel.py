@@ -98,7 +98,6 @@ def cast_kernel(
     AXIS_T: tl.constexpr,
     MAKE: tl.constexpr,  # see `_finish`
     HOW: tl.constexpr,  # see `_encode_quarter`
-    PACKED: tl.constexpr,
     RECORD: tl.constexpr,  # 0 none, 1 amax, 2 amax and counts
     SUMS: tl.constexpr,
     BLOCK_M: tl.constexpr,
@@ -150,7 +149,7 @@ def cast_kernel(
     if RECORD and not KNOWN:
         merge_amax(record_ptr, seen, amax_of(x0, x1, x2, x3))
     if AXIS_T != -1:
-        store_transposed(t_ptr, c0, c1, c2, c3, place, rows, words, columns, PACKED)
+        store_transposed(t_ptr, c0, c1, c2, c3, place, words, columns)
 
 
 @triton.jit

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from typing import NamedTuple
 
 import torch
@@ -84,5 +85,16 @@ def axis_shape(shape: torch.Size, granularity: str) -> list[int]:
     return [*shape[:-1], 1] if granularity == "row" else [*shape[:-2], 1, shape[-1]]
 
 
-def transposed_shape(shape: torch.Size) -> list[int]:
-    return [*shape[:-2], shape[-1], shape[-2]]
+def pitch(m: int) -> int:
+    """Bytes from one row of qT [K, M] to the next: `m`, padded to the 16 that wide stores, the copy engine and cuBLASLt ask for."""
+    return (m + 15) // 16 * 16
+
+
+def empty_transposed(shape: Sequence[int], dtype: torch.dtype | None, like: Tensor) -> Tensor:
+    """Room for qT [..., K, M] of a tensor of `shape` [..., M, K], on the device of `like`; strides (K * pitch, pitch, 1).
+
+    Where M is no multiple of 16 it is a view that leaves out the padding, which the last row has too. `dtype` has one byte. The operators'
+    fakes are made by this too: strides that differ from theirs would be wrong code under Inductor.
+    """
+    *batch, m, k = shape
+    return like.new_empty((*batch, k, pitch(m)), dtype=dtype)[..., :m]

@@ -3,7 +3,7 @@
 
 A transposed tile of bytes, exchanged between threads byte by byte, is bound by shared memory. Loaded as quarters, the four bytes that
 are neighbours in a transposed row sit in the same place of four tensors, hence in one thread, which packs them into a word; then
-words are exchanged, a quarter as many. That needs a multiple of 4 rows; otherwise each quarter is stored by bytes.
+words are exchanged, a quarter as many. Transposed rows are padded to whole words for that, see `layout.pitch`.
 """
 
 from __future__ import annotations
@@ -53,26 +53,14 @@ def store_quarter(q_ptr, codes, place, rows, columns):
 
 
 @triton.jit
-def store_transposed(t_ptr, c0, c1, c2, c3, place, rows, words, columns, PACKED: tl.constexpr):
-    """The quarters of codes to their places in contiguous qT [B, K, M] of float8; PACKED as `packing` says."""
+def store_transposed(t_ptr, c0, c1, c2, c3, place, words, columns):
+    """The quarters of codes to their places in qT [B, K, M] of float8, laid out by `layout.empty_transposed`.
+
+    What a tile has beyond row M goes to the padding, which nobody reads: so every store is one of whole words.
+    """
     b, _, _, M, K = place
-    line = t_ptr + (b * K + columns.to(tl.int64))[:, None] * M
-    inside = (columns < K)[:, None]
-    if PACKED:
-        packed = c0.to(tl.uint32) | (c1.to(tl.uint32) << 8) | (c2.to(tl.uint32) << 16) | (c3.to(tl.uint32) << 24)
-        end = M // 4
-        if PACKED == 2:
-            end = tl.multiple_of(end, 4)  # so that four words are stored at once
-        at = line.to(tl.pointer_type(tl.int32), bitcast=True) + words[None, :]
-        tl.store(at, tl.trans(packed).to(tl.int32, bitcast=True), mask=inside & (words < end)[None, :])
-    else:
-        at = line.to(tl.pointer_type(tl.uint8), bitcast=True) + rows[None, :]
-        tl.store(at, tl.trans(c0), mask=inside & (rows < M)[None, :])
-        tl.store(at + 1, tl.trans(c1), mask=inside & (rows + 1 < M)[None, :])
-        tl.store(at + 2, tl.trans(c2), mask=inside & (rows + 2 < M)[None, :])
-        tl.store(at + 3, tl.trans(c3), mask=inside & (rows + 3 < M)[None, :])
-
-
-def packing(m: int) -> int:
-    """How qT with rows of `m` bytes is written: 0 by bytes, 1 by words, 2 by words, four at once."""
-    return 2 if m % 16 == 0 else 1 if m % 4 == 0 else 0
+    packed = c0.to(tl.uint32) | (c1.to(tl.uint32) << 8) | (c2.to(tl.uint32) << 16) | (c3.to(tl.uint32) << 24)
+    pitch = tl.cdiv(M, 16) * 4  # in words: a multiple of 4, so that four are stored at once
+    line = t_ptr.to(tl.pointer_type(tl.int32), bitcast=True) + (b * K + columns.to(tl.int64))[:, None] * pitch
+    inside = (columns < K)[:, None] & (words < pitch)[None, :]
+    tl.store(line + words[None, :], tl.trans(packed).to(tl.int32, bitcast=True), mask=inside)

@@ -23,8 +23,8 @@ from fp8fx.errors import KernelError
 from fp8fx.formats import Format
 from fp8fx.kernels.codes import encode
 from fp8fx.kernels.column_sums import store_partial
-from fp8fx.kernels.layout import Matrices, transposed_shape
-from fp8fx.kernels.quarters import packing, store_quarter, store_transposed
+from fp8fx.kernels.layout import Matrices, empty_transposed
+from fp8fx.kernels.quarters import store_quarter, store_transposed
 from fp8fx.kernels.records import amax_bits, amax_of, count_zeros, merge_amax
 from fp8fx.kernels.rounding import Rounding
 from fp8fx.kernels.scale import compute_scale, current_scale, inverse, largest_part
@@ -37,16 +37,15 @@ E5M2 = tl.constexpr(0)
 STOCHASTIC = tl.constexpr(1)
 NONFINITE = tl.constexpr(2)
 GROUPED = tl.constexpr(3)
-PACKED = tl.constexpr(4)
-ROWS = tl.constexpr(5)
-TRANSPOSED = tl.constexpr(6)
-SCALED = tl.constexpr(7)  # False: y itself is rounded
-PARTS = tl.constexpr(8)  # 0: the scale is given; else it is made from so many partial amaxes
-POWER_OF_TWO = tl.constexpr(9)
-EPS = tl.constexpr(10)
-RECORD = tl.constexpr(11)  # 0 none, 1 amax, 2 amax and counts
-SUMS = tl.constexpr(12)  # 0 none, else how many sets of partial sums the launch leaves
-AND_AMAX = tl.constexpr(13)  # the amax is stored too, so many elements behind the scale that was made from it; 0: it is not
+ROWS = tl.constexpr(4)
+TRANSPOSED = tl.constexpr(5)
+SCALED = tl.constexpr(6)  # False: y itself is rounded
+PARTS = tl.constexpr(7)  # 0: the scale is given; else it is made from so many partial amaxes
+POWER_OF_TWO = tl.constexpr(8)
+EPS = tl.constexpr(9)
+RECORD = tl.constexpr(10)  # 0 none, 1 amax, 2 amax and counts
+SUMS = tl.constexpr(11)  # 0 none, else how many sets of partial sums the launch leaves
+AND_AMAX = tl.constexpr(12)  # the amax is stored too, so many elements behind the scale that was made from it; 0: it is not
 
 
 @triton.jit
@@ -92,7 +91,7 @@ def write_result(y0, y1, y2, y3, into, random, place, at, inv, BLOCK_M: tl.const
         store_quarter(q_ptr, c2, place, rows + 2, columns)
         store_quarter(q_ptr, c3, place, rows + 3, columns)
     if HOW[TRANSPOSED]:
-        store_transposed(t_ptr, c0, c1, c2, c3, place, rows, words, columns, HOW[PACKED])
+        store_transposed(t_ptr, c0, c1, c2, c3, place, words, columns)
 
 
 @triton.jit
@@ -168,7 +167,7 @@ class Result:
         if layout not in LAYOUTS:
             raise KernelError(f"unknown layout {layout!r}; allowed: rows, transposed or both")
         q = torch.empty(x.shape, dtype=format.torch_dtype, device=x.device) if layout != "transposed" else None
-        t = torch.empty(transposed_shape(x.shape), dtype=format.torch_dtype, device=x.device) if layout != "rows" else None
+        t = empty_transposed(x.shape, format.torch_dtype, x) if layout != "rows" else None
         return cls(q, t, scaling, record, sums)
 
     @property
@@ -187,7 +186,6 @@ class Result:
             how.stochastic,
             how.nonfinite,
             x.k % 4 == 0,
-            packing(x.m) if self.t is not None else 0,
             self.q is not None,
             self.t is not None,
             scaling.scale is not None,

@@ -32,6 +32,20 @@ def same_bytes(actual: Tensor | None, expected: Tensor) -> None:
     assert not wrong.any(), f"{int(wrong.sum())} of {wrong.numel()} bytes differ, first at {wrong.nonzero()[0].tolist()}"
 
 
+def same_transposed(actual: Tensor | None, expected: Tensor) -> None:
+    """`actual` is the qT of codes `expected`."""
+    assert actual is not None
+    assert_padded(actual)
+    same_bytes(actual.contiguous(), expected.mT)
+
+
+def assert_padded(t: Tensor) -> None:
+    """The rows of qT [..., K, M] are a multiple of 16 bytes apart, and the padding of the last one is there too."""
+    room = torch.empty(*t.shape[:-1], math.ceil(t.shape[-1] / 16) * 16)
+    assert t.stride() == room.stride()
+    assert t.untyped_storage().nbytes() - t.storage_offset() >= room.numel()
+
+
 def same_floats(actual: Tensor | None, expected: Tensor) -> None:
     assert actual is not None
     torch.testing.assert_close(actual.cpu(), expected, rtol=0, atol=0)
@@ -56,6 +70,13 @@ def nearly_the_codes(actual: Tensor | None, y: Tensor, format: str, scale: Tenso
     error = (actual.cpu().float() - expected.cpu().float()).abs()
     assert bool(((steps <= 1) | (error <= 2.0**-16 * expected.float().abs().max().cpu())).all())
     assert float((steps != 0).float().mean()) < 0.01
+
+
+def nearly_transposed(actual: Tensor | None, y: Tensor, format: str, scale: Tensor | None) -> None:
+    """The same of qT."""
+    assert actual is not None
+    assert_padded(actual)
+    nearly_the_codes(actual.mT.contiguous(), y, format, scale)
 
 
 def sampled_counts(x: Tensor, q: Tensor, block_m: int) -> list[float]:

@@ -28,6 +28,7 @@ from fp8fx.capture.naming import Numbering, RootNames, assign_site_names, join, 
 from fp8fx.capture.regions import inline_regions
 from fp8fx.clone import base_class
 from fp8fx.errors import CaptureError, FP8Error
+from fp8fx.kernels import layout
 
 # The names of a forward's code: torch's own, and the wrappers that torch and `compile_with` put around one of torch.nn's.
 _FORWARDS = ("forward", "_call_impl", "_wrapped_call_impl", "inner", "run")
@@ -246,9 +247,10 @@ def static(values: list[Tensor]) -> list[Tensor]:
 
 @functools.cache
 def _formulas() -> str:
-    """A digest of the operators' sources. torch caches a compiled backward under the forward's graph, which holds their names alone."""
+    """A digest of the sources of operators and of the layout of what they return. torch caches a compiled backward under the forward's
+    graph, which holds the operators' names alone."""
     folder = Path(__file__).parents[1]
-    sources = [folder / "spec.py", *sorted((folder / "ops").glob("*.py"))]
+    sources = [folder / "spec.py", Path(layout.__file__), *sorted((folder / "ops").glob("*.py"))]
     return hashlib.sha256(b"".join(path.read_bytes() for path in sources)).hexdigest()
 
 

@@ -5,8 +5,9 @@
     cast_amax(x, amax, spec, record, layout)    -> q, qt, scale              the same with one scale, where the amax is known already
 
 q has the shape of x [..., K], row-major, with scales along K. qt [M, K] (M: all rows of x) is column-major, as a GEMM over the rows wants
-it, with scales along M; with one scale per tensor it holds the codes of q, and scale_t has no elements. layout: rows, transposed or
-both; what it leaves out has no elements. The codes, scales and random bits are those of `quantize`.
+it, each column padded to a multiple of 16 bytes (`kernels.layout`), with scales along M; with one scale per tensor it holds the codes of q,
+and scale_t has no elements. layout: rows, transposed or both; what it leaves out has no elements. The codes, scales and random bits are
+those of `quantize`.
 
 A *record* is float32 [4] in memory that outlives the call: amax, non-zero elements, how many of those became zero, nothing. The operator
 raises the first and adds to the others, if they are counted. No graph ever reads a record, so to a graph the operator is functional; the
@@ -21,6 +22,7 @@ import torch
 from torch import Tensor
 
 from fp8fx import formats, numerics
+from fp8fx.kernels.layout import empty_transposed
 from fp8fx.ops.library import define
 from fp8fx.ops.quantize import as_matrix, largest, quantize_reference
 from fp8fx.spec import TensorSpec, turned
@@ -31,8 +33,9 @@ GRADIENT = "grad_output"  # the role whose record has counts
 
 
 def _columns(q: Tensor) -> Tensor:
-    """[..., K] as [M, K], column-major."""
-    return as_matrix(q).mT.contiguous().mT
+    """[..., K] as [M, K], column-major, laid out as kernels do it: fakes know one layout."""
+    matrix = as_matrix(q)
+    return empty_transposed(matrix.shape, q.dtype, q).copy_(matrix.mT).mT
 
 
 def _record(record: Tensor | None, x: Tensor, q: Tensor, amax: Tensor, format: str, role: str) -> None:
@@ -60,9 +63,9 @@ def cast_fake(
     x: Tensor, spec: str, rng: Tensor | None, site: str, role: str, scale: Tensor | None, record: Tensor | None, layout: str
 ) -> tuple[Tensor, Tensor]:
     dtype = formats.get(TensorSpec.parse(spec).format).torch_dtype or torch.uint8
-    rows, k = math.prod(x.shape[:-1]), x.shape[-1]
+    matrix = (math.prod(x.shape[:-1]), x.shape[-1])
     q = x.new_empty(x.shape if layout != "transposed" else (0,), dtype=dtype)
-    return q, x.new_empty((k, rows), dtype=dtype).mT if layout != "rows" else x.new_empty((0,), dtype=dtype)
+    return q, empty_transposed(matrix, dtype, x).mT if layout != "rows" else x.new_empty((0,), dtype=dtype)
 
 
 cast = define(

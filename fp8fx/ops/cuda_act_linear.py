@@ -17,7 +17,7 @@ from fp8fx.kernels.activation_amax import activation_amax
 from fp8fx.kernels.activation_cast import activation_cast
 from fp8fx.kernels.activation_keep import activation_keep
 from fp8fx.kernels.activations import Kept
-from fp8fx.kernels.layout import cdiv
+from fp8fx.kernels.layout import cdiv, empty_transposed
 from fp8fx.kernels.replay import taped
 from fp8fx.ops.act import SIDE
 from fp8fx.ops.act_linear import ActLinear
@@ -71,7 +71,7 @@ class Room(NamedTuple):
     def of(cls, a: ActLinear, m: int, k: int) -> Room:
         new, codes = a.w1.new_empty, formats.get(TensorSpec.parse(a.spec).format).torch_dtype
         q = new((m, k), dtype=codes) if a.layout != "transposed" else None
-        q_t = new((k, m), dtype=codes) if a.layout != "rows" else None
+        q_t = empty_transposed((m, k), codes, a.w1) if a.layout != "rows" else None
         size, blocks = (m, k), (m, cdiv(k, SIDE))
         q_h, q_u = new(size, dtype=torch.uint8), new(size if a.gated else (0,), dtype=torch.uint8)
         return cls(q, q_t, q_h, q_u, new(blocks, dtype=torch.float32), new(blocks if a.gated else (0,), dtype=torch.float32))

@@ -6,7 +6,7 @@ from typing import Any
 
 import pytest
 import torch
-from kernel_checks import every_16_bits, nearly_the_codes, same_bytes, same_floats
+from kernel_checks import every_16_bits, nearly_the_codes, nearly_transposed, same_bytes, same_floats, same_transposed
 from torch import Tensor
 from torch.nn import functional as F
 
@@ -21,6 +21,7 @@ from fp8fx.kernels.activation_cast import activation_backward_cast, activation_c
 from fp8fx.kernels.activation_keep import activation_keep
 from fp8fx.kernels.activations import Kept
 from fp8fx.kernels.cast import Rounding, cast
+from fp8fx.kernels.layout import pitch
 from fp8fx.kernels.norm_cast import norm_cast
 
 FORWARD = {
@@ -44,7 +45,7 @@ def test_forward(device: str, activation: str, gated: bool) -> None:
             largest = torch.zeros((), device=device)
             q, t = activation_cast(h, u if gated else None, activation, "e4m3fn", scale, amax=largest)
             nearly_the_codes(q, y, "e4m3fn", scale)
-            nearly_the_codes(t, y.mT, "e4m3fn", scale)
+            nearly_transposed(t, y, "e4m3fn", scale)
             torch.testing.assert_close(largest, numerics.amax(y), rtol=1e-2 if dtype == torch.bfloat16 else 1e-5, atol=0)
 
 
@@ -65,7 +66,7 @@ def test_backward(device: str, activation: str, gated: bool) -> None:
         rtol = 1e-2 if dtype == torch.bfloat16 else 1e-5
         for (q, t), grad, s, seen in zip(pairs, grads, (scale, scale_u), (largest, largest_u), strict=False):
             nearly_the_codes(q, grad, "e5m2", s)
-            nearly_the_codes(t, grad.mT, "e5m2", s)
+            nearly_transposed(t, grad, "e5m2", s)
             torch.testing.assert_close(seen, numerics.amax(grad), rtol=rtol, atol=0)
         assert gated or pairs[1] == (None, None)
 
@@ -78,8 +79,9 @@ def kept_of(x: Tensor) -> Kept:
 
 
 def same_pairs(ours: Any, theirs: Any) -> None:
-    for a, b in zip(ours, theirs, strict=True):
-        same_bytes(a, b.cpu())
+    (q, t), (expected, turned) = ours, theirs
+    same_bytes(q, expected.cpu())
+    same_transposed(t, turned.cpu().mT)
 
 
 @pytest.mark.parametrize(
@@ -138,13 +140,16 @@ def _same_in_place(h: Tensor, u: Tensor | None, activation: str, plain: Any, sca
 
 
 def _same_by_rows(h: Tensor, u: Tensor | None, activation: str, plain: Any, scale: Tensor, kept: tuple[Kept, Kept | None]) -> None:
-    """A whole that is made in two parts."""
-    into = tuple(torch.empty_like(part) for part in plain)
+    """A whole that is made in two parts, and nothing behind it."""
+    (m, k), codes = h.shape, plain[0].dtype
+    room = torch.full((k + 1, pitch(m)), 0x55, dtype=torch.uint8, device=h.device)
+    into = torch.empty_like(plain[0]), room[:k, :m].view(codes)
     again = Kept.empty(h), None if u is None else Kept.empty(h)
     for rows in (slice(0, 32), slice(32, None)):
         part = None if u is None else u[rows]
-        activation_cast(h[rows], part, activation, "e4m3fn", scale, kept=again, into=(into[0], into[1], rows.start))
+        activation_cast(h[rows], part, activation, "e4m3fn", scale, kept=again, into=(*into, rows.start))
     same_pairs(into, plain)
+    assert bool((room[k] == 0x55).all())
     for a, b in zip(again, kept, strict=True):
         assert (a is None) == (b is None)
         assert a is None or b is None or (torch.equal(a.q, b.q) and torch.equal(a.scale, b.scale))
@@ -182,7 +187,7 @@ def test_norms(device: str, kind: str) -> None:
         variance = x.float().var(-1, keepdim=True, unbiased=False) if kind == "layer" else x.float().square().mean(-1, keepdim=True)
         torch.testing.assert_close(rstd, (variance + 1e-5).rsqrt(), rtol=1e-5, atol=0)
         nearly_the_codes(q, y, "e4m3fn", scale)
-        nearly_the_codes(t, y.mT, "e4m3fn", scale)
+        nearly_transposed(t, y, "e4m3fn", scale)
         torch.testing.assert_close(largest, numerics.amax(y), rtol=1e-2 if dtype == torch.bfloat16 else 1e-5, atol=0)
     (q, t), _, _ = norm_cast(x[..., :0], None, None, "e4m3fn")
     assert q is not None
@@ -204,6 +209,8 @@ def test_refusals() -> None:
         activation_cast(codes, codes, "silu", "e4m3fn")  # type: ignore[arg-type]
     with pytest.raises(KernelError, match="rows 8 to 10 of 10 are not whole tiles of 32 rows"):
         activation_cast(torch.ones(2, 2), None, "silu", "e4m3fn", into=(torch.empty(10, 2), None, 8))
+    with pytest.raises(KernelError, match=r"qT of 2 rows must have strides \(16, 1\)"):
+        activation_cast(torch.ones(2, 2), None, "silu", "e4m3fn", into=(None, torch.empty(2, 2), 0))
     with pytest.raises(KernelError, match="contiguous matrices"):
         activation_keep(torch.ones(2, 4)[:, ::2], None, "silu", (codes, None))
 
@@ -216,10 +223,12 @@ def test_all_bfloat16_inputs(activation: str) -> None:
     scale = torch.tensor(0.05)
     if activation == "relu":
         expected = quantize_scaled(torch.where(x < 0, 0.0, x), formats.get("e4m3fn"), scale)
-        for part, wanted in zip(activation_cast(x.cuda(), None, activation, "e4m3fn", scale.cuda()), (expected, expected.mT), strict=True):
-            same_bytes(part, wanted)
+        q, t = activation_cast(x.cuda(), None, activation, "e4m3fn", scale.cuda())
+        same_bytes(q, expected)
+        same_transposed(t, expected)
         return
     x = x.nan_to_num(0.0, 1.0, -1.0)
     y = FORWARD[activation](x)
-    for part, wanted in zip(activation_cast(x.cuda(), None, activation, "e4m3fn", scale.cuda()), (y, y.mT), strict=True):
-        nearly_the_codes(part, wanted, "e4m3fn", scale)
+    q, t = activation_cast(x.cuda(), None, activation, "e4m3fn", scale.cuda())
+    nearly_the_codes(q, y, "e4m3fn", scale)
+    nearly_transposed(t, y, "e4m3fn", scale)

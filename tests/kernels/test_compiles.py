@@ -135,6 +135,23 @@ def test_memory_bound_kernels(name: str, compiled: Compiled, tmp_path: Path) -> 
             assert "st.global.v4" in ptx, "stores are 16 bytes wide"
 
 
+ODD = torch.empty(1001, 512, dtype=torch.bfloat16)
+TRANSPOSES: dict[str, Callable[[], Any]] = {
+    "cast": lambda: cast(ODD, "e4m3fn", ONE, layout="transposed"),
+    "cast block": lambda: cast_block(ODD, "e4m3fn", layout="transposed"),
+    "swiglu": lambda: activation_cast(ODD, ODD, "silu", "e4m3fn", ONE, layout="transposed"),
+    "layer norm": lambda: norm_cast(ODD, ODD[0], ODD[1], "e4m3fn", "layer", scale=ONE, layout="transposed"),
+}
+
+
+@pytest.mark.parametrize("name", TRANSPOSES)
+def test_transposes_of_odd_matrices_are_stored_by_words(name: str, compiled: Compiled) -> None:
+    TRANSPOSES[name]()
+    ptx = compiled()[-1].asm["ptx"]
+    assert "st.global.v4.b32" in ptx
+    assert "st.global.b8" not in ptx
+
+
 WIDE = formats.Format("bfloat16", 8, 7, 127, 3.3895313892515355e38, True, "ieee")
 STUDIES: dict[str, Callable[[], Any]] = {
     "products": lambda: arithmetic_mm(F, None, F, None, None, "exact", Grid(formats.get("e5m2")), Grid(WIDE)),

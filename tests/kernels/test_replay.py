@@ -12,6 +12,7 @@ pytest.importorskip("triton")
 from triton.tools.tensor_descriptor import TensorDescriptor
 
 from fp8fx.kernels import launch, replay
+from fp8fx.kernels.layout import empty_transposed
 
 KEPT = torch.ones(4)  # what a function keeps for good: no tape may make it anew
 
@@ -65,6 +66,25 @@ def test_a_tape_gives_each_launch_its_memory(compiled: Compiled) -> None:
         assert zeros.tolist() == [0, 0, 0]
         assert (number, tail) == (5, "constexpr")
     assert outputs[1][0].data_ptr() != outputs[2][0].data_ptr()
+
+
+def test_an_output_in_padded_rows(compiled: Compiled) -> None:
+    """It is a view of what is made anew, padding included, and the kernel gets the whole."""
+
+    def run(x: Tensor) -> tuple[Tensor, ...]:
+        t = empty_transposed(x.shape, torch.uint8, x)
+        launches = getattr(launch._RECORDING, "launches", None)
+        if launches is not None:
+            launches.append(launch.Launch(compiled, (), (1,), (x, t)))
+        return (t.mT,)
+
+    taped, xs = replay.taped(run), [torch.randn(5, 3), torch.randn(5, 3)]
+    for x in xs:
+        (qt,) = taped(x)
+        assert (qt.shape, qt.stride()) == ((5, 3), (1, 16))
+    ((_, into),) = compiled.seen
+    assert into.data_ptr() == qt.data_ptr()
+    assert into.untyped_storage().nbytes() == 3 * 16
 
 
 def test_other_arguments_have_tapes_of_their_own(compiled: Compiled) -> None:

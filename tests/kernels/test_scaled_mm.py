@@ -20,7 +20,8 @@ from torch import Tensor
 from fp8fx.errors import KernelError
 
 pytest.importorskip("triton")
-from fp8fx.kernels.scaled_mm import scaled_mm
+from fp8fx.kernels.cast import cast
+from fp8fx.kernels.scaled_mm import _Operand, scaled_mm
 
 E4, E5 = torch.float8_e4m3fn, torch.float8_e5m2
 PAIRS = [(E4, E4), (E4, E5), (E5, E4), (E5, E5)]
@@ -125,6 +126,18 @@ def test_batches(device: str) -> None:
     check(scaled_mm(a, b, few, one, None, torch.float32), a, b, few, one)
     turned = random_codes((3, 40, 2, 64), E4, device).permute(2, 0, 1, 3)
     check(scaled_mm(turned, b, one, one, None, torch.float32), turned, b, one, one)
+
+
+@pytest.mark.parametrize("shape", [(37, 24), (2, 5, 24)], ids=str)
+def test_what_casts_transpose_is_read_as_it_lies(device: str, shape: tuple[int, ...]) -> None:
+    """The product over any number of rows: nothing is copied into rows that the copy engine can read."""
+    one, column = torch.ones((), device=device), torch.rand(24, 1, device=device) + 0.5
+    x, y = (cast(torch.randn(shape, device=device), format, layout="transposed")[1] for format in ("e4m3fn", "e5m2"))
+    assert x is not None
+    assert y is not None
+    for scale in (one, column):
+        check(scaled_mm(x, y.mT, scale, one, None, torch.float32), x, y.mT, scale, one)
+        assert _Operand.of(x, x.shape[:-2], scale, None).codes.data_ptr() == x.data_ptr()
 
 
 def test_empty_and_special(device: str) -> None:

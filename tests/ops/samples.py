@@ -175,6 +175,7 @@ SAMPLES: dict[str, list[Callable[[], tuple[Any, ...]]]] = {
         lambda: (learned(2, 3, 8), DELAYED, None, "fc", "input", SCALE, None, "both"),
         lambda: (randn(3, 8), RANDOM, RNG, "fc", "input", None, None, "transposed"),
         lambda: (randn(3, 8), DELAYED, None, "fc", "input", SCALE, None, "rows"),
+        lambda: (randn(1, 8), DELAYED, None, "fc", "input", SCALE, None, "both"),
     ],
     "cast_current": [
         lambda spec=spec, layout=layout: (learned(2, 3, 8), spec, None, "fc", "input", None, layout)

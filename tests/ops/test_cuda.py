@@ -79,7 +79,7 @@ def test_norms(kind: str, scaling: str) -> None:
     """Called twice, the second time from the tape. Sums are added in another order, so codes at a boundary may differ."""
     spec, scale = f"e4m3fn/{scaling}/tensor/nearest_even/saturate", torch.tensor(0.03) if scaling == "delayed" else None
     for seed in range(2):
-        x, r, grad, add = (values(4, 40, 512, seed=4 * seed + i) for i in range(4))
+        x, r, grad, add = (values(3, 41, 512, seed=4 * seed + i) for i in range(4))
         w, b = values(512, seed=9), values(512, seed=10) if kind == "layer" else None
         for residual, of_sum in ((None, None), (r, add)):
             args = (x, residual, w, b, kind, 1e-5, spec, None, "fc", scale, torch.zeros(RECORD), "both")
@@ -125,7 +125,7 @@ def test_rounded_products(rounding: str, accumulate: str) -> None:
 
 @pytest.mark.parametrize("granularity", ["row", "1x128", "128x128"])
 @pytest.mark.parametrize("layout", ["rows", "transposed", "both"])
-@pytest.mark.parametrize("shape", [(2, 128, 256), (130, 200), (0, 128)])
+@pytest.mark.parametrize("shape", [(2, 128, 256), (131, 200), (0, 128)])
 def test_cast_current_by_rows_and_blocks(granularity: str, layout: str, shape: tuple[int, ...]) -> None:
     if granularity == "128x128" and len(shape) > 2:
         shape = (256, 256)
@@ -140,7 +140,7 @@ def test_gradients_of_activations(spec: str, activation: str, gated: bool) -> No
     """Called twice: the second time from the tape. Exponentials differ in their last bit, and so may codes at a boundary."""
     scale = torch.tensor(0.0625) if "delayed" in spec else None
     for seed in range(3):
-        grad, h, u = (values(72, 96, seed=3 * seed + i) for i in range(3))
+        grad, h, u = (values(73, 96, seed=3 * seed + i) for i in range(3))
         u = u if gated else values(0)
         tail = (spec, scale, scale, None, None, "both", True)
         there = [t.cuda() if isinstance(t, Tensor) else t for t in tail]
@@ -150,19 +150,21 @@ def test_gradients_of_activations(spec: str, activation: str, gated: bool) -> No
             assert a.shape == b.shape
             assert a.dtype == b.dtype
             if b.numel():
+                assert a.stride() == b.stride()
                 assert 20 * torch.log10(b.float().norm() / (a.cpu().float() - b.float()).norm().clamp(min=1e-9)) > 35
 
 
 @pytest.mark.parametrize("recipe", ["hybrid", "delayed", "direct", "rowwise", "blockwise"])
 @pytest.mark.parametrize("inner", ["eager", "inductor"])
-def test_a_training_step_is_that_of_the_cpu(recipe: str, inner: str) -> None:
+@pytest.mark.parametrize("rows", [96, 97])
+def test_a_training_step_is_that_of_the_cpu(recipe: str, inner: str, rows: int) -> None:
     """Sums are added in another order, and some outputs are rounded to FP8 again: within 30 dB, where FP8 itself leaves 10 to 30.
 
     Scales are powers of two: otherwise an amax that differs in its last bit moves every code's rounding.
     """
     torch.manual_seed(0)
     model = torch.nn.Sequential(torch.nn.LayerNorm(64), torch.nn.Linear(64, 128), torch.nn.GELU(), torch.nn.Linear(128, 48)).bfloat16()
-    x = values(96, 64)
+    x = values(rows, 64)
     found = []
     for device, how in (("cpu", "eager"), ("cuda", inner)):
         fast = fp8fx.compile(
@@ -178,8 +180,8 @@ def test_a_training_step_is_that_of_the_cpu(recipe: str, inner: str) -> None:
         assert 20 * torch.log10(theirs.norm() / (theirs - ours).norm()) > 30
 
 
-@pytest.mark.parametrize("recipe", ["delayed", "hybrid"])
-def test_cuda_graphs_give_what_launches_give(recipe: str) -> None:
+@pytest.mark.parametrize(("recipe", "rows"), [("delayed", 96), ("hybrid", 97)])
+def test_cuda_graphs_give_what_launches_give(recipe: str, rows: int) -> None:
     """Six steps: outputs, gradients, and the scales that follow from what replays measure.
 
     (One backward a step: to add gradients up, a graph's own outputs must be copied first, as under torch.compile alone.)
@@ -192,7 +194,7 @@ def test_cuda_graphs_give_what_launches_give(recipe: str) -> None:
         fast = fp8fx.compile(model.bfloat16().cuda(), changes, inner="inductor", inner_mode=mode)
         for seed in range(6):
             model.zero_grad()
-            y = fast(values(96, 64, seed=seed).cuda() * (1 + seed))
+            y = fast(values(rows, 64, seed=seed).cuda() * (1 + seed))
             y.float().square().sum().backward()
             fp8fx.step(fast)
         state = {key: value.float().cpu() for key, value in fp8fx.state_dict(fast).items() if value.is_floating_point()}
