@@ -57,15 +57,11 @@ class Config:
     num_warps: int
     num_stages: int
     per_multiprocessor: int = 1  # programs; two hide each other's epilogues where registers and shared memory hold both
-    pairs: bool = False  # precise sums: one product runs while another is added
 
     def stages(self, block_k: int, output_bytes: int, parts: int, stochastic: bool = False) -> int:
         """As many as fit into shared memory beside the tile of the output: one in float32 is twice as large. Random bits, 4 bytes each,
         are exchanged between threads in two turns."""
-        tile, step = (
-            self.block_m * self.block_n // parts * (output_bytes + 2 * stochastic),
-            (self.block_m + self.block_n) * block_k * (1 + self.pairs),
-        )
+        tile, step = self.block_m * self.block_n // parts * (output_bytes + 2 * stochastic), (self.block_m + self.block_n) * block_k
         return max(2, min(self.num_stages, (SHARED_MEMORY // self.per_multiprocessor - tile) // step))
 
     def parts(self, stochastic: bool) -> int:
@@ -79,11 +75,11 @@ class Config:
 CONFIGS = {
     "large": Config(128, 256, 128, 8, True, True, 8, 4),
     "medium": Config(128, 128, 128, 4, True, True, 4, 3, 2),
-    "precise": Config(128, 128, 128, 8, True, False, 8, 3, pairs=True),
+    "precise": Config(256, 128, 128, 4, True, False, 8, 4),
     "small": Config(64, 128, 128, 8, False, False, 4, 4, 2),
     "decode": Config(64, 16, 256, 1, False, False, 4, 4, 2),
     "decode_64": Config(64, 64, 128, 1, False, False, 4, 5),
-    "blocked": Config(128, 128, 128, 8, False, False, 8, 3, pairs=True),
+    "blocked": Config(128, 128, 128, 8, False, False, 8, 4),
 }
 
 
@@ -325,13 +321,7 @@ def _launch(a: _Operand, b: _Operand, c: Tensor, end: _End, turned: bool, precis
         constexprs |= {"BLOCK_ROWS_A": rows[0], "BLOCK_ROWS_B": rows[1], "STEPS_A": steps[0], "STEPS_B": steps[1]}
         sizes = (*sizes, *a.strides(), *b.strides())
     else:
-        constexprs |= {
-            "ROW_A": a.per_row,
-            "ROW_B": b.per_row,
-            "PRECISE": precise,
-            "PAIRS": chosen.pairs and precise,
-            "FLATTEN": chosen.flatten,
-        }
+        constexprs |= {"ROW_A": a.per_row, "ROW_B": b.per_row, "PRECISE": precise, "FLATTEN": chosen.flatten}
     kernel = blocked_mm_kernel if blocked else scaled_mm_kernel
     stages = chosen.stages(block_k, c.element_size(), parts, stochastic)
     launch(kernel, grid, (*operands, *sizes), constexprs, num_warps=chosen.num_warps, num_stages=stages)

@@ -53,7 +53,6 @@ def scaled_mm_kernel(
     PARTS: tl.constexpr,  # in which a tile is finished
     DTYPE: tl.constexpr,
     PRECISE: tl.constexpr,
-    PAIRS: tl.constexpr,  # of steps along K: for PRECISE
     BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr,
     BLOCK_K: tl.constexpr,
@@ -76,24 +75,11 @@ def scaled_mm_kernel(
         row_a, row_b = batch * batch_rows_a + tile_m * BLOCK_M, batch * batch_rows_b + tile_n * BLOCK_N
         rows, columns = tile_m * BLOCK_M + tl.arange(0, BLOCK_M), tile_n * BLOCK_N + tl.arange(0, BLOCK_N)
         acc = tl.zeros((BLOCK_M, BLOCK_N), dtype=tl.float32)
-        # Hopper aligns the terms of each addition to the largest and keeps 13 bits below it; PRECISE adds what it has to float32
-        # registers every BLOCK_K.
-        if PAIRS:
-            late = acc
-            for step in range(0, steps, 2):
-                k0, k1 = step * BLOCK_K, (step + 1) * BLOCK_K
-                left0, right0, left1, right1 = a.load([row_a, k0]), b.load([row_b, k0]), a.load([row_a, k1]), b.load([row_b, k1])
-                # Of each two products the second is in flight while the first is added, and is itself added an iteration later: the
-                # compiler leaves a product running that only the next iteration reads, and waits for one that this iteration reads.
-                early = tl.dot(left0, right0.T)
-                acc += late
-                late = tl.dot(left1, right1.T)
-                acc += early
-            acc += late
-        else:
-            for step in range(steps):
-                left, right = a.load([row_a, step * BLOCK_K]), b.load([row_b, step * BLOCK_K])
-                acc = tl.dot(left, right.T, acc, max_num_imprecise_acc=BLOCK_K if PRECISE else None)
+        for step in range(steps):
+            left, right = a.load([row_a, step * BLOCK_K]), b.load([row_b, step * BLOCK_K])
+            # Hopper aligns the terms of each addition to the largest and keeps 13 bits below it; PRECISE adds what it has to float32
+            # registers every BLOCK_K.
+            acc = tl.dot(left, right.T, acc, max_num_imprecise_acc=BLOCK_K if PRECISE else None)
 
         if ROW_A:
             scale_a = tl.load(scale_a_ptr + batch * M + rows, mask=rows < M, other=0.0)
@@ -109,16 +95,6 @@ def scaled_mm_kernel(
         strides = (stride_cb, stride_cm, stride_cn)
         ends = (bias_ptr, out_scale_ptr, record_ptr, rng_ptr, key)
         finish(c, acc, ends, place, tile_n * BLOCK_N, strides, END, TMA_STORE, DTYPE, PARTS)
-
-
-@triton.jit
-def _scaled(part, from_a, from_b, step, stride_ak, stride_bk, within, HOW: tl.constexpr):
-    """The product of a step along K under the scales of its blocks, 0 where there is no such step. HOW = (STEPS_A, STEPS_B, UNIFORM_B)."""
-    rows, columns, steps = within
-    there = (step >= 0) & (step < steps)
-    scale_a = tl.load(from_a + step // HOW[0] * stride_ak, mask=rows & there, other=0.0)
-    scale_b = tl.load(from_b + step // HOW[1] * stride_bk, mask=columns & there, other=0.0)
-    return part * (scale_a * scale_b)[:, None] if HOW[2] else part * scale_a[:, None] * scale_b[None, :]
 
 
 @triton.jit(do_not_specialize=["key"])
@@ -163,30 +139,29 @@ def blocked_mm_kernel(
     PROGRAMS: tl.constexpr,
 ):
     """C = sum over blocks of K of (A B^T) * scale_a * scale_b, each partial product scaled before it is added; finished likewise."""
-    tl.assume(K > 0)
     tiles_m, tiles_n, steps = tl.cdiv(M, BLOCK_M), tl.cdiv(N, BLOCK_N), tl.cdiv(K, BLOCK_K)
     tiles = batches * tiles_m * tiles_n
     for tile in tl.range(tl.program_id(0), tiles, PROGRAMS):
         batch, tile_m, tile_n = _locate(tile, tiles_m, tiles_n, GROUP)
         row_a, row_b = batch * batch_rows_a + tile_m * BLOCK_M, batch * batch_rows_b + tile_n * BLOCK_N
         rows, columns = tile_m * BLOCK_M + tl.arange(0, BLOCK_M), tile_n * BLOCK_N + tl.arange(0, BLOCK_N)
+        from_a = scale_a_ptr + batch * stride_ab + rows // BLOCK_ROWS_A * stride_am
         # One scale of B for the whole tile where its blocks are as wide.
         UNIFORM_B: tl.constexpr = BLOCK_ROWS_B % BLOCK_N == 0
-        of_b = tile_n * BLOCK_N if UNIFORM_B else columns
-        from_a = scale_a_ptr + batch * stride_ab + rows // BLOCK_ROWS_A * stride_am
-        from_b = scale_b_ptr + batch * stride_bb + of_b // BLOCK_ROWS_B * stride_bn
-        within = (rows < M, of_b < N, steps)
-        how: tl.constexpr = (STEPS_A, STEPS_B, UNIFORM_B)
+        if UNIFORM_B:
+            from_b = scale_b_ptr + batch * stride_bb + tile_n * BLOCK_N // BLOCK_ROWS_B * stride_bn
+        else:
+            from_b = scale_b_ptr + batch * stride_bb + columns // BLOCK_ROWS_B * stride_bn
         acc = tl.zeros((BLOCK_M, BLOCK_N), dtype=tl.float32)
-        late = acc
-        for step in range(0, steps, 2):  # in pairs, as above
-            k0, k1 = step * BLOCK_K, (step + 1) * BLOCK_K
-            left0, right0, left1, right1 = a.load([row_a, k0]), b.load([row_b, k0]), a.load([row_a, k1]), b.load([row_b, k1])
-            early = tl.dot(left0, right0.T)
-            acc += _scaled(late, from_a, from_b, step - 1, stride_ak, stride_bk, within, how)
-            late = tl.dot(left1, right1.T)
-            acc += _scaled(early, from_a, from_b, step, stride_ak, stride_bk, within, how)
-        acc += _scaled(late, from_a, from_b, (steps - 1) // 2 * 2 + 1, stride_ak, stride_bk, within, how)
+        for step in range(steps):
+            left, right = a.load([row_a, step * BLOCK_K]), b.load([row_b, step * BLOCK_K])
+            scale_a = tl.load(from_a + step // STEPS_A * stride_ak, mask=rows < M, other=0.0)
+            part = tl.dot(left, right.T)
+            if UNIFORM_B:
+                acc += part * (scale_a * tl.load(from_b + step // STEPS_B * stride_bk))[:, None]
+            else:
+                scale_b = tl.load(from_b + step // STEPS_B * stride_bk, mask=columns < N, other=0.0)
+                acc += part * scale_a[:, None] * scale_b[None, :]
         place = (batch, tile_m * BLOCK_M, M, N)
         strides = (stride_cb, stride_cm, stride_cn)
         ends = (bias_ptr, out_scale_ptr, record_ptr, rng_ptr, key)

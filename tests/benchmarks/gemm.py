@@ -17,7 +17,6 @@ import math
 import os
 import sys
 from collections.abc import Sequence
-from dataclasses import replace
 from typing import Any
 
 import torch
@@ -118,12 +117,11 @@ def draw(figure: Any, rows: list[Row]) -> None:
 
 # Promotion to float32 is every BLOCK_K of a precise configuration.
 CONFIGURED = {
-    "fast": {"large": CONFIGS["large"]},
+    "fast": {"large": CONFIGS["large"], "medium": CONFIGS["medium"]},
     "precise": {
-        "pairs": CONFIGS["precise"],
-        "pairs, groups of 4": replace(CONFIGS["precise"], group=4),
-        "pairs, 2 stages": replace(CONFIGS["precise"], num_stages=2),
-        "256x128": Config(256, 128, 128, 4, True, False, 8, 4),
+        "medium": CONFIGS["medium"],
+        "precise": CONFIGS["precise"],
+        "64x256, 2 programs": Config(64, 256, 128, 8, True, False, 4, 2, 2),
     },
 }
 PRODUCTS = [(8192, 4096, 4096), (8192, 14336, 4096), (8192, 4096, 14336), (4096, 4096, 8192), (14336, 4096, 8192), (4096, 14336, 8192)]
