@@ -68,8 +68,9 @@ def _sigmoid(h):
 
 
 @triton.jit
-def _tanh(x):
-    return 1.0 - 2.0 * _sigmoid(-2.0 * x)
+def _tanh_argument(h):
+    """y of gelu_tanh(h) = h * sigmoid(y) = 0.5 * h * (1 + tanh(y / 2)), which loses nothing where tanh is close to -1."""
+    return h * (1.0 + h * h * _KAPPA) * (2.0 * _SQRT_2_OVER_PI)
 
 
 @triton.jit
@@ -80,7 +81,7 @@ def activate(h, ACT: tl.constexpr):
     elif ACT == 1:
         return h * 0.5 * (1.0 + tl.erf(h * _SQRT_HALF))
     elif ACT == 2:
-        return 0.5 * h * (1.0 + _tanh((h + h * h * h * _KAPPA) * _SQRT_2_OVER_PI))
+        return h * _sigmoid(_tanh_argument(h))
     else:
         return tl.where(h < 0.0, 0.0, h)  # NaN passes
 
@@ -93,9 +94,9 @@ def _derivative(h, ACT: tl.constexpr):
     elif ACT == 1:
         return 0.5 * (1.0 + tl.erf(h * _SQRT_HALF)) + h * tl.exp(-0.5 * h * h) * _INV_SQRT_2_PI
     elif ACT == 2:
-        tanh = _tanh((h + h * h * h * _KAPPA) * _SQRT_2_OVER_PI)
-        inner = (1.0 + h * h * (3.0 * _KAPPA)) * _SQRT_2_OVER_PI
-        return 0.5 * (1.0 + tanh) + 0.5 * h * (1.0 - tanh * tanh) * inner
+        sigmoid = _sigmoid(_tanh_argument(h))
+        slope = (1.0 + h * h * (3.0 * _KAPPA)) * (2.0 * _SQRT_2_OVER_PI)
+        return sigmoid * (1.0 + h * slope * (1.0 - sigmoid))
     else:
         return tl.where(h > 0.0, 1.0, 0.0)
 

@@ -74,6 +74,7 @@ def cases(device: str) -> dict[str, Case]:
     scale, records = torch.tensor(0.01, device=device), torch.zeros(2, 4, device=device)
     how = Rounding("stochastic", rng=torch.tensor([1, 2, 3], device=device), key=7)
     others: dict[tuple[torch.Size, int], Tensor] = {}
+    totals: dict[int, Tensor] = {}
 
     def other(x: Tensor, number: int) -> Tensor:
         """A further tensor like x, the same for every call."""
@@ -94,6 +95,12 @@ def cases(device: str) -> dict[str, Case]:
     def backward_counted(x: Tensor) -> Any:
         return backward(x, scale, record=records[0], record_u=records[1], counts=True)
 
+    def gelu_backward(x: Tensor) -> Any:
+        sums = totals.setdefault(x.shape[-1], torch.zeros(x.shape[-1], device=device))
+        return activation_cast.activation_backward_cast(
+            x, other(x, 0), None, "gelu_tanh", "e5m2", scale, record=records[0], counts=True, bias_grad=sums
+        )
+
     def stochastic(x: Tensor) -> Any:
         return cast.cast(x, "e5m2", None, layout="both", how=how)
 
@@ -111,6 +118,11 @@ def cases(device: str) -> dict[str, Case]:
         "SwiGLU": Case(swiglu, 6, FORWARD, activation_cast, "_FORWARD", None, wide),
         "SwiGLU backward": Case(backward_counted, 10, BACKWARD, activation_cast, "_BACKWARD", None, wide),
         "SwiGLU backward, stochastic": Case(lambda x: backward(x, None, how=how), 10, BACKWARD, activation_cast, "_BACKWARD", None, wide),
+        "GELU": Case(
+            lambda x: activation_cast.activation_cast(x, None, "gelu_tanh", "e4m3fn", scale, record=records[0]),
+            4, FORWARD, activation_cast, "_FORWARD", None, wide,
+        ),
+        "GELU backward, bias": Case(gelu_backward, 6, BACKWARD, activation_cast, "_BACKWARD", None, wide),
         "SwiGLU amax": Case(
             lambda x: activation_amax.activation_amax(x, other(x, 0), "silu"), 4, MEASURE, activation_amax, "_FORWARD", None, wide
         ),

@@ -42,7 +42,7 @@ class Group:
 
 FURTHER = (
     *("delayed-fast", "hybrid-fast", "delayed-graphs", "delayed-fast-graphs", "delayed-keep-fast-graphs", "hybrid-graphs"),
-    *("hybrid-fast-graphs", "direct-fast-graphs", "direct-graphs", "bf16-graphs"),
+    *("hybrid-fast-graphs", "hybrid-keep-fast-graphs", "direct-fast-graphs", "direct-graphs", "bf16-graphs"),
 )
 PEERS = ("torchao-tensorwise", "torchao-rowwise")
 LARGE = ("bf16", "delayed", "hybrid", "delayed-saved", "hybrid-saved")
