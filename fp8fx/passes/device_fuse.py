@@ -93,7 +93,7 @@ def _obstacle(cast: fx.Node, a: fx.Node, act: fx.Node, gate: fx.Node, up: fx.Nod
         return "its linear layers differ in their output's dtype"
     if len({linear.args[5] is None for linear in linears}) > 1:
         return "one of its linear layers has a gradient, and the other none"
-    if len({None if value is None else value.shape for value in outputs}) > 1:
+    if any(value is None or value.shape != outputs[0].shape for value in outputs):  # type: ignore[union-attr]
         return "its linear layers differ in width"
     if up is not None and (gate.args[0] is not up.args[0] or list(gate.args[3]) != list(up.args[3])):  # type: ignore[arg-type]
         return "its linear layers read different inputs"

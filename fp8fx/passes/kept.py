@@ -88,7 +88,8 @@ def _obstacle(found: Activation) -> str:
     values = [tensor(node) for node in (found.gate, found.up) if node is not None]
     if any(value is None or value.dtype not in DTYPES for value in values):
         return "its output is not bfloat16, float16 or float32"
-    if len({(value.shape, value.dtype) for value in values if value is not None}) > 1:
+    first, last = values[0], values[-1]  # of one layer or two; sizes may be symbols, which no set can hold
+    if first.shape != last.shape or first.dtype != last.dtype:  # type: ignore[union-attr]
         return "the two layers differ in shape or dtype"
     if not same_region(*nodes):
         return "activation checkpointing begins or ends in between"

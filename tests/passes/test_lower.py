@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 import torch
-from passes.models import SINGLE, Call, together
+from passes.models import SINGLE, TOGETHER, Call, together
 from passes.trace import Trace, randn, seeded
 from torch import Tensor, fx, nn
 from torch.nn import functional as F
@@ -15,6 +15,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 import fp8fx
 from fp8fx import pipeline
+from fp8fx.capture.graph import tensor
 from fp8fx.clone import runtime_of
 from fp8fx.graph_call import GraphCall
 from fp8fx.ops import act_linear
@@ -203,6 +204,17 @@ def test_activation_inputs_kept_in_fp8(name: str, recipe: str, apart: bool, monk
     assert ("save_activation_inputs=fp8" in text) == (recipe != "rowwise")
     assert ("fp8fx.act_linear" in text) == (recipe != "rowwise")
     assert ("fp8fx.act.default" in text) == (recipe == "rowwise")
+
+
+@pytest.mark.parametrize("kept", [False, True])
+@pytest.mark.parametrize("name", ["feed gelu", "gated silu"])
+def test_symbolic_sizes(name: str, kept: bool) -> None:
+    recipe: Any = {"extends": "hybrid", "defaults": {"save_activation_inputs": "fp8"}} if kept else "hybrid"
+    make, inputs = TOGETHER[name]
+    trace = Trace(make(), recipe, *inputs(), dynamic=True)
+    made = [tensor(node) for node in trace.record.captured.module.graph.nodes]
+    assert any(isinstance(size, torch.SymInt) for value in made if value is not None for size in value.shape)
+    assert "fp8fx.act_linear" in same_on_kernels(trace, recipe, True)
 
 
 class CastsOfWeights(TorchDispatchMode):
