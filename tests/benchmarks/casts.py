@@ -1,6 +1,6 @@
 """The memory-bound kernels against the bandwidth of a bf16 copy, in GB/s, each byte that must move counted once.
 
-    python tests/benchmarks/casts.py [--json figures.json] [--picture casts.svg] [--rounds 9]
+    python tests/benchmarks/casts.py [--json figures.json] [--picture casts.svg] [--rounds 9] [--shapes 0:1]
 
 bf16 input, e4m3fn output. Buffers rotate where one set would stay in the L2 cache. `Inductor` is what torch.compile makes of the same
 formula in torch's own operations. Bars, at 8192 x 14336: cast, transpose and amax in one pass at least 0.85 of the copy, SwiGLU
@@ -158,11 +158,13 @@ def draw(figure: Any, rows: list[Row]) -> None:
 def main(argv: Sequence[str] | None = None) -> int:
     made = parser(__doc__)
     made.add_argument("--rounds", type=int, default=9)
+    made.add_argument("--shapes", default=":", help="a slice of the list of sizes, as 0:1")
     options = made.parse_args(argv)
     options.device = device_for(options, made)
     report = Report("casts", options, options.device, ("m", "k"))
     if report.measures:
-        for shape in TINY if options.tiny else SHAPES:
+        first, _, last = options.shapes.partition(":")
+        for shape in (TINY if options.tiny else SHAPES)[int(first or 0) : int(last) if last else None]:
             report.add(measure(shape, options))
         report.add({"update_us": update_time(options)})
     print_table(report.rows)

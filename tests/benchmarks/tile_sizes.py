@@ -104,16 +104,16 @@ def cases(device: str) -> dict[str, Case]:
     def stochastic(x: Tensor) -> Any:
         return cast.cast(x, "e5m2", None, layout="both", how=how)
 
-    turned, flat = (cast, "_CONFIGS", "transposed"), (cast, "_CONFIGS", "flat")
+    twice, counted, turned, flat = ((cast, "_CONFIGS", key) for key in ("both", "counted", "transposed", "flat"))
     weights, wide = ((14336, 4096), (4096, 4096)), ((8192, 14336),)
     return {
-        "cast both, counts": Case(lambda x: both(x, counts=True), 4, BOTH, *turned, ((8192, 4096), (8192, 1024), (2048, 4096))),
-        "cast both": Case(both, 4, BOTH, *turned),
-        "cast both, stochastic": Case(stochastic, 4, BOTH, *turned),
+        "cast both, counts": Case(lambda x: both(x, counts=True), 4, BOTH, *counted, ((8192, 4096), (8192, 1024), (2048, 4096))),
+        "cast both": Case(both, 4, BOTH, *twice),
+        "cast both, stochastic": Case(stochastic, 4, BOTH, *twice),
         "cast transposed": Case(lambda x: cast.cast(x, "e4m3fn", scale, layout="transposed"), 3, BOTH, *turned, weights),
         "cast rows": Case(lambda x: cast.cast(x, "e4m3fn", scale, record=records[0]), 3, FLAT, *flat, weights),
         "cast rows, current": Case(lambda x: cast.cast_current(x, "e4m3fn"), 5, FLAT, *flat, weights),
-        "cast both, current": Case(lambda x: cast.cast_current(x, "e4m3fn", layout="both"), 6, BOTH, *turned),
+        "cast both, current": Case(lambda x: cast.cast_current(x, "e4m3fn", layout="both"), 6, BOTH, *twice),
         "amax parts": Case(amax.amax_parts, 2, FLAT, amax, "_PARTS_FLAT", None, weights),
         "SwiGLU": Case(swiglu, 6, FORWARD, activation_cast, "_FORWARD", None, wide),
         "SwiGLU backward": Case(backward_counted, 10, BACKWARD, activation_cast, "_BACKWARD", None, wide),
