@@ -48,8 +48,10 @@ def _call(node: fx.Node) -> Norm | None:
     x = tensor(given["input"])
     if x is None or tuple(given["normalized_shape"]) != tuple(x.shape[-1:]):
         return None
-    eps = torch.finfo(x.dtype).eps if given["eps"] is None else float(given["eps"])
-    return Norm(given["input"], given["weight"], given["bias"], kind, eps, (node,))
+    eps = torch.finfo(x.dtype).eps if given["eps"] is None else given["eps"]
+    if isinstance(eps, fx.Node):  # with dynamic=True an attribute of the model is an input of the graph
+        return None
+    return Norm(given["input"], given["weight"], given["bias"], kind, float(eps), (node,))
 
 
 def _llama(node: fx.Node) -> Norm | None:

@@ -273,6 +273,7 @@ def test_scaled_mm_ends(end: str, config: str, compiled: Compiled, monkeypatch: 
     (kernel,) = compiled()
     assert "wgmma.mma_async" in kernel.asm["ptx"]
     assert "cp.async.bulk.tensor.2d.global" in kernel.asm["ptx"], "the output leaves through the copy engine"
-    assert ("satfinite.e" in kernel.asm["ptx"]) == (end != "activation")
+    # Rounded stochastically, a value is on the grid without a detour over its code.
+    assert ("satfinite.e" in kernel.asm["ptx"]) == (end in ("codes", "everything"))
     assert spills(kernel, tmp_path) == 0
     assert kernel.metadata.shared <= 227 * 1024

@@ -105,6 +105,12 @@ def test_the_same_numbers(kind: str, recipe: str, dtype: torch.dtype) -> None:
     assert torch.equal(*measured)
 
 
+def test_an_eps_that_is_an_input_of_the_graph() -> None:
+    """With dynamic=True numbers that modules hold are symbols too: such a norm is left as it is."""
+    trace = Trace(seeded(Block, nn.LayerNorm), "delayed", randn(2, 6, 16), dynamic=True)
+    assert not norm_casts(rewritten(trace, "delayed", True).module)
+
+
 def test_a_graph_for_kernels_can_be_listed() -> None:
     trace = Trace(seeded(Block, nn.LayerNorm), "delayed", randn(2, 6, 16))
     text = fp8fx.listing(rewritten(trace, "delayed", True).module)
