@@ -24,33 +24,58 @@ _WEYL_A = tl.constexpr(0x9E3779B9)
 _WEYL_B = tl.constexpr(0xBB67AE85)
 
 
+# For element #: y is an input, `bits` too, and `rounded` an output. The normal range first; `a` is |y|.
+_NORMAL = """
+    abs.f32 a#, y#;
+    max.NaN.f32 a#, a#, 0f00000000;                     // of all NaNs, 0x7FFFFFFF
+    shr.u32 t, bits#, UNUSED;
+    add.u32 t, t, a#;
+    min.u32 t, t, 0x7FFFFFFF;                           // the NaN stays one
+    and.b32 rounded#, t, KEPT;
+"""
+_BELOW = """
+    mul.f32 t, a#, STEPS;                               // exact, as all that follows
+    cvt.rmi.f32.f32 k, t;
+    sub.f32 t, t, k;
+    mul.f32 t, t, 0f4F800000;                           // 2^32
+    cvt.rzi.u32.f32 t, t;
+    not.b32 n, bits#;
+    setp.gt.u32 up, t, n;
+    @up add.f32 k, k, 0f3F800000;
+    mul.f32 k, k, STEP;
+    setp.lt.u32 below, a#, LOWEST;
+    @below mov.b32 rounded#, k;
+"""
+_FOUR = """{
+    .reg .pred none, up, below;
+    .reg .b32 a0, a1, a2, a3, t, k, n;
+    NORMAL
+    min.u32 t, a0, a1;
+    min.u32 k, a2, a3;
+    min.u32 t, t, k;
+    setp.ge.u32 none, t, LOWEST;
+    @none bra DONE;
+    BELOW
+DONE:
+}"""
+
+
 def _ptx(dropped: int, emin: int) -> str:
-    """Rounds four magnitudes, $4..$7 (the sign bit is ignored) by the bits $8..$11. `dropped`: mantissa bits that FP8 does not keep."""
-    step = emin - (23 - dropped)  # its exponent below the normal range
-    power = "0f{:08X}".format
-    head, normal, below = [], [], []
-    for i in range(4):
-        head.append(f"abs.f32 a{i}, ${4 + i}; max.NaN.f32 a{i}, a{i}, 0f00000000;")  # of all NaNs, 0x7FFFFFFF
-        normal.append(f"shr.u32 t, ${8 + i}, {32 - dropped};")
-        normal.append(f"add.u32 t, t, a{i}; min.u32 t, t, 0x7FFFFFFF;")  # the NaN stays one
-        normal.append(f"and.b32 ${i}, t, {0x7FFFFFFF >> dropped << dropped:#x};")
-        below.append(f"mul.f32 t, a{i}, {power((step * -1 + 127) << 23)};")  # exact, as all that follows
-        below.append("cvt.rmi.f32.f32 k, t; sub.f32 t, t, k; mul.f32 t, t, 0f4F800000; cvt.rzi.u32.f32 t, t;")
-        below.append(f"not.b32 n, ${8 + i}; setp.gt.u32 up, t, n; @up add.f32 k, k, 0f3F800000;")
-        below.append(f"mul.f32 k, k, {power((step + 127) << 23)};")
-        below.append(f"setp.lt.u32 up, a{i}, LOWEST; @up mov.b32 ${i}, k;")
-    text = f"""{{
-        .reg .pred some, up;
-        .reg .b32 a0, a1, a2, a3, t, k, n;
-        {" ".join(head)}
-        {" ".join(normal)}
-        min.u32 t, a0, a1; min.u32 k, a2, a3; min.u32 t, t, k;
-        setp.ge.u32 some, t, LOWEST;
-        @some bra DONE;
-        {" ".join(below)}
-    DONE:
-    }}"""
-    return text.replace("LOWEST", f"{(emin + 127) << 23:#x}")
+    """PTX that rounds y $4..$7 by the bits $8..$11 to $0..$3. `dropped`: mantissa bits of float32 that FP8 has not; emin: FP8's lowest
+    normal exponent."""
+
+    def power(exponent: int) -> int:
+        return (exponent + 127) << 23
+
+    step = emin - (23 - dropped)  # the exponent of a step below the normal range
+    text = _FOUR
+    for name, one in (("NORMAL", _NORMAL), ("BELOW", _BELOW)):
+        each = [one.replace("rounded#", f"${i}").replace("y#", f"${4 + i}").replace("bits#", f"${8 + i}") for i in range(4)]
+        text = text.replace(name, "".join(part.replace("#", str(i)) for i, part in enumerate(each)))
+    values = {"UNUSED": 32 - dropped, "KEPT": 0x7FFFFFFF >> dropped << dropped, "LOWEST": power(emin)}
+    for name, value in values.items():
+        text = text.replace(name, str(value))
+    return text.replace("STEPS", f"0f{power(-step):08X}").replace("STEP", f"0f{power(step):08X}")
 
 
 _PTX_E5M2 = tl.constexpr(_ptx(21, -14))
