@@ -9,7 +9,8 @@
     scaled_mm                   the FP8 matrix product, every pairing of e4m3fn and e5m2; activation, FP8 output and its amax
     records, column_sums        what a cast tells of its tensor: amax, counts of zeros; sums over the rows (bias gradients)
     results                     how fused kernels end: one result, its scale, codes in both layouts, record and sums
-    codes, quarters, layout     what these share: rounding, random bits, tiles, shapes; `rounding` and `launch` likewise
+    codes, stochastic           what these share: float32 to codes and back; stochastic rounding, by the bits of `random_bits`
+    quarters, layout            likewise tiles and shapes; `rounding`, `launch`, `replay` and `interpret` too
 
 A kernel implements what an operator's reference in `fp8fx.ops` defines, imports nothing of fp8fx but formats and errors, and is tested
 against the reference byte for byte, products within a derived bound. Public functions take tensors of any strides on one device,

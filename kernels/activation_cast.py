@@ -6,9 +6,9 @@
                                du =                      dy * act(h)            -> q, qT, record and sum over the rows of du
 
 act: silu, gelu (erf), gelu_tanh or relu; silu with u is SwiGLU, gelu with u GeGLU. Each intermediate is rounded to h's dtype where the
-unfused operators round it, so that codes differ from theirs only where the exponential's last bit does. One read of h, u and dy, in
-quarters (see `quarters`). A tile cannot know the amax of the whole: scales are given (delayed scaling), or made from an amax that
-`activation_amax` measured (current scaling), or there is none.
+unfused operators round it, so that codes differ from theirs only where the exponential's last bit does, or, of gelu_tanh, where their
+1 + tanh cancels. One read of h, u and dy, in quarters (see `quarters`). A tile cannot know the amax of the whole: scales are given (delayed
+scaling), or made from an amax that `activation_amax` measured (current scaling), or there is none.
 
 h and u can be kept for the backward in FP8 (`Kept`): forward writes their codes beside q and qT, and backward reads those. The two results
 of a gated backward can be written by two launches, so that u is free before the second: `only` dh, and then du as the forward's

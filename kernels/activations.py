@@ -19,10 +19,10 @@ from torch import Tensor
 
 from fp8fx.errors import KernelError
 from fp8fx.kernels.codes import decode, encode, finite_magnitude
+from fp8fx.kernels.interpret import INTERPRET
 from fp8fx.kernels.layout import cdiv, check_input
 from fp8fx.kernels.quarters import load_quarter, store_quarter
 from fp8fx.kernels.scale import current_scale, inverse
-from fp8fx.kernels.stochastic import INTERPRET
 
 SIDE = 128  # columns that share a scale of what is kept: the width of a tile of the kernels
 

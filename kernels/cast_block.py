@@ -24,8 +24,8 @@ from fp8fx.kernels.codes import encode, finite_magnitude, hardware_format
 from fp8fx.kernels.launch import launch
 from fp8fx.kernels.layout import cdiv, check_input, empty_transposed, matrices
 from fp8fx.kernels.quarters import load_quarter, locate, store_quarter, store_transposed
+from fp8fx.kernels.random_bits import random_tile
 from fp8fx.kernels.scale import current_scale, inverse
-from fp8fx.kernels.stochastic import random_tile
 
 # block side, which is the side of the tile -> num_warps
 _WARPS = {32: 4, 64: 4, 128: 8}

@@ -13,9 +13,9 @@ import triton.language as tl
 from fp8fx.kernels.codes import encode
 from fp8fx.kernels.column_sums import store_partial
 from fp8fx.kernels.quarters import load_quarter, locate, store_quarter, store_transposed, zero_codes
+from fp8fx.kernels.random_bits import random_tile
 from fp8fx.kernels.records import amax_bits, amax_of, count_zeros, merge_amax
 from fp8fx.kernels.scale import current_scale, inverse, largest_part
-from fp8fx.kernels.stochastic import random_tile
 
 
 @triton.jit

@@ -15,13 +15,13 @@ import triton.language as tl
 from torch import Tensor
 
 from fp8fx.formats import Format
-from fp8fx.kernels.codes import encode, finite_magnitude
+from fp8fx.kernels.codes import encode, finite_magnitude, largest_of
 from fp8fx.kernels.launch import launch
 from fp8fx.kernels.layout import axis_shape, cdiv, ceil_power_of_two, plain_matrices
+from fp8fx.kernels.random_bits import random_tile
 from fp8fx.kernels.records import amax_bits, merge_amax
 from fp8fx.kernels.rounding import Rounding
 from fp8fx.kernels.scale import current_scale, inverse
-from fp8fx.kernels.stochastic import random_tile
 
 MOST = 16384  # columns that a program holds
 _TILE = 8192  # elements of a tile of several rows
@@ -62,7 +62,7 @@ def _cast_rows_kernel(
     at = lines[:, None] * K + columns[None, :]
     tl.store(q_ptr.to(tl.pointer_type(tl.uint8), bitcast=True) + at, codes, mask=inside)
     if HOW[6]:
-        merge_amax(record_ptr, amax_bits(record_ptr), tl.max(amax, 0))
+        merge_amax(record_ptr, amax_bits(record_ptr), largest_of(amax))
 
 
 def cast_rows(

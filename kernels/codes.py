@@ -17,7 +17,8 @@ import triton.language as tl
 
 from fp8fx.errors import KernelError
 from fp8fx.formats import Format, get
-from fp8fx.kernels.stochastic import INTERPRET, round_stochastic
+from fp8fx.kernels.interpret import INTERPRET
+from fp8fx.kernels.stochastic import round_stochastic
 
 _INF_BITS = tl.constexpr(0x7F800000)
 
@@ -71,10 +72,11 @@ def encode(y, x, random_bits, E5M2: tl.constexpr, STOCHASTIC: tl.constexpr, NONF
     # Nearest-even takes |y| from here on beyond max: the tie 61440 of e5m2 rounds up, the tie 464 of e4m3fn down.
     BEYOND: tl.constexpr = 0x47700000 if E5M2 else 0x43E80001
     magnitude = y.to(tl.int32, bitcast=True) & 0x7FFFFFFF
-    beyond = (magnitude >= BEYOND) & (magnitude <= _INF_BITS)
     if STOCHASTIC:
         y = round_stochastic(y, random_bits, E5M2)
         beyond = y > MAX
+    else:
+        beyond = (magnitude >= BEYOND) & (magnitude <= _INF_BITS)
     sign = ((x.to(tl.int32, bitcast=True) >> 24) & 0x80).to(tl.uint8)
     if INTERPRET:
         y = tl.where(y > MAX, MAX, tl.where(y < -MAX, -MAX, y))

@@ -21,7 +21,7 @@ import triton
 from torch import Tensor
 
 from fp8fx.errors import KernelError
-from fp8fx.kernels.stochastic import INTERPRET
+from fp8fx.kernels.interpret import INTERPRET
 
 # key -> the compiled kernel with the values of its compile-time parameters, which its launcher skips.
 _COMPILED: dict[tuple[Any, ...], tuple[Any, tuple[Any, ...]]] = {}

@@ -6,7 +6,7 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from fp8fx.kernels.codes import finite_magnitude
+from fp8fx.kernels.codes import finite_magnitude, largest_of
 from fp8fx.kernels.column_sums import store_partial
 from fp8fx.kernels.norm_statistics import load_vector
 from fp8fx.kernels.quarters import load_quarter, locate
@@ -103,7 +103,7 @@ def row_sums_kernel(
                 dx = _gradient(n, g, add, rstd, mean_g, mean_gn, dtype, NORM[0], ADD)
                 largest = tl.maximum(largest, tl.where(at < K, finite_magnitude(dx), 0.0))
     if AMAX:
-        tl.store(parts_ptr + tl.program_id(0), tl.max(largest, 0))
+        tl.store(parts_ptr + tl.program_id(0), largest_of(largest))
 
 
 @triton.jit

@@ -18,7 +18,7 @@ import triton.language as tl
 from torch import Tensor
 
 from fp8fx.kernels.amax import part_count
-from fp8fx.kernels.codes import finite_magnitude
+from fp8fx.kernels.codes import finite_magnitude, largest_of
 from fp8fx.kernels.launch import launch
 from fp8fx.kernels.layout import Matrices, ceil_power_of_two
 
@@ -131,7 +131,7 @@ def _statistics_kernel(
                     weight, bias = load_vector(weight_ptr, at, K, NORM[2], 1.0), load_vector(bias_ptr, at, K, NORM[3], 0.0)
                     largest = tl.maximum(largest, finite_magnitude(normalized(x, mean, rstd, weight, bias, dtype, RMS, NORM[1])))
     if AMAX:
-        tl.store(parts_ptr + tl.program_id(0), tl.max(largest, 0))
+        tl.store(parts_ptr + tl.program_id(0), largest_of(largest))
 
 
 def block_of(k: int) -> tuple[int, int]:

@@ -25,10 +25,10 @@ from fp8fx.kernels.codes import encode
 from fp8fx.kernels.column_sums import store_partial
 from fp8fx.kernels.layout import Matrices, empty_transposed
 from fp8fx.kernels.quarters import store_quarter, store_transposed
+from fp8fx.kernels.random_bits import random_tile
 from fp8fx.kernels.records import amax_bits, amax_of, count_zeros, merge_amax
 from fp8fx.kernels.rounding import Rounding
 from fp8fx.kernels.scale import compute_scale, current_scale, inverse, largest_part
-from fp8fx.kernels.stochastic import random_tile
 
 Pair = tuple[Tensor | None, Tensor | None]
 LAYOUTS = ("rows", "transposed", "both")

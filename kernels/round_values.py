@@ -23,10 +23,10 @@ from fp8fx.kernels.amax import amax_parts
 from fp8fx.kernels.codes import finite_magnitude, hardware_format, largest_of, on_grid
 from fp8fx.kernels.launch import launch
 from fp8fx.kernels.layout import check_input, long_rows
+from fp8fx.kernels.random_bits import random_tile
 from fp8fx.kernels.records import amax_bits, check_record, merge_amax
 from fp8fx.kernels.rounding import NEAREST, Rounding
 from fp8fx.kernels.scale import current_scale, inverse, largest_part
-from fp8fx.kernels.stochastic import random_tile
 
 _CONFIGS = {True: (2, 2048, 8), False: (16, 128, 4)}  # rows of 4096, or not: BLOCK_M, BLOCK_K, num_warps
 

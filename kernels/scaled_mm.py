@@ -31,11 +31,11 @@ from fp8fx.errors import KernelError
 from fp8fx.formats import Format
 from fp8fx.kernels.activations import ACTIVATIONS
 from fp8fx.kernels.codes import hardware_format
+from fp8fx.kernels.interpret import INTERPRET
 from fp8fx.kernels.launch import launch
 from fp8fx.kernels.layout import cdiv
 from fp8fx.kernels.rounding import NEAREST, Rounding
 from fp8fx.kernels.scaled_mm_kernels import blocked_mm_kernel, scaled_mm_kernel
-from fp8fx.kernels.stochastic import INTERPRET
 
 _DTYPES = {torch.bfloat16: tl.bfloat16, torch.float16: tl.float16, torch.float32: tl.float32}
 _FP8 = {torch.float8_e4m3fn: tl.float8e4nv, torch.float8_e5m2: tl.float8e5}

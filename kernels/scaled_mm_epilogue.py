@@ -16,9 +16,9 @@ import triton.language as tl
 
 from fp8fx.kernels.activations import activate
 from fp8fx.kernels.codes import encode, finite_magnitude, largest_of, on_grid
+from fp8fx.kernels.random_bits import random_at, random_tile
 from fp8fx.kernels.records import amax_bits, merge_amax
 from fp8fx.kernels.scale import inverse
-from fp8fx.kernels.stochastic import random_at, random_tile
 
 BIAS = tl.constexpr(0)  # 0 none, 1 one per column of the tile, 2 one per row
 ACT = tl.constexpr(1)  # -1 none, else as ACTIVATIONS says

@@ -1,4 +1,4 @@
-"""Which nodes are activations that the compound operators know, by the name those give them."""
+"""For *insert_qdq*, *fuse* and *lower*: which nodes are activations that the compound operators know, by the name those give them."""
 
 from __future__ import annotations
 

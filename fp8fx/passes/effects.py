@@ -1,4 +1,4 @@
-"""What a graph does besides computing: writes in place and changes of grad mode or autocast. Passes must not move work across them.
+"""For every pass after *annotate*: in-place writes and changes of grad mode or autocast, across which no work may move.
 
     x.add_(1); y = F.relu(x, inplace=True); x[0] = 2; torch.add(a, b, out=x); with torch.no_grad(): ...
 

@@ -1,4 +1,4 @@
-"""The further inputs of a rewritten graph, and its one further output. They carry the state, so that the graph holds none.
+"""For *insert_qdq* and *lower*: the further inputs and the one further output of a graph, which carry the state, so that it holds none.
 
     fp8_meter        float32 [sites, 5]   its "gradient" is what the sites' backwards measured (ops.quantize.STATISTICS)
     fp8_rng          int64 [3]            seed, step, call: where something is rounded stochastically

@@ -70,6 +70,12 @@ def parser(doc: str | None) -> argparse.ArgumentParser:
     return made
 
 
+def sliced(items: Sequence[Any], text: str) -> Sequence[Any]:
+    """The slice of `items` that an option names: `0:20`, `27:`."""
+    first, _, last = text.partition(":")
+    return items[int(first or 0) : int(last) if last else None]
+
+
 def device_for(options: argparse.Namespace, made: argparse.ArgumentParser) -> str:
     """cuda, or cpu where --tiny or --from-json allows it."""
     if torch.cuda.is_available():

@@ -17,7 +17,7 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
-from benchmark_report import Bar, Report, Row, device_for, error_text, parser
+from benchmark_report import Bar, Report, Row, device_for, error_text, parser, sliced
 from gpu_timing import interleaved
 from torch import Tensor
 from torch.nn import functional as F
@@ -163,8 +163,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     options.device = device_for(options, made)
     report = Report("casts", options, options.device, ("m", "k"))
     if report.measures:
-        first, _, last = options.shapes.partition(":")
-        for shape in (TINY if options.tiny else SHAPES)[int(first or 0) : int(last) if last else None]:
+        for shape in sliced(TINY if options.tiny else SHAPES, options.shapes):
             report.add(measure(shape, options))
         report.add({"update_us": update_time(options)})
     print_table(report.rows)

@@ -122,6 +122,8 @@ CONFIGURED = {
         "medium": CONFIGS["medium"],
         "precise": CONFIGS["precise"],
         "64x256, 2 programs": Config(64, 256, 128, 8, True, False, 4, 2, 2),
+        "256x128, every 256": Config(256, 128, 256, 4, True, False, 8, 2),
+        "128x128, every 256": Config(128, 128, 256, 8, True, False, 4, 3),
     },
 }
 PRODUCTS = [(8192, 4096, 4096), (8192, 14336, 4096), (8192, 4096, 14336), (4096, 4096, 8192), (14336, 4096, 8192), (4096, 14336, 8192)]

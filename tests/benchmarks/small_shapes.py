@@ -24,7 +24,7 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
-from benchmark_report import Bar, Report, Row, device_for, error_text, parser
+from benchmark_report import Bar, Report, Row, device_for, error_text, parser, sliced
 from torch import Tensor, nn
 
 import fp8fx
@@ -223,8 +223,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     report = Report("small_shapes", options, options.device, ("m", "k", "n"))
     print(f"{'M, K, N':>20}" + "".join(f"{f'{name} us':>11}" for name in ("bf16", "fp8fx", "torch")) + f"{'fp8fx x':>9}{'torch x':>9}")
     if report.measures:
-        first, _, last = options.shapes.partition(":")
-        for shape in (TINY if options.tiny else SHAPES)[int(first or 0) : int(last) if last else None]:
+        for shape in sliced(TINY if options.tiny else SHAPES, options.shapes):
             if options.limit and time.perf_counter() - start > options.limit:
                 print(f"not started, --limit {options.limit:.0f} s is over: {shape} and what follows")
                 break

@@ -231,17 +231,20 @@ def test_kernel_benchmarks_in_the_interpreter(tmp_path: Path) -> None:
     """A process of its own: Triton reads the variable when kernels are defined."""
     pytest.importorskip("triton")
     environment = {**os.environ, "TRITON_INTERPRET": "1", "CUDA_VISIBLE_DEVICES": "", "OMP_NUM_THREADS": "1", "PYTHONPATH": str(HERE)}
-    arguments = [f"gemm --json {tmp_path}/gemm.json", f"casts --json {tmp_path}/casts.json", f"measure_costs --json {tmp_path}/costs.json"]
+    arguments = [f"{name} --json {tmp_path}/{name}.json" for name in ("gemm", "casts", "tile_sizes", "measure_costs")]
     command = [sys.executable, "-P", "-W", "ignore", "-c", RUN, *arguments]
     done = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-3000:]
-    assert all(f"{name} 0" in done.stdout for name in ("gemm", "casts", "measure_costs"))
+    assert all(f"{name} 0" in done.stdout for name in ("gemm", "casts", "tile_sizes", "measure_costs"))
     assert all(set(row) == {"m", "n", "k", "tflops"} for row in rows_of(tmp_path / "gemm.json"))
     casts, update = rows_of(tmp_path / "casts.json")
     assert casts["errors"] == {}
     assert len(casts["gbs"]) == 22
     assert update["update_us"] > 0
-    assert json.loads((tmp_path / "costs.json").read_text())["source"] == "measured"
+    tiles = rows_of(tmp_path / "tile_sizes.json")
+    assert len(tiles) == 17
+    assert all(row["gbs"] for row in tiles)
+    assert json.loads((tmp_path / "measure_costs.json").read_text())["source"] == "measured"
 
 
 def test_arithmetic(script: Any, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

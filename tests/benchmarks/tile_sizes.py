@@ -179,6 +179,17 @@ def line(row: Row) -> str:
     return f"{row['case']:<28}{row['m']:>6} x {row['k']:<6} ships {row['shipped'].replace(' ', '')} {own or 0:.0f} GB/s | {figures}"
 
 
+def draw(figure: Any, rows: list[Row]) -> None:
+    """What ships (blue) on the best candidate (grey), GB/s."""
+    names = [f"{row['case']}, {row['m']} x {row['k']}" for row in rows]
+    axes = figure.add_subplot()
+    figure.set_size_inches(8, 1 + 0.28 * max(len(rows), 4))
+    axes.barh(names, [max(row["gbs"].values()) for row in rows], color="#999999")
+    axes.barh(names, [row["gbs"].get(row["shipped"], 0) for row in rows], height=0.5, color="#2b6cb0")
+    axes.invert_yaxis()
+    axes.set_xlabel("GB/s: the tile that ships (blue), the best candidate (grey)")
+
+
 def main(argv: Sequence[str] | None = None) -> int:
     made = parser(__doc__)
     made.add_argument("--cases", nargs="+", default=["*"], help="with wildcards")
@@ -187,16 +198,26 @@ def main(argv: Sequence[str] | None = None) -> int:
     options = made.parse_args(argv)
     options.device = device_for(options, made)
     report = Report("tile_sizes", options, options.device, ("case", "m", "k"))
+    for row in report.rows:
+        print(line(row))
+    if report.measures:
+        run(options, report)
+    return report.finish([], draw)
+
+
+def run(options: Any, report: Report) -> None:
     table = {name: case for name, case in cases(options.device).items() if any(fnmatch.fnmatch(name, p) for p in options.cases)}
-    wanted = [(name, i) for name, case in table.items() for i in range(len(case.tiles))]
+    if not table:
+        raise SystemExit(f"no case {' '.join(options.cases)}; there are {'; '.join(cases(options.device))}")
     if options.device == "cuda":
+        wanted = [(name, i) for name, case in table.items() for i in range(len(case.tiles))]
+        shares = [wanted[i :: options.workers] for i in range(options.workers)]
         with ProcessPoolExecutor(options.workers, get_context("spawn")) as pool:
-            list(pool.map(compile_some, [options.device] * options.workers, [wanted[i :: options.workers] for i in range(options.workers)]))
+            list(pool.map(compile_some, [options.device] * len(shares), shares))
     for name, case in table.items():
         for row in measure(name, case, options):
             report.add(row)
             print(line(row), flush=True)
-    return report.finish([], None)
 
 
 if __name__ == "__main__":

@@ -115,7 +115,8 @@ def compare(name: str, recipe: str, changes: dict[str, Any], rows: int) -> float
     defaults = {"when_not_faster": "emulate", **changes}
     made = {"extends": recipe, "defaults": defaults, "scale": {"power_of_two": True}}
     ours, theirs = step(model, made, x, True), step(model, made, x, False)
-    return min(float(20 * torch.log10(b.norm() / (a - b).norm().clamp(min=1e-9))) for a, b in zip(ours, theirs, strict=True))
+    found = [20 * torch.log10(b.norm() / (a - b).norm().clamp(min=1e-9)) for a, b in zip(ours, theirs, strict=True)]
+    return float(torch.stack(found).min())  # NaN where there is one
 
 
 def main() -> None:
