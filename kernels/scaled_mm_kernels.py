@@ -15,7 +15,7 @@ from fp8fx.kernels.scaled_mm_epilogue import finish
 
 
 @triton.jit
-def _locate(tile, tiles_m, tiles_n, GROUP: tl.constexpr):
+def locate(tile, tiles_m, tiles_n, GROUP: tl.constexpr):
     """(batch, tile row, tile column) of the tile with this number."""
     per_batch = tiles_m * tiles_n
     batch, within = tile // per_batch, tile % per_batch
@@ -71,7 +71,7 @@ def scaled_mm_kernel(
     if not ROW_B:
         whole *= tl.load(scale_b_ptr)
     for tile in tl.range(tl.program_id(0), tiles, PROGRAMS, flatten=FLATTEN):
-        batch, tile_m, tile_n = _locate(tile, tiles_m, tiles_n, GROUP)
+        batch, tile_m, tile_n = locate(tile, tiles_m, tiles_n, GROUP)
         row_a, row_b = batch * batch_rows_a + tile_m * BLOCK_M, batch * batch_rows_b + tile_n * BLOCK_N
         rows, columns = tile_m * BLOCK_M + tl.arange(0, BLOCK_M), tile_n * BLOCK_N + tl.arange(0, BLOCK_N)
         acc = tl.zeros((BLOCK_M, BLOCK_N), dtype=tl.float32)
@@ -142,7 +142,7 @@ def blocked_mm_kernel(
     tiles_m, tiles_n, steps = tl.cdiv(M, BLOCK_M), tl.cdiv(N, BLOCK_N), tl.cdiv(K, BLOCK_K)
     tiles = batches * tiles_m * tiles_n
     for tile in tl.range(tl.program_id(0), tiles, PROGRAMS):
-        batch, tile_m, tile_n = _locate(tile, tiles_m, tiles_n, GROUP)
+        batch, tile_m, tile_n = locate(tile, tiles_m, tiles_n, GROUP)
         row_a, row_b = batch * batch_rows_a + tile_m * BLOCK_M, batch * batch_rows_b + tile_n * BLOCK_N
         rows, columns = tile_m * BLOCK_M + tl.arange(0, BLOCK_M), tile_n * BLOCK_N + tl.arange(0, BLOCK_N)
         from_a = scale_a_ptr + batch * stride_ab + rows // BLOCK_ROWS_A * stride_am

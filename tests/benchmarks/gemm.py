@@ -28,7 +28,8 @@ if __name__ == "__main__" and not torch.cuda.is_available():
     os.environ.setdefault("TRITON_INTERPRET", "1")  # for --tiny; Triton reads it when a kernel is defined
 
 from fp8fx.kernels.cast import Rounding
-from fp8fx.kernels.scaled_mm import CONFIGS, Config, scaled_mm
+from fp8fx.kernels.scaled_mm import scaled_mm
+from fp8fx.kernels.scaled_mm_configs import CONFIGS, Config
 
 SHAPES = [
     (8192, 8192, 8192),

@@ -16,6 +16,7 @@ import triton
 
 from fp8fx import formats
 from fp8fx.kernels import scaled_mm as mm
+from fp8fx.kernels import scaled_mm_launch
 from fp8fx.kernels.activation_amax import activation_amax, activation_backward_amax
 from fp8fx.kernels.activation_cast import activation_backward_cast, activation_cast
 from fp8fx.kernels.activation_keep import activation_keep
@@ -30,6 +31,7 @@ from fp8fx.kernels.norm_backward import norm_backward_cast
 from fp8fx.kernels.norm_cast import norm_cast
 from fp8fx.kernels.round_values import round_values
 from fp8fx.kernels.scale import compute_scale
+from fp8fx.kernels.scaled_mm_configs import CONFIGS
 
 Compiled = Callable[[], list[Any]]
 ONE = torch.ones(())
@@ -180,15 +182,15 @@ PAIRS = [("e4m3", "e4m3"), ("e4m3", "e5m2"), ("e5m2", "e4m3"), ("e5m2", "e5m2")]
 
 @pytest.mark.parametrize(
     ("config", "pair"),
-    [("large", pair) for pair in PAIRS] + [(config, PAIRS[3]) for config in mm.CONFIGS if config not in ("blocked", "large")],
+    [("large", pair) for pair in PAIRS] + [(config, PAIRS[3]) for config in CONFIGS if config not in ("blocked", "large")],
 )
 def test_scaled_mm(config: str, pair: tuple[str, str], compiled: Compiled, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    monkeypatch.setattr(mm, "multiprocessors", lambda device: 132)
+    monkeypatch.setattr(scaled_mm_launch, "multiprocessors", lambda device: 132)
     a, b = codes(512, 1024, pair[0]), codes(768, 1024, pair[1]).t()
     rows, columns = torch.ones(512, 1), torch.ones(1, 768)
     precise = "precise" if config == "precise" else "fast"
     for scale_a, scale_b in ((ONE, ONE), (rows, columns)):
-        mm.scaled_mm(a, b, scale_a, scale_b, torch.ones(768), accumulate=precise, config=mm.CONFIGS[config])
+        mm.scaled_mm(a, b, scale_a, scale_b, torch.ones(768), accumulate=precise, config=CONFIGS[config])
         (kernel,) = compiled()
         assert re.search(rf"wgmma\.mma_async\.sync\.aligned\.m64n\d+k32\.f32\.{pair[0]}\.{pair[1]}", kernel.asm["ptx"])
         assert "cp.async.bulk.tensor.2d.shared" in kernel.asm["ptx"], "operands come through the copy engine"
@@ -197,23 +199,23 @@ def test_scaled_mm(config: str, pair: tuple[str, str], compiled: Compiled, monke
         assert kernel.metadata.shared <= 227 * 1024
 
 
-@pytest.mark.parametrize("config", mm.CONFIGS)
+@pytest.mark.parametrize("config", CONFIGS)
 def test_float32_output_fits(config: str, compiled: Compiled, monkeypatch: pytest.MonkeyPatch) -> None:
     """What gradients that are rounded once more are accumulated into: a tile twice as large beside the operands."""
-    monkeypatch.setattr(mm, "multiprocessors", lambda device: 132)
+    monkeypatch.setattr(scaled_mm_launch, "multiprocessors", lambda device: 132)
     blocks: dict[str, Any] = {"block_a": (1, 128), "block_b": (128, 128)} if config == "blocked" else {}
     scales = (torch.ones(512, 8), torch.ones(8, 6)) if blocks else (ONE, ONE)
     accumulate = "precise" if config == "precise" else "fast"
     a, b = codes(512, 1024, "e5m2"), codes(768, 1024, "e5m2").t()
-    mm.scaled_mm(a, b, *scales, None, torch.float32, accumulate, config=mm.CONFIGS[config], **blocks)
+    mm.scaled_mm(a, b, *scales, None, torch.float32, accumulate, config=CONFIGS[config], **blocks)
     (kernel,) = compiled()
-    assert kernel.metadata.shared * mm.CONFIGS[config].per_multiprocessor <= 227 * 1024
+    assert kernel.metadata.shared * CONFIGS[config].per_multiprocessor <= 227 * 1024
 
 
 def test_random_bits_fit_beside_a_float32_output(compiled: Compiled, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(mm, "multiprocessors", lambda device: 132)
+    monkeypatch.setattr(scaled_mm_launch, "multiprocessors", lambda device: 132)
     a, b = codes(512, 64, "e5m2"), codes(768, 64, "e5m2").t()
-    mm.scaled_mm(a, b, ONE, ONE, None, torch.float32, config=mm.CONFIGS["large"], round_to="e5m2", how=STOCHASTIC)
+    mm.scaled_mm(a, b, ONE, ONE, None, torch.float32, config=CONFIGS["large"], round_to="e5m2", how=STOCHASTIC)
     (kernel,) = compiled()
     assert kernel.metadata.shared <= 227 * 1024
 
@@ -222,7 +224,7 @@ def test_random_bits_fit_beside_a_float32_output(compiled: Compiled, monkeypatch
 def test_blocked_mm(
     blocks: tuple[tuple[int, int], tuple[int, int]], compiled: Compiled, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
-    monkeypatch.setattr(mm, "multiprocessors", lambda device: 132)
+    monkeypatch.setattr(scaled_mm_launch, "multiprocessors", lambda device: 132)
     (rows_a, k_a), (k_b, columns_b) = blocks
     scale_a, scale_b = torch.ones(512 // rows_a, 1024 // k_a), torch.ones(1024 // k_b, 768 // columns_b)
     mm.scaled_mm(codes(512, 1024, "e4m3"), codes(768, 1024, "e5m2").t(), scale_a, scale_b, block_a=blocks[0], block_b=blocks[1])
@@ -234,7 +236,7 @@ def test_blocked_mm(
 
 def test_odd_sizes_and_few_rows(compiled: Compiled, monkeypatch: pytest.MonkeyPatch) -> None:
     """What is stored through pointers, and the exchange of operands that few rows ask for."""
-    monkeypatch.setattr(mm, "multiprocessors", lambda device: 132)
+    monkeypatch.setattr(scaled_mm_launch, "multiprocessors", lambda device: 132)
     mm.scaled_mm(codes(1000, 1001, "e4m3"), codes(999, 1001, "e4m3").t(), ONE, ONE)
     mm.scaled_mm(codes(3, 4096, "e5m2"), codes(4096, 4096, "e4m3").t(), ONE, ONE)
     odd, few = compiled()
@@ -264,12 +266,12 @@ SOME_ENDS = [
 
 @pytest.mark.parametrize(("end", "config"), SOME_ENDS)
 def test_scaled_mm_ends(end: str, config: str, compiled: Compiled, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    monkeypatch.setattr(mm, "multiprocessors", lambda device: 132)
+    monkeypatch.setattr(scaled_mm_launch, "multiprocessors", lambda device: 132)
     a, b = codes(512, 1024, "e5m2"), codes(768, 1024, "e4m3").t()
     blocks: dict[str, Any] = {"block_a": (1, 128), "block_b": (128, 128)} if config == "blocked" else {}
     scales = (torch.ones(512, 8), torch.ones(8, 6)) if blocks else (ONE, ONE)
     accumulate = "precise" if config == "precise" else "fast"
-    mm.scaled_mm(a, b, *scales, torch.ones(768), accumulate=accumulate, config=mm.CONFIGS[config], **blocks, **ENDS[end])
+    mm.scaled_mm(a, b, *scales, torch.ones(768), accumulate=accumulate, config=CONFIGS[config], **blocks, **ENDS[end])
     (kernel,) = compiled()
     assert "wgmma.mma_async" in kernel.asm["ptx"]
     assert "cp.async.bulk.tensor.2d.global" in kernel.asm["ptx"], "the output leaves through the copy engine"

@@ -21,7 +21,8 @@ from fp8fx.errors import KernelError
 
 pytest.importorskip("triton")
 from fp8fx.kernels.cast import cast
-from fp8fx.kernels.scaled_mm import _Operand, scaled_mm
+from fp8fx.kernels.scaled_mm import scaled_mm
+from fp8fx.kernels.scaled_mm_operands import Operand
 
 E4, E5 = torch.float8_e4m3fn, torch.float8_e5m2
 PAIRS = [(E4, E4), (E4, E5), (E5, E4), (E5, E5)]
@@ -137,7 +138,7 @@ def test_what_casts_transpose_is_read_as_it_lies(device: str, shape: tuple[int, 
     assert y is not None
     for scale in (one, column):
         check(scaled_mm(x, y.mT, scale, one, None, torch.float32), x, y.mT, scale, one)
-        assert _Operand.of(x, x.shape[:-2], scale, None).codes.data_ptr() == x.data_ptr()
+        assert Operand.of(x, x.shape[:-2], scale, None).codes.data_ptr() == x.data_ptr()
 
 
 def test_empty_and_special(device: str) -> None:

@@ -1,0 +1,82 @@
+"""Tile sizes and launch options of scaled_mm, chosen by shape from a short table: no tuning when it runs. Measured: docs/log.md."""
+
+from __future__ import annotations
+
+import functools
+from dataclasses import dataclass
+
+import torch
+
+from fp8fx.kernels.interpret import INTERPRET
+from fp8fx.kernels.layout import cdiv
+
+SHARED_MEMORY = 226 * 1024  # bytes of a multiprocessor that programs can have, less what barriers take
+
+
+@dataclass(frozen=True)
+class Config:
+    """Tile sizes and launch options, chosen by shape from the table below."""
+
+    block_m: int
+    block_n: int
+    block_k: int
+    group: int
+    halves: bool
+    flatten: bool
+    num_warps: int
+    num_stages: int
+    per_multiprocessor: int = 1  # programs; two hide each other's epilogues where registers and shared memory hold both
+    specialized: bool = False  # scaled_mm_specialized: two warpgroups that multiply, a warp that loads
+
+    def stages(self, block_k: int, output_bytes: int, parts: int, stochastic: bool = False) -> int:
+        """As many as fit into shared memory beside the tile of the output: one in float32 is twice as large. Random bits, 4 bytes each,
+        are exchanged between threads in two turns."""
+        exchanged = 2 if stochastic and not self.specialized else 0
+        tile, step = self.block_m * self.block_n // parts * (output_bytes + exchanged), (self.block_m + self.block_n) * block_k
+        return max(2, min(self.num_stages, (SHARED_MEMORY // self.per_multiprocessor - tile) // step))
+
+    def parts(self, stochastic: bool) -> int:
+        """In how many parts a tile is finished. Random bits want registers: then a thread finishes 32 elements at a time."""
+        if self.specialized:  # two parts of 64 columns have room at a time
+            return self.block_n // 128
+        each = self.block_m * self.block_n // (32 * self.num_warps)
+        return min(max(each // 32, 1), 4) if stochastic else 2 if self.halves else 1
+
+
+# Tiles 256 wide ask least of the L2 cache. With few tiles, two programs of 128 x 128 per multiprocessor hide each other's last steps,
+# but random bits want more registers than two programs leave.
+CONFIGS = {
+    "large": Config(128, 256, 128, 8, True, True, 8, 4),
+    "medium": Config(128, 128, 128, 4, True, True, 4, 3, 2),
+    "precise": Config(256, 128, 128, 4, True, False, 8, 4),
+    "small": Config(64, 128, 128, 8, False, False, 4, 4, 2),
+    "decode": Config(64, 16, 256, 1, False, False, 4, 4, 2),
+    "decode_64": Config(64, 64, 128, 1, False, False, 4, 5),
+    "blocked": Config(128, 128, 128, 8, False, False, 8, 4),
+    "specialized": Config(128, 256, 128, 8, True, False, 4, 4, specialized=True),
+    "specialized_blocked": Config(192, 128, 128, 8, True, False, 4, 4, specialized=True),
+}
+
+
+def choose(m: int, n: int, batches: int, sums: str, programs: int, stochastic: bool = False) -> tuple[str, ...]:
+    """The names of configurations for an [m, n] output, the fastest first, after the exchange of operands that few rows ask for.
+
+    sums: `fast`, `precise` or `blocked`. The last of them runs everywhere; others may not: see `scaled_mm_launch`.
+    """
+    few = batches * cdiv(m, 128) * cdiv(n, 128) < programs
+    if sums == "blocked":
+        return ("blocked",) if few else ("specialized_blocked", "blocked")
+    if n <= 64 and m > n:
+        return ("decode",) if n <= 16 else ("decode_64",)
+    if few:
+        return ("small",)
+    if sums == "precise":
+        return "specialized", "precise"
+    if stochastic:
+        return "specialized", "large"
+    return ("medium",) if batches * cdiv(m, 128) * cdiv(n, 256) < 4 * programs else ("large",)
+
+
+@functools.cache
+def multiprocessors(device: torch.device) -> int:
+    return 4 if INTERPRET.value else torch.cuda.get_device_properties(device).multi_processor_count
