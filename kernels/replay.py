@@ -10,6 +10,7 @@ another layout, is not taped for those arguments. A tape holds no tensor but con
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import threading
 from collections.abc import Callable
@@ -29,6 +30,12 @@ _HARMLESS = {"empty", "empty_strided", "new_empty", "view", "t", "transpose", "u
              "unsqueeze", "squeeze", "permute", "expand", "_unsafe_view", "split", "split_with_sizes",
              "new_empty_strided", "mT"}  # fmt: skip
 _ZEROED = {"zeros", "new_zeros"}
+
+_DESCRIPTORS: tuple[type, ...] = (TensorDescriptor,)
+with contextlib.suppress(ImportError):  # Gluon is an experimental part of Triton
+    from triton.experimental.gluon.nvidia import hopper
+
+    _DESCRIPTORS = (TensorDescriptor, hopper.TensorDescriptor)
 
 try:  # the allocation that Inductor's own code calls: a quarter of torch.empty's time
     from torch._C._dynamo.guards import _empty_strided_cuda as _empty  # type: ignore[attr-defined]
@@ -53,14 +60,14 @@ class _Allocation:
 @dataclass(frozen=True)
 class _Step:
     """One launch: its compiled kernel, grid and arguments, pointers left out. Those are (position, number of the tensor), or with a
-    third number, bytes, point into the tensor; `described` are tensor descriptors, with what they hold beside the tensor."""
+    third number, bytes, point into the tensor; `described` are tensor descriptors, Triton's or Gluon's, with what they hold beside it."""
 
     compiled: Any
     grid: tuple[int, int, int]
     values: list[Any]
     tensors: list[tuple[int, int]]
     inside: list[tuple[int, int, int]]
-    described: list[tuple[int, int, dict[str, Any]]]
+    described: list[tuple[int, int, type, dict[str, Any]]]
 
 
 @dataclass(frozen=True)
@@ -91,8 +98,8 @@ class Tape:
                 values[position] = tensors[number]
             for position, number, offset in step.inside:
                 values[position] = tensors[number].data_ptr() + offset
-            for position, number, fields in step.described:
-                values[position] = _descriptor(tensors[number], fields)
+            for position, number, kind, fields in step.described:
+                values[position] = _descriptor(kind, tensors[number], fields)
             compiled.run(*step.grid, stream, compiled.function, compiled.packed_metadata, None, None, None, *values)
         return tuple(self._output(output, tensors) for output in self.outputs)
 
@@ -103,9 +110,9 @@ class Tape:
         return tensor if output.view is None else tensor.as_strided(*output.view)
 
 
-def _descriptor(base: Tensor, fields: dict[str, Any]) -> TensorDescriptor:
+def _descriptor(kind: type, base: Tensor, fields: dict[str, Any]) -> Any:
     """A descriptor whose fields were checked when the first one of its kind was made."""
-    made = object.__new__(TensorDescriptor)
+    made: Any = object.__new__(kind)
     made.__dict__.update(fields, base=base)
     return made
 
@@ -178,7 +185,7 @@ def _tape(args: tuple[Any, ...], results: tuple[Tensor, ...], launches: list[Lau
     if len(numbers) != len(inputs) or 0 in numbers:
         return None
     own = {args[i].untyped_storage().data_ptr() for i in inputs}
-    used = [_base(value) for launch in launches for value in launch.args if isinstance(value, (Tensor, TensorDescriptor))]
+    used = [_base(value) for launch in launches for value in launch.args if isinstance(value, (Tensor, *_DESCRIPTORS))]
     others = {t.untyped_storage().data_ptr(): t for t in [*used, *(t for t in results if t.numel())]}
     others = {start: t for start, t in others.items() if start not in numbers and start not in own}
     # A storage may be made where another died inside the function; what it did not make was there before, and stays.
@@ -197,8 +204,9 @@ def _tape(args: tuple[Any, ...], results: tuple[Tensor, ...], launches: list[Lau
     return Tape(args[inputs[0]].get_device(), inputs, constants, allocations, steps, outputs)  # type: ignore[arg-type]
 
 
-def _base(value: Tensor | TensorDescriptor) -> Tensor:
-    return value if isinstance(value, Tensor) else value.base
+def _base(value: Any) -> Tensor:
+    base: Tensor = value if isinstance(value, Tensor) else value.base
+    return base
 
 
 def _whole(tensor: Tensor) -> bool:
@@ -224,11 +232,11 @@ def _step(launch: Launch, numbers: dict[int, int]) -> _Step | None:
             else:
                 return None
             values[position] = None
-        elif isinstance(value, TensorDescriptor):
-            number = numbers.get(value.base.data_ptr())
+        elif isinstance(value, _DESCRIPTORS):
+            number = numbers.get(_base(value).data_ptr())
             if number is None:
                 return None
-            described.append((position, number, {key: field for key, field in vars(value).items() if key != "base"}))
+            described.append((position, number, type(value), {key: field for key, field in vars(value).items() if key != "base"}))
             values[position] = None
         elif not isinstance(value, (int, float)):
             return None

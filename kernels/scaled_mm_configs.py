@@ -65,16 +65,14 @@ def choose(m: int, n: int, batches: int, sums: str, programs: int, stochastic: b
     """
     few = batches * cdiv(m, 128) * cdiv(n, 128) < programs
     if sums == "blocked":
-        return ("blocked",) if few else ("specialized_blocked", "blocked")
+        return ("specialized_blocked", "blocked") if not few else ("blocked",)
     if n <= 64 and m > n:
         return ("decode",) if n <= 16 else ("decode_64",)
     if few:
         return ("small",)
     if sums == "precise":
         return "specialized", "precise"
-    if stochastic:
-        return "specialized", "large"
-    return ("medium",) if batches * cdiv(m, 128) * cdiv(n, 256) < 4 * programs else ("large",)
+    return ("medium",) if batches * cdiv(m, 128) * cdiv(n, 256) < 4 * programs and not stochastic else ("large",)
 
 
 @functools.cache

@@ -63,6 +63,16 @@ class _Product(NamedTuple):
             )
         return step
 
+    def scales_of_b(self, block_n: int) -> str:
+        """Of the blocks' scales, the columns of a tile have `one`, or `each` its own and as the copy engine can read them; or `other`."""
+        b, count = self.b, self.c.shape[0]
+        _, by_column, by_k = b.strides()
+        if b.scale.numel() == 1 or (b.block is not None and b.block[0] % block_n == 0):
+            return "one"
+        single = b.block is not None and b.block[0] == 1 and (count == 1 or not b.batch_rows)
+        readable = by_column == 1 and by_k > 0 and by_k * 4 % 16 == 0 and b.scale.data_ptr() % 16 == 0
+        return "each" if single and readable else "other"
+
     def blocks(self, block_k: int) -> tuple[int, int, int, int]:
         """Rows of A and of B that share a scale, and steps along K that do."""
         rows = [operand.block[0] if operand.block else 1 for operand in (self.a, self.b)]
@@ -80,14 +90,21 @@ def launch_mm(a: Operand, b: Operand, c: Tensor, end: End, turned: bool, precise
     count, m, n = c.shape
     configs = [config] if config else [CONFIGS[name] for name in choose(m, n, count, product.sums, programs, product.stochastic)]
     for chosen in configs:
-        if chosen.specialized and (specialized is None or not product.stored_by_tma(chosen.block_m)):
+        if chosen.specialized and not _can_be_specialized(product, chosen):
             continue
         try:
             return (_launch_specialized if chosen.specialized else _launch)(product, chosen, programs)
         except KernelCompileError:
             if chosen is configs[-1]:
                 raise
-    raise KernelError("scaled_mm: a specialized configuration wants Gluon, and rows of C a multiple of 16 bytes apart")
+    raise KernelError(
+        "scaled_mm: a specialized configuration wants Gluon, rows of C a multiple of 16 bytes apart, blocks of B as wide as a tile"
+    )
+
+
+def _can_be_specialized(product: _Product, chosen: Config) -> bool:
+    fits = product.sums != "blocked" or product.scales_of_b(chosen.block_n) != "other"
+    return specialized is not None and fits and product.stored_by_tma(chosen.block_m)
 
 
 def _arguments(product: _Product, chosen: Config, block_k: int, target: Any, describe: Any) -> tuple[Any, ...]:
@@ -147,12 +164,17 @@ def _launch_specialized(product: _Product, chosen: Config, programs: int) -> Non
         rows = min(rows, specialized.ROWS.value) if codes is a.codes else rows
         return specialized.described(codes, list(codes.shape), list(codes.stride()), [rows, columns])
 
-    arguments = (*_arguments(product, chosen, block_k, target, describe), *a.strides(), *b.strides())
+    beside = sums == "blocked" and product.scales_of_b(chosen.block_n) == "each"
+    columns: Any = b.scale
+    if beside:
+        columns = specialized.described(b.scale, [b.scale.shape[-1], n], [b.strides()[2], 1], [1, chosen.block_n])
+    arguments = (*_arguments(product, chosen, block_k, target, describe), columns, *a.strides(), *b.strides())
     constexprs = {
         "END": end.constexpr(turned, n),
         "SUMS": specialized.SUMS[sums],
         "PER_ROW": (a.per_row, b.per_row),
         "BLOCKS": product.blocks(block_k),
+        "BESIDE": beside,
         "GROUP": chosen.group,
         "PROGRAMS": programs,
         "STAGES": chosen.stages(block_k, c.element_size(), chosen.parts(product.stochastic)),

@@ -22,7 +22,7 @@ from triton.experimental.gluon.language.nvidia.hopper import fence_async_shared,
 from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
 
 from fp8fx.kernels.random_bits import words
-from fp8fx.kernels.scaled_mm_epilogue import STOCHASTIC, ended, rounded
+from fp8fx.kernels.scaled_mm_epilogue import ACT, STOCHASTIC, ended, rounded
 from fp8fx.kernels.scaled_mm_kernels import locate
 from fp8fx.kernels.scaled_mm_specialized_sums import ROWS, blocked_sums, fast_sums, halves, precise_sums
 
@@ -42,7 +42,10 @@ _DTYPES = {
 
 @functools.cache
 def _layout(rows: int, columns: int, dtype: torch.dtype) -> gl.NVMMASharedLayout:
-    return gl.NVMMASharedLayout.get_default_for([rows, columns], _DTYPES[dtype])
+    element = _DTYPES[dtype]
+    if rows == 1:  # a vector, as it lies
+        return gl.NVMMASharedLayout(swizzle_byte_width=0, element_bitwidth=element.primitive_bitwidth, rank=2)
+    return gl.NVMMASharedLayout.get_default_for([rows, columns], element)
 
 
 def described(base: Tensor, shape: list[int], strides: list[int], block: list[int]) -> TensorDescriptor:
@@ -51,9 +54,20 @@ def described(base: Tensor, shape: list[int], strides: list[int], block: list[in
 
 
 @gluon.jit
-def _produce(a, b, ring, sizes, GROUP: gl.constexpr, PROGRAMS: gl.constexpr, WARPGROUPS: gl.constexpr):
-    """Bring the operands of every step, as soon as their buffers are free."""
-    left, right, full, empty = ring
+def _produce(
+    a,
+    b,
+    beside_b,
+    ring,
+    sizes,
+    GROUP: gl.constexpr,
+    PROGRAMS: gl.constexpr,
+    WARPGROUPS: gl.constexpr,
+    BLOCKS: gl.constexpr,
+    BESIDE: gl.constexpr,
+):
+    """Bring the operands of every step as soon as their buffers are free; and the scales of B's columns, where each has its own."""
+    left, right, full, empty, beside = ring
     batches, M, N, K, batch_rows_a, batch_rows_b = sizes
     STAGES: gl.constexpr = right.shape[0]
     BLOCK_N: gl.constexpr = right.shape[1]
@@ -67,11 +81,13 @@ def _produce(a, b, ring, sizes, GROUP: gl.constexpr, PROGRAMS: gl.constexpr, WAR
         for step in range(steps):
             slot = turn % STAGES
             mbarrier.wait(empty.index(slot), (turn // STAGES & 1) ^ 1)
-            mbarrier.expect(full.index(slot), (BLOCK_M + BLOCK_N) * BLOCK_K)
+            mbarrier.expect(full.index(slot), (BLOCK_M + BLOCK_N) * BLOCK_K + (4 * BLOCK_N if BESIDE else 0))
             for who in gl.static_range(WARPGROUPS):
                 room = left.index(slot * WARPGROUPS + who)
                 tma.async_copy_global_to_shared(a, [row_a + who * ROWS, step * BLOCK_K], full.index(slot), room)
             tma.async_copy_global_to_shared(b, [row_b, step * BLOCK_K], full.index(slot), right.index(slot))
+            if BESIDE:
+                tma.async_copy_global_to_shared(beside_b, [step // BLOCKS[3], tile_n * BLOCK_N], full.index(slot), beside.index(slot))
             turn += 1
 
 
@@ -131,6 +147,7 @@ def _consume(
     SUMS: gl.constexpr,
     PER_ROW: gl.constexpr,
     BLOCKS: gl.constexpr,
+    BESIDE: gl.constexpr,
     END: gl.constexpr,
     WHO: gl.constexpr,
 ):
@@ -158,7 +175,7 @@ def _consume(
             left, right = precise_sums(ring, turn, steps, WHO, WARPGROUPS)
         else:
             place = (batch, row, column, M, N)
-            left, right = halves(blocked_sums(ring, turn, steps, place, scales, strides, BLOCKS, WHO, WARPGROUPS))
+            left, right = halves(blocked_sums(ring, turn, steps, place, scales, strides, BLOCKS, BESIDE, WHO, WARPGROUPS))
         turn += steps
         PARTS: gl.constexpr = BLOCK_N // WIDTH
         if PARTS == 4:
@@ -166,20 +183,19 @@ def _consume(
             p2, p3 = halves(right)
         else:
             p0, p1 = left, right
-            p2, p3 = left, right
-        if END[STOCHASTIC]:
+        if END[STOCHASTIC] or END[ACT] >= 0:
             # A loop, so that the code of all warpgroups fits into the instruction cache: unrolled, it came anew for every tile.
             for i in range(PARTS):
                 part = gl.where(i == 0, p0, p1)
                 if PARTS == 4:
                     part = gl.where(i < 2, part, gl.where(i == 2, p2, p3))
-                place = (batch, row, column + i * WIDTH, M, N)
-                _finish(c, part, room.index(2 * WHO + i % 2), finishing, ends, place, SUMS, PER_ROW, END)
+                at = (batch, row, column + i * WIDTH, M, N)
+                _finish(c, part, room.index(2 * WHO + i % 2), finishing, ends, at, SUMS, PER_ROW, END)
         else:
-            parts = (p0, p1, p2, p3)
+            parts = (p0, p1, p2, p3) if PARTS == 4 else (p0, p1)
             for i in gl.static_range(PARTS):
-                place = (batch, row, column + i * WIDTH, M, N)
-                _finish(c, parts[i], room.index(2 * WHO + i % 2), finishing, ends, place, SUMS, PER_ROW, END)
+                at = (batch, row, column + i * WIDTH, M, N)
+                _finish(c, parts[i], room.index(2 * WHO + i % 2), finishing, ends, at, SUMS, PER_ROW, END)
     tma.store_wait(0)
 
 
@@ -201,6 +217,7 @@ def specialized_mm_kernel(
     K,
     batch_rows_a,
     batch_rows_b,
+    beside_b,  # where BESIDE, a descriptor of the scales of B's columns, [blocks of K, N]
     stride_ab,
     stride_am,
     stride_ak,
@@ -211,6 +228,7 @@ def specialized_mm_kernel(
     SUMS: gl.constexpr,
     PER_ROW: gl.constexpr,  # of A, of B: a scale for each row
     BLOCKS: gl.constexpr,  # rows of A, of B that share a scale; steps along K that do: see `scaled_mm_kernels`
+    BESIDE: gl.constexpr,  # a block of B is one column; else as wide as a tile
     GROUP: gl.constexpr,
     PROGRAMS: gl.constexpr,
     STAGES: gl.constexpr,
@@ -228,7 +246,10 @@ def specialized_mm_kernel(
         mbarrier.init(full.index(i), count=1)
         mbarrier.init(empty.index(i), count=WARPGROUPS)
     fence_async_shared()
-    ring = (left, right, full, empty)
+    beside = full
+    if BESIDE:
+        beside = gl.allocate_shared_memory(gl.float32, [STAGES, 1, BLOCK_N], beside_b.layout)
+    ring = (left, right, full, empty, beside)
     sizes = (batches, M, N, K, batch_rows_a, batch_rows_b)
     scales, ends = (scale_a_ptr, scale_b_ptr), (bias_ptr, out_scale_ptr, record_ptr, rng_ptr, key)
     strides = (stride_ab, stride_am, stride_ak, stride_bb, stride_bn, stride_bk)
@@ -236,9 +257,15 @@ def specialized_mm_kernel(
     if WARPGROUPS == 2:
         gl.warp_specialize(
             [
-                (_consume, (c, ring, room, scales, ends, sizes, strides, GROUP, PROGRAMS, WARPGROUPS, SUMS, PER_ROW, BLOCKS, END, 0)),
-                (_consume, (c, ring, room, scales, ends, sizes, strides, GROUP, PROGRAMS, WARPGROUPS, SUMS, PER_ROW, BLOCKS, END, 1)),
-                (_produce, (a, b, ring, sizes, GROUP, PROGRAMS, WARPGROUPS)),
+                (
+                    _consume,
+                    (c, ring, room, scales, ends, sizes, strides, GROUP, PROGRAMS, WARPGROUPS, SUMS, PER_ROW, BLOCKS, BESIDE, END, 0),
+                ),
+                (
+                    _consume,
+                    (c, ring, room, scales, ends, sizes, strides, GROUP, PROGRAMS, WARPGROUPS, SUMS, PER_ROW, BLOCKS, BESIDE, END, 1),
+                ),
+                (_produce, (a, b, beside_b, ring, sizes, GROUP, PROGRAMS, WARPGROUPS, BLOCKS, BESIDE)),
             ],
             [4, 1],
             [240, 24],
@@ -246,10 +273,19 @@ def specialized_mm_kernel(
     else:
         gl.warp_specialize(
             [
-                (_consume, (c, ring, room, scales, ends, sizes, strides, GROUP, PROGRAMS, WARPGROUPS, SUMS, PER_ROW, BLOCKS, END, 0)),
-                (_consume, (c, ring, room, scales, ends, sizes, strides, GROUP, PROGRAMS, WARPGROUPS, SUMS, PER_ROW, BLOCKS, END, 1)),
-                (_consume, (c, ring, room, scales, ends, sizes, strides, GROUP, PROGRAMS, WARPGROUPS, SUMS, PER_ROW, BLOCKS, END, 2)),
-                (_produce, (a, b, ring, sizes, GROUP, PROGRAMS, WARPGROUPS)),
+                (
+                    _consume,
+                    (c, ring, room, scales, ends, sizes, strides, GROUP, PROGRAMS, WARPGROUPS, SUMS, PER_ROW, BLOCKS, BESIDE, END, 0),
+                ),
+                (
+                    _consume,
+                    (c, ring, room, scales, ends, sizes, strides, GROUP, PROGRAMS, WARPGROUPS, SUMS, PER_ROW, BLOCKS, BESIDE, END, 1),
+                ),
+                (
+                    _consume,
+                    (c, ring, room, scales, ends, sizes, strides, GROUP, PROGRAMS, WARPGROUPS, SUMS, PER_ROW, BLOCKS, BESIDE, END, 2),
+                ),
+                (_produce, (a, b, beside_b, ring, sizes, GROUP, PROGRAMS, WARPGROUPS, BLOCKS, BESIDE)),
             ],
             [4, 4, 1],
             [160, 160, 32],

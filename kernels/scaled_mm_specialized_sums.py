@@ -5,8 +5,9 @@
     PRECISE    every step's product is added to float32 registers
     BLOCKED    and is scaled before, by the scales of its blocks
 
-ring = (A [stages * warpgroups, 64, BLOCK_K], B [stages, BLOCK_N, BLOCK_K], barriers that say full, barriers that say empty). `turn`
-counts steps from the beginning of the program. Columns in several tensors are one after the other.
+ring = (A [stages * warpgroups, 64, BLOCK_K], B [stages, BLOCK_N, BLOCK_K], barriers that say full, barriers that say empty, and scales of
+B's columns [stages, 1, BLOCK_N], float32). `turn` counts steps from the beginning of the program. Columns in several tensors are one
+after the other.
 """
 
 from __future__ import annotations
@@ -30,7 +31,7 @@ def halves(sums):
 @gluon.jit
 def fast_sums(ring, turn, steps, WHO: gl.constexpr, WARPGROUPS: gl.constexpr):
     """[64, BLOCK_N]."""
-    left, right, full, empty = ring
+    left, right, full, empty, _ = ring
     STAGES: gl.constexpr = right.shape[0]
     BLOCK_N: gl.constexpr = right.shape[1]
     acc = gl.zeros([ROWS, BLOCK_N], gl.float32, gl.NVMMADistributedLayout([3, 0], [4, 1], [16, BLOCK_N, 32]))
@@ -57,7 +58,7 @@ def _product(rows, columns):
 @gluon.jit
 def precise_sums(ring, turn, steps, WHO: gl.constexpr, WARPGROUPS: gl.constexpr):
     """Two of [64, BLOCK_N / 2]: registers hold the sums, and a product of half the width."""
-    left, right, full, empty = ring
+    left, right, full, empty, _ = ring
     STAGES: gl.constexpr = right.shape[0]
     WIDTH: gl.constexpr = right.shape[1] // 2
     LAYOUT: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, WIDTH, 32])
@@ -76,37 +77,39 @@ def precise_sums(ring, turn, steps, WHO: gl.constexpr, WARPGROUPS: gl.constexpr)
 
 
 @gluon.jit
-def blocked_sums(ring, turn, steps, place, scales, strides, BLOCKS: gl.constexpr, WHO: gl.constexpr, WARPGROUPS: gl.constexpr):
-    """[64, BLOCK_N]. BLOCKS and strides: see `scaled_mm_kernels.blocked_mm_kernel`."""
-    left, right, full, empty = ring
+def blocked_sums(
+    ring, turn, steps, place, scales, strides, BLOCKS: gl.constexpr, BESIDE: gl.constexpr, WHO: gl.constexpr, WARPGROUPS: gl.constexpr
+):
+    """[64, BLOCK_N]. BLOCKS and strides: see `scaled_mm_kernels.blocked_mm_kernel`. BESIDE: every column of the tile has a scale of its
+    own, which came with the operands; else all share one."""
+    left, right, full, empty, beside = ring
     scale_a_ptr, scale_b_ptr = scales
-    batch, row, column, M, N = place
+    batch, row, column, M, _ = place
     by_batch_a, by_row_a, by_k_a, by_batch_b, by_row_b, by_k_b = strides
     STAGES: gl.constexpr = right.shape[0]
     BLOCK_N: gl.constexpr = right.shape[1]
     LAYOUT: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, BLOCK_N, 32])
-    UNIFORM_B: gl.constexpr = BLOCKS[1] % BLOCK_N == 0  # one scale of B for the whole tile
     rows = row + gl.arange(0, ROWS, gl.SliceLayout(1, LAYOUT))
-    if UNIFORM_B:
-        columns = column
-    else:
-        columns = column + gl.arange(0, BLOCK_N, gl.SliceLayout(0, LAYOUT))
     # Offsets of 32 bits: a scale stands for 32 codes or more, of which a matrix has 2^31 at most in each direction.
-    at_a, at_b = batch * by_batch_a + rows // BLOCKS[0] * by_row_a, batch * by_batch_b + columns // BLOCKS[1] * by_row_b
-    scale_a, scale_b = gl.load(scale_a_ptr + at_a, mask=rows < M, other=0.0), gl.load(scale_b_ptr + at_b, mask=columns < N, other=0.0)
+    at_a, at_b = batch * by_batch_a + rows // BLOCKS[0] * by_row_a, batch * by_batch_b + column // BLOCKS[1] * by_row_b
+    # Read a step before they are needed: a load takes as long as a product. Beyond K there is no scale.
+    scale = gl.load(scale_a_ptr + at_a, mask=rows < M, other=0.0)
+    if not BESIDE:
+        scale *= gl.load(scale_b_ptr + at_b)
     acc = gl.zeros([ROWS, BLOCK_N], gl.float32, LAYOUT)
     for step in range(steps):
         slot = turn % STAGES
         mbarrier.wait(full.index(slot), turn // STAGES & 1)
         part = _product(left.index(slot * WARPGROUPS + WHO), right.index(slot))
-        mbarrier.arrive(empty.index(slot))
-        if UNIFORM_B:
-            acc += part * (scale_a * scale_b)[:, None]
+        if not BESIDE:
+            mbarrier.arrive(empty.index(slot))
+            acc += part * scale[:, None]
         else:
-            acc += part * scale_a[:, None] * scale_b[None, :]
+            acc += part * scale[:, None] * beside.index(slot).load(LAYOUT)
+            mbarrier.arrive(empty.index(slot))
         turn += 1
-        # Of the next step, early: a load takes as long as a product. Beyond K there is no scale.
         k_a, k_b, more = (step + 1) // BLOCKS[2] * by_k_a, (step + 1) // BLOCKS[3] * by_k_b, step + 1 < steps
-        scale_a = gl.load(scale_a_ptr + (at_a + k_a), mask=(rows < M) & more, other=0.0)
-        scale_b = gl.load(scale_b_ptr + (at_b + k_b), mask=(columns < N) & more, other=0.0)
+        scale = gl.load(scale_a_ptr + (at_a + k_a), mask=(rows < M) & more, other=0.0)
+        if not BESIDE:
+            scale *= gl.load(scale_b_ptr + (at_b + k_b), mask=more, other=0.0)
     return acc

@@ -24,6 +24,7 @@ from fp8fx.kernels.delayed import delayed_update
 from fp8fx.kernels.norm_backward import norm_backward_cast
 from fp8fx.kernels.norm_cast import norm_cast
 from fp8fx.kernels.scaled_mm import scaled_mm
+from fp8fx.kernels.scaled_mm_configs import CONFIGS
 
 
 def to_device(*shape: int, dtype: torch.dtype = torch.bfloat16) -> Tensor:
@@ -75,8 +76,20 @@ def products() -> None:
         scaled_mm(a, b, *scales, block_a=(1, 128), block_b=(128, 1))
 
 
+def specialized() -> None:
+    rng, record, one = torch.tensor([1, 2, 3]).cuda(), torch.zeros(3).cuda(), torch.ones(()).cuda()
+    how = Rounding("stochastic", "nonfinite", rng, 7)
+    a, b = to_device(300, 272).to(torch.float8_e4m3fn), to_device(520, 272).to(torch.float8_e5m2).t()
+    for accumulate in ("fast", "precise"):
+        scaled_mm(a, b, one, one, accumulate=accumulate, round_to="e5m2", how=how, config=CONFIGS["specialized"])
+    scales = torch.ones(300, 3).cuda(), torch.ones(3, 5).cuda()
+    scaled_mm(a, b, *scales, block_a=(1, 128), block_b=(128, 128), record=record, config=CONFIGS["specialized_blocked"])
+    scales = torch.ones(300, 3).cuda(), torch.ones(3, 520).cuda()
+    scaled_mm(a, b, *scales, block_a=(1, 128), block_b=(128, 1), config=CONFIGS["specialized_blocked"])
+
+
 if __name__ == "__main__":
-    groups = {"casts": casts, "joins": joins, "products": products}
+    groups = {"casts": casts, "joins": joins, "products": products, "specialized": specialized}
     groups[sys.argv[1]]()
     torch.cuda.synchronize()
     print("launched", sys.argv[1])

@@ -37,12 +37,18 @@ def compiled(monkeypatch: pytest.MonkeyPatch) -> Compiled:
     return Compiled()
 
 
-def product(compiled: Compiled) -> Any:
+def gluon_descriptor(*args: Any) -> Any:
+    hopper = pytest.importorskip("triton.experimental.gluon.nvidia.hopper")
+    language = pytest.importorskip("triton.experimental.gluon.language")
+    return hopper.TensorDescriptor(*args, language.NVMMASharedLayout.get_default_for([16, 16], language.float32))
+
+
+def product(compiled: Compiled, descriptor: Any = TensorDescriptor) -> Any:
     """A function that launches once: on a descriptor of x, on a constant, and on what it makes."""
 
     def run(x: Tensor, number: int) -> tuple[Tensor, ...]:
         y, zeros = torch.empty(x.shape[0], 8), torch.zeros(3)
-        described = TensorDescriptor(x, list(x.shape), list(x.stride()), [16, 16])
+        described = descriptor(x, list(x.shape), list(x.stride()), [16, 16])
         args = (described, KEPT, y, zeros, number)
         launches = getattr(launch._RECORDING, "launches", None)
         if launches is not None:
@@ -52,12 +58,14 @@ def product(compiled: Compiled) -> Any:
     return run
 
 
-def test_a_tape_gives_each_launch_its_memory(compiled: Compiled) -> None:
-    taped, xs = replay.taped(product(compiled)), [torch.randn(32, 16) for _ in range(3)]
+@pytest.mark.parametrize("descriptor", [TensorDescriptor, gluon_descriptor])
+def test_a_tape_gives_each_launch_its_memory(compiled: Compiled, descriptor: Any) -> None:
+    taped, xs = replay.taped(product(compiled, descriptor)), [torch.randn(32, 16) for _ in range(3)]
     outputs = [taped(x, 5) for x in xs]
     assert len(compiled.seen) == 2, "the first call records, the others play"
     for x, (y, zeros), (described, kept, into, cleared, number, tail) in zip(xs[1:], outputs[1:], compiled.seen, strict=True):
         assert described.base is x
+        assert type(described) is type(descriptor(x, [32, 16], [16, 1], [16, 16]))
         assert (described.shape, described.strides, described.block_shape) == ([32, 16], [16, 1], [16, 16])
         assert kept is KEPT
         assert into.data_ptr() == y.data_ptr()

@@ -212,6 +212,8 @@ def test_sizes_that_change(recipe: str, inner: str) -> None:
         assert all(each > 30 for each in sqnr(*found)), (rows, sqnr(*found))
 
 
+# torch begins each tree of graphs with an empty one, and looks over the warning only where warnings are no errors.
+@pytest.mark.filterwarnings("ignore:The CUDA Graph is empty")
 @pytest.mark.parametrize(("recipe", "rows"), [("delayed", 96), ("hybrid", 97)])
 def test_cuda_graphs_give_what_launches_give(recipe: str, rows: int) -> None:
     """Six steps: outputs, gradients, and the scales that follow from what replays measure.
