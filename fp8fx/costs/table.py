@@ -21,7 +21,7 @@ from itertools import product
 from typing import Any
 
 # bf16; FP8 with one scale per tensor or per row, fast or precise accumulation (torch's kernels); `own_precise`: e5m2 x e5m2 on the
-# project's kernel, which torch refuses; `block`: 1x128 by 128x128.
+# project's kernel, which torch refuses; `block`: 1x128 by 128x128, and by 128x1 where M is contracted.
 COLUMNS = ("bf16", "tensor_fast", "tensor_precise", "row_fast", "row_precise", "own_precise", "block")
 # `both` layouts or one, under a scale that is known; `current`: the amax is measured first; `row`: one scale per row (and column).
 CASTS = ("rows", "transposed", "both", "current", "current_both", "row", "row_both", "block", "block_both")

@@ -64,8 +64,8 @@ def gpu_us(call: Call, rounds: int = 3, least: float = 0.004) -> float:
     return 1e6 * statistics.median(seconds(graph, replays) for _ in range(rounds)) / inside
 
 
-def products(a: Tensor, b: Tensor) -> Iterator[tuple[str, Call]]:
-    """Every column's product of bf16 `a` [m, k] and `b` [n, k], contracting k."""
+def products(a: Tensor, b: Tensor, columns_of_b: int) -> Iterator[tuple[str, Call]]:
+    """Every column's product of bf16 `a` [m, k] and `b` [n, k], contracting k. columns_of_b: that share a block's scale."""
     from fp8fx.kernels.scaled_mm import scaled_mm
 
     (m, k), n, device = a.shape, b.shape[0], a.device
@@ -83,16 +83,17 @@ def products(a: Tensor, b: Tensor) -> Iterator[tuple[str, Call]]:
     yield "row_precise", theirs(rows, columns, False)
     a5, b5 = a.to(E5), b.to(E5).t()
     yield "own_precise", lambda: scaled_mm(a5, b5, one, one, accumulate="precise")
-    ones = [torch.ones(math.ceil(size / by), math.ceil(k / 128), device=device) for size, by in ((m, 1), (n, 128))]
-    yield "block", lambda: scaled_mm(qa, qb, ones[0], ones[1].t(), block_a=(1, 128), block_b=(128, 128))
+    blocks = math.ceil(k / 128)
+    scales = torch.ones(m, blocks, device=device), torch.ones(blocks, math.ceil(n / columns_of_b), device=device)
+    yield "block", lambda: scaled_mm(qa, qb, *scales, block_a=(1, 128), block_b=(128, columns_of_b))
 
 
 def gemm_point(m: int, k: int, n: int, device: str) -> list[float]:
     """us per column of the forward product and of the one that contracts m."""
     found: list[float] = []
-    for left, right, depth in ((m, n, k), (n, k, m)):
+    for left, right, depth, shared in ((m, n, k, 128), (n, k, m, 1)):
         a, b = (torch.randn(size, depth, device=device, dtype=torch.bfloat16) for size in (left, right))
-        times = {name: attempt(name, (left, right, depth), call) for name, call in products(a, b)}
+        times = {name: attempt(name, (left, right, depth), call) for name, call in products(a, b, shared)}
         slowest = max(us for us in times.values() if us is not None)
         found += [round(slowest if times[name] is None else times[name], 3) for name in COLUMNS]  # type: ignore[arg-type]
     return found

@@ -47,7 +47,13 @@ FURTHER = (
 PEERS = ("torchao-tensorwise", "torchao-rowwise")
 LARGE = ("bf16", "delayed", "hybrid", "delayed-saved", "hybrid-saved")
 GROUPS = {
-    "4x2048": Group(Blocks, LLAMA, TINY, 4, (*LARGE, "rowwise", "direct-fast", "direct", "delayed-keep", *FURTHER, *PEERS)),
+    "4x2048": Group(
+        Blocks,
+        LLAMA,
+        TINY,
+        4,
+        (*LARGE, "rowwise", "blockwise", "blockwise-graphs", "direct-fast", "direct", "delayed-keep", *FURTHER, *PEERS),
+    ),
     "8x2048": Group(Blocks, LLAMA, TINY, 8, (*LARGE, *FURTHER, *PEERS[:1])),
     "1x2048": Group(Blocks, LLAMA, TINY, 1, ("bf16", "delayed", "hybrid", "delayed-keep", *FURTHER, *PEERS[:1])),
     "eager": Group(Blocks, LLAMA, TINY, 4, ("bf16-eager", "hybrid-eager")),

@@ -5,7 +5,7 @@ terms, which the tool reports and nothing depends on (triton-lang/triton#7264).
 
 Where warps have different work, racecheck also reports how Triton tells them which: all warps meet at a barrier, read a byte each, and
 meet again before it is written anew. The tool does not follow that barrier, whose two sides lie in different places of the code. Those
-reports, and no others, name the lines of the kernel's first statement and of the call that divides the warps.
+reports, and no others, name the kernel's first line and those that divide the warps.
 """
 
 from __future__ import annotations
@@ -46,24 +46,26 @@ def _of_our_own(report: str) -> list[str]:
     from fp8fx.kernels import scaled_mm_specialized
 
     source = Path(scaled_mm_specialized.__file__)
-    divides = [
-        i
-        for i, line in enumerate(source.read_text().splitlines(), 1)
-        if "gl.warp_specialize(" in line or "def specialized_mm_kernel" in line
-    ]
+    divides = _dividing_lines(source)
     found = re.findall(r"(?:Read|Write) access at .* in (\S+):(\d+)", report)
     assert found or "Race" not in report, report[-6000:]
     return [f"{name}:{line}" for name, line in found if name != source.name or int(line) not in divides]
+
+
+def _dividing_lines(source: Path) -> list[int]:
+    """The first line of the kernel, and those from where it divides its warps to its end."""
+    lines = source.read_text().splitlines()
+    first = next(i for i, line in enumerate(lines, 1) if line.startswith("def specialized_mm_kernel"))
+    return [first, *range(next(i for i, line in enumerate(lines, 1) if line.startswith("    if WARPGROUPS")), len(lines) + 1)]
 
 
 def test_reports_are_told_apart() -> None:
     """Without a GPU: a report of Triton's own accesses, and one of the kernel's."""
     from fp8fx.kernels import scaled_mm_specialized
 
-    lines = Path(scaled_mm_specialized.__file__).read_text().splitlines()
-    divides = next(i for i, line in enumerate(lines, 1) if "gl.warp_specialize(" in line)
-    stores = next(i for i, line in enumerate(lines, 1) if "room.store" in line)
-    name = "scaled_mm_specialized.py"
-    report = f"Race reported between Read access at k+0x1a0 in {name}:{{}}\\n and Write access at k+0x7f60 in {name}:{{}}"
-    assert not _of_our_own(report.format(divides, divides))
-    assert _of_our_own(report.format(divides, stores)) == [f"{name}:{stores}"]
+    source = Path(scaled_mm_specialized.__file__)
+    first, divides, *_ = _dividing_lines(source)
+    stores = next(i for i, line in enumerate(source.read_text().splitlines(), 1) if "room.store" in line)
+    report = f"Race reported between Read access at k+0x1a0 in {source.name}:{{}}\n and Write access at k+0x7f60 in {source.name}:{{}}"
+    assert not _of_our_own(report.format(first, divides))
+    assert _of_our_own(report.format(divides, stores)) == [f"{source.name}:{stores}"]
