@@ -199,13 +199,23 @@ def test_small_shapes(script: Any, tmp_path: Path) -> None:
     assert small_shapes.main(["--tiny", "--shapes", "0:1", "--json", str(path), "--picture", str(tmp_path / "s.svg")]) == 0
     (row,) = rows_of(path)
     assert row["errors"] == {}
-    assert set(row["us"]) == {"bf16", "fp8fx", "torch"}
+    assert set(row["us"]) == {"bf16", "again", "fp8fx", "torch"}
+    assert row["again_speed_up"] > 0
     assert row["decision"] == "fp8"
     rows = [
         {"decision": "fp8", "torch_speed_up": 1.3, "fp8fx_speed_up": 1.1},
         {"decision": "fp8", "torch_speed_up": 0.5, "fp8fx_speed_up": 0.99},
     ]
     assert [(bar.value, bar.passed) for bar in small_shapes.bars(rows)] == [(0.99, True), (1.0, True), (1.1, False)]
+
+
+def test_turns_end_in_time(script: Any) -> None:
+    """Rounds until the seconds are over, and a least number of them in any case."""
+    small_shapes, calls = script("small_shapes"), []
+    found = small_shapes.turns({"a": lambda: calls.append("a"), "b": lambda: calls.append("b")}, 1000, 0.0, 0.0, "cpu")
+    assert {name: len(times) for name, times in found.items()} == dict.fromkeys("ab", small_shapes.LEAST_ROUNDS)
+    found = small_shapes.turns({"a": lambda: None}, 20, 0.0, 60.0, "cpu")
+    assert len(found["a"]) == 20
 
 
 def test_torchs_own_linear_is_right(script: Any) -> None:
