@@ -48,7 +48,7 @@ def scaled(mm: ScaledMM) -> Tensor:
         return scaled_mm_reference(*mm)
     one_a, one_b = (one(mm.a.device) if scale is None else scale for scale in (mm.scale_a, mm.scale_b))
     aligned = (mm.a.data_ptr() | mm.b.data_ptr()) % 16 == 0
-    if aligned and torch_has(mm.a, one_a, mm.b, one_b, mm.bias, mm.dtype, bool(mm.block_a or mm.block_b)):
+    if aligned and torch_has(mm.a, one_a, mm.b, one_b, mm.bias, mm.dtype, bool(mm.block_a or mm.block_b), mm.accumulate):
         return torch._scaled_mm(mm.a, mm.b, one_a, one_b, mm.bias, None, mm.dtype, mm.accumulate == "fast")
     if not _has_blocks(mm.block_a, mm.block_b):
         return scaled_mm_reference(*mm)

@@ -32,13 +32,22 @@ from fp8fx.spec import ACCUMULATORS, SiteSpec, TensorSpec
 FORMATS = ("e4m3fn", "e5m2")
 
 
-def torch_has(
-    a: Tensor, scale_a: Tensor | None, b: Tensor, scale_b: Tensor | None, bias: Tensor | None, dtype: torch.dtype, blocks: bool
-) -> bool:
-    """cuBLASLt takes this product as it lies. `a` [M, K], `b` [K, N].
+# Where the project's kernel is the faster one, with precise accumulation: up to this K (fp8fx/costs/h200.json: 1.0 to 1.6 times as fast
+# with one scale per tensor, 1.0 to 1.7 with one per row; beyond, torch's is, by up to 1.2), from so many tiles of C [128, 256] on.
+_OWN_UP_TO, _OWN_FROM = {"tensor": 512, "row": 2048}, 66
 
-    It is as fast as the project's kernel with fast accumulation, and faster with precise one (docs/performance.md).
-    """
+
+def torch_has(
+    a: Tensor,
+    scale_a: Tensor | None,
+    b: Tensor,
+    scale_b: Tensor | None,
+    bias: Tensor | None,
+    dtype: torch.dtype,
+    blocks: bool,
+    accumulate: str = "fast",
+) -> bool:
+    """cuBLASLt takes this product as it lies, and is not the slower one. `a` [M, K], `b` [K, N]."""
     if a.is_cuda and torch.cuda.get_device_capability(a.device) < (8, 9):
         return False
     if blocks or scale_a is None or scale_b is None or a.dim() != 2 or b.dim() != 2 or not a.numel() or not b.numel():
@@ -50,7 +59,16 @@ def torch_has(
     rows = scale_a.numel() != 1
     if rows != (scale_b.numel() != 1) or (rows and dtype != torch.bfloat16):
         return False
+    if accumulate == "precise" and _own_is_faster(a.shape[0], b.shape[1], a.shape[1], "row" if rows else "tensor"):
+        return False
     return a.shape[1] % 16 == 0 and b.shape[1] % 16 == 0 and a.is_contiguous() and b.mT.is_contiguous()
+
+
+def _own_is_faster(m: Any, n: Any, k: Any, scales: str) -> bool:
+    """Not asked of symbols, which would be tied to the answer."""
+    if not all(isinstance(size, int) for size in (m, n, k)):
+        return False
+    return bool(k <= _OWN_UP_TO[scales] and m > 64 and math.ceil(m / 128) * math.ceil(n / 256) >= _OWN_FROM)
 
 
 _OUTPUTS = (torch.bfloat16, torch.float16, torch.float32)
@@ -79,7 +97,7 @@ def _scaled_mm(
     accumulate: str = "precise",
 ) -> Any:
     plain = format_a in FORMATS and format_b in FORMATS and accumulate in ACCUMULATORS
-    if not on_gpu(a) or not plain or not torch_has(a, scale_a, b, scale_b, bias, dtype, bool(block_a or block_b)):
+    if not on_gpu(a) or not plain or not torch_has(a, scale_a, b, scale_b, bias, dtype, bool(block_a or block_b), accumulate):
         return NotImplemented
     if scale_a.numel() == 1:  # type: ignore[union-attr]
         # Inductor's lowering of this product loses the place of a scale () that lies inside of another tensor.

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from typing import Any
 
 import pytest
 import torch
@@ -62,3 +63,38 @@ def test_a_linear_that_cublas_does_not_have_is_a_product_without_anchors(output:
     tail = (None, None, RNG, "fc", OTHER, OTHER, backward, torch.bfloat16)
     ours = inductor._linear(elsewhere(torch.full_like(x, math.nan)), torch.full_like(w, math.nan), None, *codes, *tail)
     assert torch.equal(ours, ops.linear(x, w, None, *codes, *tail))
+
+
+@pytest.mark.parametrize(
+    ("m", "n", "k", "rows", "accumulate", "theirs"),
+    [
+        (8192, 4096, 4096, False, "precise", True),
+        (8192, 4096, 512, False, "precise", False),
+        (8192, 4096, 512, False, "fast", True),
+        (8192, 4096, 2048, True, "precise", False),
+        (8192, 4096, 4096, True, "precise", True),
+        (64, 65536, 256, False, "precise", True),  # few rows
+        (1024, 1024, 256, False, "precise", True),  # few tiles
+    ],
+)
+def test_whose_product_runs(m: int, n: int, k: int, rows: bool, accumulate: str, theirs: bool) -> None:
+    a, b = (torch.empty(size, k, dtype=torch.float8_e4m3fn, device="meta") for size in (m, n))
+    scale_a, scale_b = (torch.empty(shape, device="meta") for shape in (((m, 1), (1, n)) if rows else ((), ())))
+    assert inductor.torch_has(a, scale_a, b.t(), scale_b, None, torch.bfloat16, False, accumulate) is theirs
+
+
+def test_whose_product_runs_is_not_asked_of_symbols() -> None:
+    """The answer would tie a number of rows to one side of a limit, and the graph with it."""
+    asked: list[Any] = []
+
+    def backend(graph: Any, inputs: Any) -> Any:
+        values = [node.meta["example_value"] for node in graph.graph.find_nodes(op="placeholder")]
+        a = next(x for x in values if isinstance(x, Tensor))
+        one, b = torch.empty((), device="meta"), torch.empty(4096, 512, dtype=torch.float8_e4m3fn, device="meta").t()
+        asked.append((a.shape[0], inductor.torch_has(a, one, b, one, None, torch.bfloat16, False, "precise")))
+        return graph
+
+    torch.compile(lambda x: x.view(torch.uint8) + 1, backend=backend, dynamic=True)(torch.empty(8192, 512, dtype=torch.float8_e4m3fn))
+    ((rows, theirs),) = asked
+    assert not isinstance(rows, int)
+    assert theirs
