@@ -7,8 +7,9 @@ Random data, bf16 output, K-major operands. Columns: our kernel and torch's for 
 accumulation; ours with e5m2 x e5m2, which torch refuses; torch's bf16 product; both with precise accumulation; ours with 1x128 and 128x128
 blocks. Bars, each over all sizes: ours over torch's at least 0.97 (tensor, row), e5m2 x e5m2 over e4m3 x e4m3 at least 0.95.
 
---configs prints another table, without bars: tile sizes for the products of `direct`, e5m2 x e5m2, in the sizes of a Llama block's
-forward and backward, written as they are, rounded to nearest (outputs) and stochastically (gradients).
+--configs prints another table, without bars: configurations for the products of `direct`, e5m2 x e5m2, in the sizes of a Llama block's
+forward and backward, written as they are, rounded to nearest (outputs) and stochastically (gradients); and for those of `blockwise`, whose
+second operand has blocks of 128x128 (outputs, gradients of inputs) or 1x128 (of weights).
 """
 
 from __future__ import annotations
@@ -118,20 +119,23 @@ def draw(figure: Any, rows: list[Row]) -> None:
 
 # Promotion to float32 is every BLOCK_K of a precise configuration.
 CONFIGURED = {
-    "fast": {"large": CONFIGS["large"], "medium": CONFIGS["medium"]},
+    "fast": {"large": CONFIGS["large"], "medium": CONFIGS["medium"], "specialized": CONFIGS["specialized"]},
     "precise": {
         "medium": CONFIGS["medium"],
         "precise": CONFIGS["precise"],
+        "specialized": CONFIGS["specialized"],
         "64x256, 2 programs": Config(64, 256, 128, 8, True, False, 4, 2, 2),
         "256x128, every 256": Config(256, 128, 256, 4, True, False, 8, 2),
         "128x128, every 256": Config(128, 128, 256, 8, True, False, 4, 3),
     },
 }
+BLOCKED = {name: CONFIGS[name] for name in ("blocked", "specialized_blocked")}
 PRODUCTS = [(8192, 4096, 4096), (8192, 14336, 4096), (8192, 4096, 14336), (4096, 4096, 8192), (14336, 4096, 8192), (4096, 14336, 8192)]
 
 
 def configured(m: int, n: int, k: int, options: Any) -> dict[str, float]:
-    """TFLOP/s by accumulation, configuration and ending; torch's own precise e5m2 x e4m3 beside them."""
+    """TFLOP/s by accumulation, configuration and ending; torch's own precise e5m2 x e4m3 and its blocks beside them."""
+    cuda = options.device == "cuda"  # elsewhere Triton's interpreter runs, and Gluon has none
     a, b = (torch.randn(rows, k, device=options.device, dtype=torch.bfloat16).to(E5) for rows in (m, n))
     one, rng = torch.ones((), device=options.device), torch.tensor([1, 2, 3], device=options.device)
     how = Rounding("stochastic", "nonfinite", rng, 7)
@@ -143,13 +147,27 @@ def configured(m: int, n: int, k: int, options: Any) -> dict[str, float]:
     calls: dict[str, Call] = {}
     for accumulate, made in CONFIGURED.items():
         for name, config in made.items():
+            if config.specialized and not cuda:
+                continue
             for ending, end in endings.items():
                 calls[f"{accumulate} {name} {ending}"] = lambda end=end, config=config, accumulate=accumulate: scaled_mm(  # type: ignore[misc]
                     a, b.t(), one, one, accumulate=accumulate, config=config, **end
                 )
-    if options.device == "cuda":
-        other = b.float().to(E4).t()
+    left, other, scale = a.float().to(E4), b.float().to(E4).t(), torch.rand(m, k // 128, device=options.device)
+    for width in (128, 1):
+        scales = torch.rand(k // 128, n // width, device=options.device)
+        for name, config in BLOCKED.items():
+            if cuda or not config.specialized:
+                calls[f"{name}, 1x128 by 128x{width}"] = lambda config=config, scales=scales, width=width: scaled_mm(  # type: ignore[misc]
+                    left, other, scale, scales, block_a=(1, 128), block_b=(128, width), config=config
+                )
+    if cuda:
         calls["precise torch e5m2 x e4m3"] = lambda: torch._scaled_mm(a, other, one, one, out_dtype=torch.bfloat16, use_fast_accum=False)
+        by_blocks, wide = torch.nn.functional.ScalingType, torch.rand(n // 128, k // 128, device=options.device)
+        outer = scale.t().contiguous().t()  # as torch wants it
+        calls["torch, 1x128 by 128x128"] = lambda: torch.nn.functional.scaled_mm(
+            *(left, other, outer, by_blocks.BlockWise1x128, wide.t(), by_blocks.BlockWise128x128), output_dtype=torch.bfloat16
+        )
     repeats = 1 if options.tiny else max(1, round(2e12 / (m * n * k)))
     seconds = interleaved({name: [call] * repeats for name, call in calls.items()}, options.rounds)
     return {name: 2e-12 * m * n * k / time for name, time in seconds.items()}
