@@ -36,9 +36,10 @@ def by_rate(bf16: float, fp8: float) -> Any:
     return lambda m, k, n, column: 2e-6 * m * k * n / (bf16 if column == "bf16" else fp8)
 
 
-def test_shipped_table_has_its_points() -> None:
-    data = json.loads(resources.files("fp8fx.costs").joinpath("h100.json").read_text())
-    table = costs.load("NVIDIA H100 80GB HBM3")
+@pytest.mark.parametrize("device", ["NVIDIA H100 80GB HBM3", "NVIDIA H200"])
+def test_shipped_tables_have_their_points(device: str) -> None:
+    data = json.loads(resources.files("fp8fx.costs").joinpath(f"{costs.table_name(device)}.json").read_text())
+    table = costs.load(device)
     assert table.source in ("measured", "estimated")
     for m, k, n, *times in data["gemm"]:
         assert table.forward(m, k, n, "bf16") == pytest.approx(times[0])
@@ -142,6 +143,21 @@ def test_a_table_with_holes_is_refused() -> None:
         Table.of({**data, "gemm": [row[:-1] for row in data["gemm"]]})
 
 
+def test_own_products_of_another_table(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Where torch's precise product takes half as long, ours is expected to; nothing else changes."""
+    monkeypatch.syspath_prepend(str(BENCHMARKS))
+    measure_costs = importlib.import_module("measure_costs")
+    columns, (own, block) = measure_costs.COLUMNS, map(measure_costs.COLUMNS.index, measure_costs.OWN)
+    times = [float(10 + i) for i in range(2 * len(columns))]
+    other = {"machine": {"device": "other"}, "gemm": [[16, 32, 64, *times]]}
+    data = {"machine": {"device": "this"}, "source": "measured", "gemm": [[16, 32, 64, *(time / 2 for time in times)]]}
+    data["gemm"][0][3 + own] = data["gemm"][0][3 + len(columns) + block] = 1e6
+    made = measure_costs.transferred(data, other)
+    assert made["gemm"] == [[16, 32, 64, *(time / 2 for time in times)]]
+    assert made["transferred"]["of"] == {"device": "other"}
+    assert made["machine"] == {"device": "this"}
+
+
 def test_estimate_between_points(monkeypatch: pytest.MonkeyPatch) -> None:
     """The grid is fine enough: against the estimate's own formula, between its points."""
     monkeypatch.syspath_prepend(str(BENCHMARKS))
@@ -166,6 +182,6 @@ def test_a_kernel_that_fails_counts_as_the_slowest(monkeypatch: pytest.MonkeyPat
         return times[call()]
 
     monkeypatch.setattr(measure_costs, "gpu_us", gpu_us)
-    monkeypatch.setattr(measure_costs, "products", lambda a, b: ((column, lambda column=column: column) for column in COLUMNS))
+    monkeypatch.setattr(measure_costs, "products", lambda a, b, width: ((column, lambda column=column: column) for column in COLUMNS))
     assert measure_costs.gemm_point(16, 32, 48, "cpu") == 2 * [10.0, 11.0, 12.0, 16.0, 14.0, 15.0, 16.0]
     assert "row_fast at (16, 48, 32): RuntimeError: no kernel of this size" in capsys.readouterr().out

@@ -2,6 +2,7 @@
 
     python tests/benchmarks/measure_costs.py --write              about two minutes; writes fp8fx/costs/<device>.json
     python tests/benchmarks/measure_costs.py --estimate --write   the table as it follows from a few measured rates, where no GPU is
+    python tests/benchmarks/measure_costs.py --transfer h200 h100 our own products into a table that is older than their kernels
 
 Products and casts are timed in CUDA graphs. The grid has 6 x 4 x 4 points (M, K, N) from 16 x 256 x 256 to 32768 x 16384 x 16384; at each,
 the forward product and the one that contracts the rows, in every column of fp8fx.costs.table.COLUMNS. Host times are those of
@@ -261,6 +262,23 @@ def estimated() -> dict[str, Any]:
     }
 
 
+OWN, PEER = ("own_precise", "block"), "tensor_precise"
+
+
+def transferred(data: dict[str, Any], other: dict[str, Any]) -> dict[str, Any]:
+    """`data` with the project's own products as `other` has them, of a GPU with the same processors; in proportion to torch's, point by point."""
+    there = {tuple(row[:3]): row[3:] for row in other["gemm"]}
+    own, peer = ([i + j for i in (0, len(COLUMNS)) for j in map(COLUMNS.index, names)] for names in (OWN, (PEER,) * len(OWN)))
+    grid = []
+    for row in data["gemm"]:
+        here, those = list(row[3:]), there[tuple(row[:3])]
+        for column, by in zip(own, peer, strict=True):
+            here[column] = round(those[column] * here[by] / those[by], 3)
+        grid.append([*row[:3], *here])
+    note = {"columns": list(OWN), "of": other["machine"], "in proportion to": PEER}
+    return {**data, "gemm": grid, "transferred": note}
+
+
 def dump(data: dict[str, Any]) -> str:
     """JSON with one line per point."""
     gemm = ",\n".join("  " + json.dumps(row) for row in data["gemm"])
@@ -275,7 +293,15 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--json", type=Path, help="write the table here")
     parser.add_argument("--estimate", action="store_true", help="measure nothing")
     parser.add_argument("--tiny", action="store_true", help="a few small points on any device: only whether the program runs")
+    names = ("FROM", "INTO")
+    parser.add_argument("--transfer", nargs=2, metavar=names, help="tables in fp8fx/costs: measure nothing, write INTO anew")
     options = parser.parse_args(argv)
+    if options.transfer:
+        other, data = (json.loads((FOLDER / f"{name}.json").read_text(encoding="utf-8")) for name in options.transfer)
+        path = options.json or FOLDER / f"{options.transfer[1]}.json"
+        path.write_text(dump(transferred(data, other)), encoding="utf-8")
+        print(f"{', '.join(OWN)} of {options.transfer[0]} written to {path}")
+        return 0
     device = "cuda" if torch.cuda.is_available() else "cpu"
     if options.tiny and options.write:
         parser.error("--tiny measures nothing worth shipping: give --json a path instead of --write")
