@@ -10,7 +10,6 @@ another layout, is not taped for those arguments. A tape holds no tensor but con
 
 from __future__ import annotations
 
-import contextlib
 import functools
 import threading
 from collections.abc import Callable
@@ -20,8 +19,8 @@ from typing import Any
 import torch
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
-from triton.tools.tensor_descriptor import TensorDescriptor
 
+from fp8fx.kernels.gluon import DESCRIPTORS
 from fp8fx.kernels.launch import Launch, hooked, recorded, recording
 
 TRIES = 4  # torch looks over an operator's shoulder in its first calls, which then do more than they will
@@ -30,12 +29,6 @@ _HARMLESS = {"empty", "empty_strided", "new_empty", "view", "t", "transpose", "u
              "unsqueeze", "squeeze", "permute", "expand", "_unsafe_view", "split", "split_with_sizes",
              "new_empty_strided", "mT"}  # fmt: skip
 _ZEROED = {"zeros", "new_zeros"}
-
-_DESCRIPTORS: tuple[type, ...] = (TensorDescriptor,)
-with contextlib.suppress(ImportError):  # Gluon is an experimental part of Triton
-    from triton.experimental.gluon.nvidia import hopper
-
-    _DESCRIPTORS = (TensorDescriptor, hopper.TensorDescriptor)
 
 try:  # the allocation that Inductor's own code calls: a quarter of torch.empty's time
     from torch._C._dynamo.guards import _empty_strided_cuda as _empty  # type: ignore[attr-defined]
@@ -185,7 +178,7 @@ def _tape(args: tuple[Any, ...], results: tuple[Tensor, ...], launches: list[Lau
     if len(numbers) != len(inputs) or 0 in numbers:
         return None
     own = {args[i].untyped_storage().data_ptr() for i in inputs}
-    used = [_base(value) for launch in launches for value in launch.args if isinstance(value, (Tensor, *_DESCRIPTORS))]
+    used = [_base(value) for launch in launches for value in launch.args if isinstance(value, (Tensor, *DESCRIPTORS))]
     others = {t.untyped_storage().data_ptr(): t for t in [*used, *(t for t in results if t.numel())]}
     others = {start: t for start, t in others.items() if start not in numbers and start not in own}
     # A storage may be made where another died inside the function; what it did not make was there before, and stays.
@@ -232,7 +225,7 @@ def _step(launch: Launch, numbers: dict[int, int]) -> _Step | None:
             else:
                 return None
             values[position] = None
-        elif isinstance(value, _DESCRIPTORS):
+        elif isinstance(value, DESCRIPTORS):
             number = numbers.get(_base(value).data_ptr())
             if number is None:
                 return None

@@ -26,21 +26,24 @@ class Config:
     num_warps: int
     num_stages: int
     per_multiprocessor: int = 1  # programs; two hide each other's epilogues where registers and shared memory hold both
-    specialized: bool = False  # scaled_mm_specialized: two warpgroups that multiply, a warp that loads
+    # scaled_mm_specialized: a warpgroup for each 64 rows, num_warps the first's, and a warp that loads; neither halves nor flatten.
+    specialized: bool = False
 
-    def stages(self, block_k: int, output_bytes: int, parts: int, stochastic: bool = False) -> int:
-        """As many as fit into shared memory beside the tile of the output: one in float32 is twice as large. Random bits, 4 bytes each,
-        are exchanged between threads in two turns."""
-        exchanged = 2 if stochastic and not self.specialized else 0
-        tile, step = self.block_m * self.block_n // parts * (output_bytes + exchanged), (self.block_m + self.block_n) * block_k
+    def stages(self, block_k: int, output_bytes: int, room: int, stochastic: bool = False) -> int:
+        """As many as fit into shared memory beside `room` elements of the output: in float32 they are twice as large. Random bits, 4 bytes
+        each, are exchanged between threads in two turns."""
+        tile, step = room * (output_bytes + 2 * stochastic), (self.block_m + self.block_n) * block_k
         return max(2, min(self.num_stages, (SHARED_MEMORY // self.per_multiprocessor - tile) // step))
 
     def parts(self, stochastic: bool) -> int:
         """In how many parts a tile is finished. Random bits want registers: then a thread finishes 32 elements at a time."""
-        if self.specialized:  # two parts of 64 columns have room at a time
-            return self.block_n // 128
         each = self.block_m * self.block_n // (32 * self.num_warps)
         return min(max(each // 32, 1), 4) if stochastic else 2 if self.halves else 1
+
+    @property
+    def room(self) -> int:
+        """Elements of the output in shared memory, specialized: two parts of 64 columns for each row."""
+        return self.block_m * 128
 
 
 # Tiles 256 wide ask least of the L2 cache. With few tiles, two programs of 128 x 128 per multiprocessor hide each other's last steps,
@@ -53,8 +56,8 @@ CONFIGS = {
     "decode": Config(64, 16, 256, 1, False, False, 4, 4, 2),
     "decode_64": Config(64, 64, 128, 1, False, False, 4, 5),
     "blocked": Config(128, 128, 128, 8, False, False, 8, 4),
-    "specialized": Config(128, 256, 128, 8, True, False, 4, 4, specialized=True),
-    "specialized_blocked": Config(192, 128, 128, 8, True, False, 4, 4, specialized=True),
+    "specialized": Config(128, 256, 128, 8, False, False, 4, 4, specialized=True),
+    "specialized_blocked": Config(192, 128, 128, 8, False, False, 4, 4, specialized=True),
 }
 
 

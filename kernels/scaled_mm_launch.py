@@ -6,6 +6,7 @@ Gluon, which is an experimental part of Triton: where it does not compile, the n
 
 from __future__ import annotations
 
+import functools
 import math
 from typing import Any, NamedTuple
 
@@ -15,7 +16,7 @@ from torch import Tensor
 from triton.tools.tensor_descriptor import TensorDescriptor
 
 from fp8fx.errors import KernelError
-from fp8fx.kernels.interpret import INTERPRET
+from fp8fx.kernels.gluon import OTHER_VERSION, SPECIALIZED
 from fp8fx.kernels.launch import KernelCompileError, launch
 from fp8fx.kernels.layout import cdiv
 from fp8fx.kernels.scaled_mm_configs import CONFIGS, Config, choose, multiprocessors
@@ -25,13 +26,6 @@ from fp8fx.kernels.scaled_mm_operands import Operand
 
 DTYPES = {torch.bfloat16: tl.bfloat16, torch.float16: tl.float16, torch.float32: tl.float32}
 FP8 = {torch.float8_e4m3fn: tl.float8e4nv, torch.float8_e5m2: tl.float8e5}
-
-specialized: Any = None  # the Gluon kernel's module, where there is one
-if not INTERPRET.value:
-    try:
-        from fp8fx.kernels import scaled_mm_specialized as specialized
-    except (ImportError, AttributeError, TypeError):  # another version of an experimental language
-        specialized = None
 
 
 class _Product(NamedTuple):
@@ -66,10 +60,10 @@ class _Product(NamedTuple):
     def scales_of_b(self, block_n: int) -> str:
         """Of the blocks' scales, the columns of a tile have `one`, or `each` its own and as the copy engine can read them; or `other`."""
         b, count = self.b, self.c.shape[0]
-        _, by_column, by_k = b.strides()
+        by_batch, by_column, by_k = b.strides()
         if b.scale.numel() == 1 or (b.block is not None and b.block[0] % block_n == 0):
             return "one"
-        single = b.block is not None and b.block[0] == 1 and (count == 1 or not b.batch_rows)
+        single = b.block is not None and b.block[0] == 1 and (count == 1 or (by_batch == 0 and b.batch_rows == 0))
         readable = by_column == 1 and by_k > 0 and by_k * 4 % 16 == 0 and b.scale.data_ptr() % 16 == 0
         return "each" if single and readable else "other"
 
@@ -98,19 +92,28 @@ def launch_mm(a: Operand, b: Operand, c: Tensor, end: End, turned: bool, precise
             if chosen is configs[-1]:
                 raise
     raise KernelError(
-        "scaled_mm: a specialized configuration wants Gluon, rows of C a multiple of 16 bytes apart, blocks of B as wide as a tile"
+        "scaled_mm: a specialized configuration wants Gluon and a Hopper GPU, precise sums or blocks, rows of C a multiple of 16 bytes "
+        f"apart, of several batches a multiple of {chosen.block_m} rows each, and blocks of B as wide as a tile, or of one column with "
+        "scales in rows a multiple of 16 bytes apart"
     )
 
 
 def _can_be_specialized(product: _Product, chosen: Config) -> bool:
-    fits = product.sums != "blocked" or product.scales_of_b(chosen.block_n) != "other"
-    return specialized is not None and fits and product.stored_by_tma(chosen.block_m)
+    if SPECIALIZED is None or not _is_hopper(product.c.device) or not product.stored_by_tma(chosen.block_m):
+        return False
+    return product.sums == "precise" or (product.sums == "blocked" and product.scales_of_b(chosen.block_n) != "other")
 
 
-def _arguments(product: _Product, chosen: Config, block_k: int, target: Any, describe: Any) -> tuple[Any, ...]:
-    """What both kernels take first: descriptors, scales, the ending, sizes."""
+@functools.cache
+def _is_hopper(device: torch.device) -> bool:
+    """Or no GPU at all: a test that compiles for one."""
+    return device.type != "cuda" or torch.cuda.get_device_capability(device)[0] == 9
+
+
+def _arguments(product: _Product, describe: Any, target: Any, rows_a: int, rows_b: int, block_k: int) -> tuple[Any, ...]:
+    """What both kernels take first: descriptors of blocks of so many rows, scales, the ending, sizes."""
     a, b, (count, m, n) = product.a, product.b, product.c.shape
-    operands = (describe(a.codes, chosen.block_m, block_k), describe(b.codes, chosen.block_n, block_k), target, a.scale, b.scale)
+    operands = (describe(a.codes, rows_a, block_k), describe(b.codes, rows_b, block_k), target, a.scale, b.scale)
     return (*operands, *product.end.arguments(a.scale), count, m, n, a.codes.shape[1], a.batch_rows, b.batch_rows)
 
 
@@ -129,7 +132,7 @@ def _launch(product: _Product, chosen: Config, programs: int) -> None:
     block_k, parts = product.block_k(chosen.block_k), chosen.parts(product.stochastic)
     by_tma = product.stored_by_tma(chosen.block_m)
     target = TensorDescriptor(c, [count * m, n], [c.stride(1), 1], [chosen.block_m, chosen.block_n // parts]) if by_tma else c
-    arguments = (*_arguments(product, chosen, block_k, target, _described), *c.stride())
+    arguments = (*_arguments(product, _described, target, chosen.block_m, chosen.block_n, block_k), *c.stride())
     programs *= chosen.per_multiprocessor
     constexprs: dict[str, object] = {
         "END": end.constexpr(turned, n),
@@ -149,7 +152,7 @@ def _launch(product: _Product, chosen: Config, programs: int) -> None:
     else:
         constexprs |= {"ROW_A": a.per_row, "ROW_B": b.per_row, "PRECISE": sums == "precise", "FLATTEN": chosen.flatten}
     kernel = blocked_mm_kernel if sums == "blocked" else scaled_mm_kernel
-    stages = chosen.stages(block_k, c.element_size(), parts, product.stochastic)
+    stages = chosen.stages(block_k, c.element_size(), chosen.block_m * chosen.block_n // parts, product.stochastic)
     grid = (min(_tiles(product, chosen), programs),)
     launch(kernel, grid, arguments, constexprs, num_warps=chosen.num_warps, num_stages=stages)
 
@@ -158,26 +161,30 @@ def _launch_specialized(product: _Product, chosen: Config, programs: int) -> Non
     a, b, c, end, turned, sums = product
     count, m, n = c.shape
     block_k = product.block_k(chosen.block_k)
-    target = specialized.described(c, [count * m, n], [c.stride(1), 1], [specialized.ROWS.value, specialized.WIDTH])
+    each = sums == "blocked" and product.scales_of_b(chosen.block_n) == "each"
+    try:
+        rows, described = SPECIALIZED.ROWS.value, SPECIALIZED.described
+        target = described(c, [count * m, n], [c.stride(1), 1], [rows, SPECIALIZED.WIDTH])
+        columns: Any = b.scale  # nobody reads it, where it is no descriptor
+        if each:
+            columns = described(b.scale, [b.scale.shape[-1], n], [b.strides()[2], 1], [1, chosen.block_n])
 
-    def describe(codes: Tensor, rows: int, columns: int) -> Any:
-        rows = min(rows, specialized.ROWS.value) if codes is a.codes else rows
-        return specialized.described(codes, list(codes.shape), list(codes.stride()), [rows, columns])
+        def describe(codes: Tensor, *block: int) -> Any:
+            return described(codes, list(codes.shape), list(codes.stride()), list(block))
 
-    beside = sums == "blocked" and product.scales_of_b(chosen.block_n) == "each"
-    columns: Any = b.scale
-    if beside:
-        columns = specialized.described(b.scale, [b.scale.shape[-1], n], [b.strides()[2], 1], [1, chosen.block_n])
-    arguments = (*_arguments(product, chosen, block_k, target, describe), columns, *a.strides(), *b.strides())
+        first = _arguments(product, describe, target, rows, chosen.block_n, block_k)
+    except OTHER_VERSION as error:
+        raise KernelCompileError(f"scaled_mm: this Triton's Gluon is not the one that is known to work: {error}") from error
     constexprs = {
         "END": end.constexpr(turned, n),
-        "SUMS": specialized.SUMS[sums],
+        "SUMS": SPECIALIZED.SUMS[sums],
         "PER_ROW": (a.per_row, b.per_row),
         "BLOCKS": product.blocks(block_k),
-        "BESIDE": beside,
+        "BESIDE": each,
         "GROUP": chosen.group,
         "PROGRAMS": programs,
-        "STAGES": chosen.stages(block_k, c.element_size(), chosen.parts(product.stochastic)),
-        "WARPGROUPS": chosen.block_m // specialized.ROWS.value,
+        "STAGES": chosen.stages(block_k, c.element_size(), chosen.room),
+        "WARPGROUPS": chosen.block_m // rows,
     }
-    launch(specialized.specialized_mm_kernel, (min(_tiles(product, chosen), programs),), arguments, constexprs, num_warps=chosen.num_warps)
+    grid = (min(_tiles(product, chosen), programs),)
+    launch(SPECIALIZED.specialized_mm_kernel, grid, (*first, columns, *a.strides(), *b.strides()), constexprs, num_warps=chosen.num_warps)

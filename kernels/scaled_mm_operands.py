@@ -54,7 +54,7 @@ class Operand:
         if self.scale.numel() == 1:
             return 0, 0, 0
         by_batch, by_row, by_k = self.scale.stride()
-        return (by_batch if self.batch_rows else 0), by_row, (0 if self.block is None else by_k)
+        return (by_batch if self.scale.shape[0] > 1 else 0), by_row, (0 if self.block is None else by_k)
 
 
 def _readable(x: Tensor) -> bool:

@@ -24,10 +24,10 @@ from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
 from fp8fx.kernels.random_bits import words
 from fp8fx.kernels.scaled_mm_epilogue import ACT, STOCHASTIC, ended, rounded
 from fp8fx.kernels.scaled_mm_kernels import locate
-from fp8fx.kernels.scaled_mm_specialized_sums import ROWS, blocked_sums, fast_sums, halves, precise_sums
+from fp8fx.kernels.scaled_mm_specialized_sums import ROWS, blocked_sums, halves, precise_sums
 
-FAST, PRECISE, BLOCKED = (gl.constexpr(i) for i in range(3))  # see `scaled_mm_specialized_sums`
-SUMS = {"fast": FAST.value, "precise": PRECISE.value, "blocked": BLOCKED.value}
+PRECISE, BLOCKED = (gl.constexpr(i) for i in range(2))  # see `scaled_mm_specialized_sums`
+SUMS = {"precise": PRECISE.value, "blocked": BLOCKED.value}
 
 WIDTH = 64  # columns of a part of C that is finished and stored at once
 
@@ -42,10 +42,7 @@ _DTYPES = {
 
 @functools.cache
 def _layout(rows: int, columns: int, dtype: torch.dtype) -> gl.NVMMASharedLayout:
-    element = _DTYPES[dtype]
-    if rows == 1:  # a vector, as it lies
-        return gl.NVMMASharedLayout(swizzle_byte_width=0, element_bitwidth=element.primitive_bitwidth, rank=2)
-    return gl.NVMMASharedLayout.get_default_for([rows, columns], element)
+    return gl.NVMMASharedLayout.get_default_for([rows, columns], _DTYPES[dtype])
 
 
 def described(base: Tensor, shape: list[int], strides: list[int], block: list[int]) -> TensorDescriptor:
@@ -80,7 +77,7 @@ def _produce(
         row_a, row_b = batch * batch_rows_a + tile_m * BLOCK_M, batch * batch_rows_b + tile_n * BLOCK_N
         for step in range(steps):
             slot = turn % STAGES
-            mbarrier.wait(empty.index(slot), (turn // STAGES & 1) ^ 1)
+            mbarrier.wait(empty.index(slot), (turn // STAGES & 1) ^ 1)  # at first over: a new barrier counts as one round ahead
             mbarrier.expect(full.index(slot), (BLOCK_M + BLOCK_N) * BLOCK_K + (4 * BLOCK_N if BESIDE else 0))
             for who in gl.static_range(WARPGROUPS):
                 room = left.index(slot * WARPGROUPS + who)
@@ -126,7 +123,7 @@ def _finish(c, part, room, scales, ends, place, SUMS: gl.constexpr, PER_ROW: gl.
     else:
         bits = part.to(gl.int32, bitcast=True)
     out = rounded(part, bits, ends, END, c.dtype)
-    tma.store_wait(1)  # what was in `room` has been read
+    tma.store_wait(1)  # what was in `room`, two parts ago, has been read; all of the warpgroup meet after it
     room.store(out)
     fence_async_shared()
     tma.async_copy_shared_to_global(c, [batch * M + row, column], room)
@@ -169,9 +166,7 @@ def _consume(
     for tile in range(gl.program_id(0), batches * tiles_m * tiles_n, PROGRAMS):
         batch, tile_m, tile_n = locate(tile, tiles_m, tiles_n, GROUP)
         row, column = (WARPGROUPS * tile_m + WHO) * ROWS, BLOCK_N * tile_n
-        if SUMS == FAST:
-            left, right = halves(fast_sums(ring, turn, steps, WHO, WARPGROUPS))
-        elif SUMS == PRECISE:
+        if SUMS == PRECISE:
             left, right = precise_sums(ring, turn, steps, WHO, WARPGROUPS)
         else:
             place = (batch, row, column, M, N)
@@ -246,7 +241,7 @@ def specialized_mm_kernel(
         mbarrier.init(full.index(i), count=1)
         mbarrier.init(empty.index(i), count=WARPGROUPS)
     fence_async_shared()
-    beside = full
+    beside = full  # nobody reads it
     if BESIDE:
         beside = gl.allocate_shared_memory(gl.float32, [STAGES, 1, BLOCK_N], beside_b.layout)
     ring = (left, right, full, empty, beside)

@@ -1,13 +1,13 @@
 # mypy: allow-untyped-defs, allow-incomplete-defs
 """The sums of a warpgroup in `scaled_mm_specialized`: its 64 rows of a tile of C, float32, from operands that arrive in a ring.
 
-    FAST       the matrix unit's own sums over the whole of K
     PRECISE    every step's product is added to float32 registers
     BLOCKED    and is scaled before, by the scales of its blocks
 
 ring = (A [stages * warpgroups, 64, BLOCK_K], B [stages, BLOCK_N, BLOCK_K], barriers that say full, barriers that say empty, and scales of
-B's columns [stages, 1, BLOCK_N], float32). `turn` counts steps from the beginning of the program. Columns in several tensors are one
-after the other.
+B's columns [stages, 1, BLOCK_N], float32). `turn` counts steps from the beginning of the program: it uses the buffers turn % stages, and
+waits for the phase that their barrier has after turn // stages rounds. An `arrive` is one thread's, and speaks for all 128 of its
+warpgroup: Triton has them meet before it, so that all have read. Columns in several tensors are one after the other.
 """
 
 from __future__ import annotations
@@ -26,25 +26,6 @@ def halves(sums):
     LAYOUT: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, WIDTH, 32])
     left, right = sums.reshape(ROWS, 2, WIDTH).permute(0, 2, 1).split()
     return gl.convert_layout(left, LAYOUT), gl.convert_layout(right, LAYOUT)
-
-
-@gluon.jit
-def fast_sums(ring, turn, steps, WHO: gl.constexpr, WARPGROUPS: gl.constexpr):
-    """[64, BLOCK_N]."""
-    left, right, full, empty, _ = ring
-    STAGES: gl.constexpr = right.shape[0]
-    BLOCK_N: gl.constexpr = right.shape[1]
-    acc = gl.zeros([ROWS, BLOCK_N], gl.float32, gl.NVMMADistributedLayout([3, 0], [4, 1], [16, BLOCK_N, 32]))
-    for step in range(steps):
-        slot = turn % STAGES
-        mbarrier.wait(full.index(slot), turn // STAGES & 1)
-        acc = warpgroup_mma(left.index(slot * WARPGROUPS + WHO), right.index(slot).permute((1, 0)), acc, is_async=True)
-        acc = warpgroup_mma_wait(1, [acc])  # all but the last: its predecessor's buffers are free
-        mbarrier.arrive(empty.index((turn + STAGES - 1) % STAGES), pred=step > 0)
-        turn += 1
-    acc = warpgroup_mma_wait(0, [acc])
-    mbarrier.arrive(empty.index((turn + STAGES - 1) % STAGES))
-    return acc
 
 
 @gluon.jit
@@ -90,7 +71,7 @@ def blocked_sums(
     BLOCK_N: gl.constexpr = right.shape[1]
     LAYOUT: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, BLOCK_N, 32])
     rows = row + gl.arange(0, ROWS, gl.SliceLayout(1, LAYOUT))
-    # Offsets of 32 bits: a scale stands for 32 codes or more, of which a matrix has 2^31 at most in each direction.
+    # Offsets of 32 bits: fewer than 2^31 scales, each of 32 codes or more.
     at_a, at_b = batch * by_batch_a + rows // BLOCKS[0] * by_row_a, batch * by_batch_b + column // BLOCKS[1] * by_row_b
     # Read a step before they are needed: a load takes as long as a product. Beyond K there is no scale.
     scale = gl.load(scale_a_ptr + at_a, mask=rows < M, other=0.0)

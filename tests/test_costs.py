@@ -143,6 +143,23 @@ def test_a_table_with_holes_is_refused() -> None:
         Table.of({**data, "gemm": [row[:-1] for row in data["gemm"]]})
 
 
+def test_short_products_are_priced_as_the_kernel_that_runs() -> None:
+    """Precise gradients that contract 512 terms are the project's own kernel's (fp8fx.ops.inductor), whatever torch's would take."""
+    table = table_of(lambda m, k, n, column: {"own_precise": 1.0, "tensor_precise": 100.0}.get(column, 10.0))
+    short, long = (costs.cost(costs.Layer(8192, 4096, n, True, "delayed", "tensor", torch.bfloat16), table).gpu_fp8 for n in (512, 4096))
+    assert long - short > 90
+    assert costs.own_is_faster(8192, 4096, 512, "tensor")
+    assert not any(
+        costs.own_is_faster(*size, scales)  # type: ignore[arg-type]
+        for size, scales in (
+            ((8192, 4096, 64), "row"),
+            ((8192, 4096, 1024), "tensor"),
+            ((64, 65536, 512), "row"),
+            ((65536, 128, 512), "row"),
+        )
+    )
+
+
 def test_own_products_of_another_table(monkeypatch: pytest.MonkeyPatch) -> None:
     """Where torch's precise product takes half as long, ours is expected to; nothing else changes."""
     monkeypatch.syspath_prepend(str(BENCHMARKS))

@@ -7,6 +7,7 @@
 """
 
 from fp8fx.costs.model import Cost, Layer, choose, cost, speedup
+from fp8fx.costs.own import own_is_faster
 from fp8fx.costs.table import Table, load, table_name
 
-__all__ = ["Cost", "Layer", "Table", "choose", "cost", "load", "speedup", "table_name"]
+__all__ = ["Cost", "Layer", "Table", "choose", "cost", "load", "own_is_faster", "speedup", "table_name"]

@@ -11,6 +11,7 @@ from dataclasses import dataclass
 
 import torch
 
+from fp8fx.costs.own import own_is_faster
 from fp8fx.costs.table import Table, load
 
 FAST_FORWARD = ("fast", "precise", "precise")  # of output, grad_input, grad_weight: the recipes' default
@@ -121,10 +122,10 @@ def _gpu_fp8(layer: Layer, table: Table) -> float:
     kind = _kind(layer)
     wide = layer.dtype.itemsize / 2  # casts move bytes; a float32 tensor has twice those of bf16
     output, grad_input, grad_weight = (_column(layer, accumulate) for accumulate in layer.accumulate)
-    gemms = table.forward(m, k, n, output)
+    gemms = table.forward(m, k, n, _whose(output, m, n, k))
     if not layer.training:
         return gemms + wide * table.cast(_INFERENCE[kind], m * k) / layer.shared
-    gemms += table.forward(m, n, k, grad_input) + table.weight(m, k, n, grad_weight)
+    gemms += table.forward(m, n, k, _whose(grad_input, m, k, n)) + table.weight(m, k, n, _whose(grad_weight, n, k, m))
     of_x, of_w, of_w_again, of_dy = _TRAINING[kind]
     casts = table.cast(of_x, m * k) / layer.shared + table.cast(of_w, n * k) + table.cast(of_w_again, n * k) + table.cast(of_dy, m * n)
     return gemms + wide * casts
@@ -134,6 +135,13 @@ def _kind(layer: Layer) -> str:
     if layer.granularity == "tensor":
         return "current" if layer.scaling == "current" else "known"
     return "row" if layer.granularity == "row" else "block"
+
+
+def _whose(column: str, m: int, n: int, k: int) -> str:
+    """The column of the kernel that computes C [m, n], contracting k."""
+    scales, _, accumulate = column.partition("_")
+    ours = accumulate == "precise" and scales in ("tensor", "row") and own_is_faster(m, n, k, scales)
+    return "own_precise" if ours else column
 
 
 def _column(layer: Layer, accumulate: str) -> str:

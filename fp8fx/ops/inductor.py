@@ -21,6 +21,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from fp8fx.costs.own import own_is_faster
 from fp8fx.ops.casts import cast_amax, cast_current
 from fp8fx.ops.linear import linear
 from fp8fx.ops.operands import forward_operand
@@ -30,11 +31,6 @@ from fp8fx.ops.scaled_mm import scaled_mm
 from fp8fx.spec import ACCUMULATORS, SiteSpec, TensorSpec
 
 FORMATS = ("e4m3fn", "e5m2")
-
-
-# Where the project's kernel is the faster one, with precise accumulation: up to this K (fp8fx/costs/h200.json: 1.0 to 1.6 times as fast
-# with one scale per tensor, 1.0 to 1.7 with one per row; beyond, torch's is, by up to 1.2), from so many tiles of C [128, 256] on.
-_OWN_UP_TO, _OWN_FROM = {"tensor": 512, "row": 2048}, 66
 
 
 def torch_has(
@@ -59,16 +55,16 @@ def torch_has(
     rows = scale_a.numel() != 1
     if rows != (scale_b.numel() != 1) or (rows and dtype != torch.bfloat16):
         return False
-    if accumulate == "precise" and _own_is_faster(a.shape[0], b.shape[1], a.shape[1], "row" if rows else "tensor"):
+    if accumulate == "precise" and _ours(a, b.shape[1], "row" if rows else "tensor"):
         return False
     return a.shape[1] % 16 == 0 and b.shape[1] % 16 == 0 and a.is_contiguous() and b.mT.is_contiguous()
 
 
-def _own_is_faster(m: Any, n: Any, k: Any, scales: str) -> bool:
-    """Not asked of symbols, which would be tied to the answer."""
-    if not all(isinstance(size, int) for size in (m, n, k)):
-        return False
-    return bool(k <= _OWN_UP_TO[scales] and m > 64 and math.ceil(m / 128) * math.ceil(n / 256) >= _OWN_FROM)
+def _ours(a: Tensor, n: Any, scales: str) -> bool:
+    """The project's kernel is the faster one. Not asked of symbols, which would be tied to the answer."""
+    sizes = (a.shape[0], n, a.shape[1])
+    hopper = not a.is_cuda or torch.cuda.get_device_capability(a.device)[0] == 9
+    return hopper and all(isinstance(size, int) for size in sizes) and own_is_faster(*sizes, scales)
 
 
 _OUTPUTS = (torch.bfloat16, torch.float16, torch.float32)

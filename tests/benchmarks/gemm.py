@@ -119,7 +119,7 @@ def draw(figure: Any, rows: list[Row]) -> None:
 
 # Promotion to float32 is every BLOCK_K of a precise configuration.
 CONFIGURED = {
-    "fast": {"large": CONFIGS["large"], "medium": CONFIGS["medium"], "specialized": CONFIGS["specialized"]},
+    "fast": {"large": CONFIGS["large"], "medium": CONFIGS["medium"]},
     "precise": {
         "medium": CONFIGS["medium"],
         "precise": CONFIGS["precise"],

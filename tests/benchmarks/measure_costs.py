@@ -266,7 +266,7 @@ OWN, PEER = ("own_precise", "block"), "tensor_precise"
 
 
 def transferred(data: dict[str, Any], other: dict[str, Any]) -> dict[str, Any]:
-    """`data` with the project's own products as `other` has them, of a GPU with the same processors; in proportion to torch's at each point."""
+    """`data` with the project's own products as `other`, of the same processors, has them: in proportion to torch's, point by point."""
     there = {tuple(row[:3]): row[3:] for row in other["gemm"]}
     own, peer = ([i + j for i in (0, len(COLUMNS)) for j in map(COLUMNS.index, names)] for names in (OWN, (PEER,) * len(OWN)))
     grid = []

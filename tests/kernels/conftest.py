@@ -42,10 +42,12 @@ def compiled(monkeypatch: pytest.MonkeyPatch) -> Callable[[], list[Any]]:
     import triton
     from triton.backends.compiler import GPUTarget
     from triton.compiler import ASTSource
-    from triton.experimental.gluon._runtime import GluonASTSource
-    from triton.experimental.gluon.nvidia import hopper
     from triton.runtime.jit import JITFunction, mangle_type
-    from triton.tools.tensor_descriptor import TensorDescriptor
+
+    from fp8fx.kernels.gluon import DESCRIPTORS, SPECIALIZED
+
+    if SPECIALIZED is not None:
+        from triton.experimental.gluon._runtime import GluonASTSource
 
     done: list[Any] = []
 
@@ -60,7 +62,7 @@ def compiled(monkeypatch: pytest.MonkeyPatch) -> Callable[[], list[Any]]:
                 continue
             signature[parameter.name] = mangle_type(value)
             aligned = isinstance(value, torch.Tensor) or (type(value) is int and value % 16 == 0)
-            if aligned and not isinstance(value, (TensorDescriptor, hopper.TensorDescriptor)) and not parameter.do_not_specialize:
+            if aligned and not isinstance(value, DESCRIPTORS) and not parameter.do_not_specialize:
                 attributes[(position,)] = [["tt.divisibility", 16]]
         source = (GluonASTSource if self.is_gluon() else ASTSource)(self, signature, constexprs, attributes)
         done.append(triton.compile(source, target=GPUTarget("cuda", 90, 32), options=options))

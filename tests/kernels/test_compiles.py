@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import itertools
 import re
 import subprocess
 from collections.abc import Callable
@@ -123,14 +122,20 @@ def spills(kernel: Any, tmp_path: Path) -> int:
     return int(found[1])
 
 
-def spilled_between_products(tmp_path: Path) -> list[str]:
-    """Instructions of local memory between products of one loop, in the kernel that `spills` has written."""
+def loops_over_k(tmp_path: Path) -> list[list[str]]:
+    """The instructions of each innermost loop with FP8 products, in the kernel that `spills` has written."""
     text = subprocess.run([CUOBJDUMP, "-sass", tmp_path / "kernel.cubin"], capture_output=True, text=True, check=True).stdout
-    lines = [line for line in text.splitlines() if ";" in line]
-    products = [i for i, line in enumerate(lines) if "QGMMA" in line]
-    assert len(products) > 1, "FP8 products"
-    near = [(a, b) for a, b in itertools.pairwise(products) if b - a < 200]
-    return [line for a, b in near for line in lines[a:b] if re.search(r"\b(STL|LDL)\b", line)]
+    lines = [(int(found[1], 16), found[2]) for found in re.finditer(r"^\s*/\*([0-9a-f]{4,})\*/\s+(.*?);", text, re.M)]
+    ends = [(at, int(found[1], 16)) for at, line in lines if (found := re.search(r"\bBRA (0x[0-9a-f]+)", line))]
+    loops = [(start, end) for end, start in ends if start < end]
+    bodies = {(start, end): [line for at, line in lines if start <= at <= end] for start, end in loops}
+    products = {loop: sum("QGMMA" in line for line in body) for loop, body in bodies.items()}
+    inner = [
+        loop
+        for loop, count in products.items()
+        if count and not any(products[other] and other != loop and loop[0] <= other[0] and other[1] <= loop[1] for other in loops)
+    ]
+    return [bodies[loop] for loop in inner]
 
 
 @pytest.mark.parametrize("name", ELEMENTWISE)
@@ -267,7 +272,8 @@ ENDS: dict[str, dict[str, Any]] = {
 }
 
 
-# Of all 28 pairs, none of which spills: each takes up to 20 s to compile.
+# Of all pairs; each takes up to 20 s to compile. Left out and not free of spills: `rounded` and `everything` with blocks in warps with
+# different work, a word or two in a loop over K.
 SOME_ENDS = [
     ("activation", "small"),
     ("codes", "large"),
@@ -296,5 +302,7 @@ def test_scaled_mm_ends(end: str, config: str, compiled: Compiled, monkeypatch: 
     assert ("satfinite.e" in kernel.asm["ptx"]) == (end in ("codes", "everything"))
     # Those of warps with different work may spill a few words, once a tile: not in the loop over K.
     assert spills(kernel, tmp_path) <= (24 if CONFIGS[config].specialized else 0)
-    assert not spilled_between_products(tmp_path)
+    loops = loops_over_k(tmp_path)
+    assert len(loops) >= (CONFIGS[config].block_m // 64 if CONFIGS[config].specialized else 1)
+    assert not [line for body in loops for line in body if re.search(r"\b(STL|LDL)\b", line)]
     assert kernel.metadata.shared <= 227 * 1024

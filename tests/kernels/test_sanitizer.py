@@ -32,11 +32,11 @@ def test_clean(tool: str, group: str) -> None:
         pytest.skip("compute-sanitizer is not installed: it comes with the CUDA toolkit")
     script = str(Path(__file__).parent / "sanitize.py")
     command = [sanitizer, "--tool", tool, "--error-exitcode", "9", sys.executable, "-P", script, group]
-    plain = subprocess.run(command[5:], capture_output=True, text=True, check=False)  # compiles the kernels, without the tool
+    plain = subprocess.run(command[5:], capture_output=True, text=True, check=False, timeout=300)  # compiles the kernels, without the tool
     assert plain.returncode == 0, plain.stderr[-4000:]
-    done = subprocess.run(command, capture_output=True, text=True, check=False)
-    if (tool, group) == ("racecheck", "specialized"):
-        done.returncode *= bool(_of_our_own(done.stdout))
+    done = subprocess.run(command, capture_output=True, text=True, check=False, timeout=300)
+    if (tool, group) == ("racecheck", "specialized") and done.returncode == 9 and not _of_our_own(done.stdout):
+        done.returncode = 0
     assert done.returncode == 0, done.stdout[-6000:] + done.stderr[-2000:]
     assert f"launched {group}" in done.stdout
 
@@ -48,7 +48,7 @@ def _of_our_own(report: str) -> list[str]:
     source = Path(scaled_mm_specialized.__file__)
     divides = _dividing_lines(source)
     found = re.findall(r"(?:Read|Write) access at .* in (\S+):(\d+)", report)
-    assert found or "Race" not in report, report[-6000:]
+    assert found, report[-6000:]
     return [f"{name}:{line}" for name, line in found if name != source.name or int(line) not in divides]
 
 

@@ -59,6 +59,14 @@ def test_strides_and_layouts(device: str) -> None:
     check(scaled_mm(wide[:, :64], row_major, one, one, None, torch.float32), wide[:, :64], row_major, one, one)
 
 
+def test_block_scales_of_each_batch_over_shared_codes(device: str) -> None:
+    a, b = random_codes((2, 70, 128), E4, device), random_codes((96, 128), E4, device).t()
+    scale_a, scale_b = torch.rand(2, 70, 1, device=device) + 0.5, torch.tensor([1.0, 3.0], device=device).view(2, 1, 1)
+    c = scaled_mm(a, b, scale_a, scale_b, None, torch.float32, block_a=(1, 128), block_b=(128, 128))
+    for i in range(2):
+        check(c[i].contiguous(), a[i], b, scale_a[i], scale_b[i], block_a=(1, 128), block_b=(128, 128))
+
+
 def test_batches(device: str) -> None:
     a, b = random_codes((2, 3, 40, 64), E4, device), random_codes((2, 3, 24, 64), E5, device).mT
     one, rows = torch.ones((), device=device), torch.rand(2, 3, 40, 1, device=device) + 0.5

@@ -10,7 +10,8 @@ from typing import Any
 
 import pytest
 import torch
-from product_checks import E4, E5, check, operands
+from kernel_checks import needs_memory
+from product_checks import E4, E5, Block, check, operands
 from torch import Tensor
 
 pytest.importorskip("triton")
@@ -21,6 +22,7 @@ from fp8fx.kernels.rounding import Rounding
 from fp8fx.kernels.scaled_mm import scaled_mm
 from fp8fx.kernels.scaled_mm_configs import CONFIGS, choose
 
+needs_gluon = pytest.mark.skipif(scaled_mm_launch.SPECIALIZED is None, reason="no Gluon: Triton's interpreter, or another version of it")
 SPECIALIZED, BLOCKED = CONFIGS["specialized"], CONFIGS["specialized_blocked"]
 ENDS: dict[str, dict[str, Any]] = {
     "bf16": {},
@@ -51,40 +53,64 @@ def ended(end: dict[str, Any], n: int) -> dict[str, Any]:
 
 
 @pytest.mark.gpu
-@pytest.mark.parametrize("accumulate", ["fast", "precise"])
 @pytest.mark.parametrize("end", ENDS)
-def test_bits_of_the_plain_kernels(end: str, accumulate: str) -> None:
-    one, plain = torch.ones((), device="cuda"), CONFIGS["precise" if accumulate == "precise" else "large"]
+def test_bits_of_the_plain_kernels(end: str) -> None:
+    one = torch.ones((), device="cuda")
     for m, n, k in ((256, 512, 384), (1000, 1008, 272), (65, 48, 33), (3000, 4096, 1000)):
         a, b = integers(m, k), integers(n, k).t()
         rows, columns = torch.rand(m, 1, device="cuda") + 0.5, torch.rand(1, n, device="cuda") + 0.5
         for scales in ((one, one), (rows, columns), (one, columns)):
-            ours, theirs = ended(ENDS[end], n), ended(ENDS[end], n)
-            found = scaled_mm(a, b, *scales, accumulate=accumulate, config=SPECIALIZED, **ours)
-            wanted = scaled_mm(a, b, *scales, accumulate=accumulate, config=plain, **theirs)
-            assert torch.equal(found.view(torch.uint8), wanted.view(torch.uint8)), (m, n, k)
-            if "record" in ours:
-                assert torch.equal(ours["record"], theirs["record"])
-                assert float(ours["record"]) > 0
+            same_bits(a, b, scales, end, "specialized", "precise", accumulate="precise")
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("width", [128, 1])
+@pytest.mark.parametrize("end", ENDS)
+def test_bits_of_the_plain_kernels_by_blocks(end: str, width: int) -> None:
+    """Scales are powers of two, so that sums stay exact."""
+    for m, n, k in ((256, 512, 384), (1000, 1008, 272), (65, 48, 33)):
+        a, b, blocks = integers(m, k), integers(n, k).t(), -(-k // 128)
+        scales = powers(m, blocks), powers(blocks, -(-n // width))
+        same_bits(a, b, scales, end, "specialized_blocked", "blocked", block_a=(1, 128), block_b=(128, width))
+
+
+def powers(*shape: int) -> Tensor:
+    return torch.exp2(torch.randint(-2, 3, shape, device="cuda").float())
+
+
+def same_bits(a: Tensor, b: Tensor, scales: tuple[Tensor, Tensor], end: str, ours: str, plain: str, **options: Any) -> None:
+    """Of both configurations, the record included."""
+    made = [ended(ENDS[end], b.shape[-1]) for _ in range(2)]
+    found, wanted = (
+        scaled_mm(a, b, *scales, config=CONFIGS[name], **options, **each) for name, each in zip((ours, plain), made, strict=True)
+    )
+    assert torch.equal(found.view(torch.uint8), wanted.view(torch.uint8)), (a.shape, b.shape)
+    if "record" in made[0]:
+        assert torch.equal(made[0]["record"], made[1]["record"])
+        assert float(made[0]["record"]) > 0
 
 
 @pytest.mark.gpu
 def test_batches_and_strides() -> None:
     one = torch.ones((), device="cuda")
-    a, b = integers(3, 256, 192), integers(3, 320, 192).mT
-    rows = torch.rand(3, 256, 1, device="cuda")
+    a, b = integers(3, 384, 192), integers(3, 320, 192).mT
+    rows = torch.rand(3, 384, 1, device="cuda")
     for left, right, scale in ((a, b, one), (a, b, rows), (a, b[0], rows), (a[:, :, 16:80], b[:, 16:80], one)):
-        found, wanted = (scaled_mm(left, right, scale, one, config=CONFIGS[name]) for name in ("specialized", "large"))
-        assert torch.equal(found, wanted)
+        same_bits(left, right, (scale, one), "fp32", "specialized", "precise", accumulate="precise")
+    for left, right in ((a, b), (a, b[0])):
+        scales = powers(3, 384, 2), powers(*right.shape[:-2], 2, 3)
+        same_bits(left, right, scales, "fp32", "specialized_blocked", "blocked", block_a=(1, 128), block_b=(128, 128))
+    single = powers(384, 2), powers(2, 320)  # one for each column, shared by all batches
+    same_bits(a, b[0], single, "fp32", "specialized_blocked", "blocked", block_a=(1, 128), block_b=(128, 1))
 
 
 @pytest.mark.gpu
-@pytest.mark.parametrize("block_a", [(1, 128), (128, 128), (1, 32), None], ids=str)
+@pytest.mark.parametrize("block_a", [(1, 128), (128, 128), (1, 32), (1, 256), None], ids=str)
 @pytest.mark.parametrize("block_b", [(128, 128), (128, 1), (64, 256), None], ids=str)
-def test_block_scales(block_a: tuple[int, int] | None, block_b: tuple[int, int] | None) -> None:
+def test_block_scales(block_a: Block | None, block_b: Block | None) -> None:
     if block_a is None and block_b is None:
         return
-    for m, n, k in ((256, 512, 384), (1000, 1008, 272), (2050, 1040, 1000)):
+    for m, n, k in ((256, 512, 384), (1000, 1008, 272), (2050, 1040, 1000), (300, 520, 100)):
         a, b = operands(m, n, k, (E4, E5), "cuda")
         scale_a = torch.rand(-(-m // block_a[0]), -(-k // block_a[1]), device="cuda") + 0.5 if block_a else torch.ones((), device="cuda")
         scale_b = torch.rand(-(-k // block_b[0]), -(-n // block_b[1]), device="cuda") + 0.5 if block_b else torch.ones((), device="cuda")
@@ -93,13 +119,25 @@ def test_block_scales(block_a: tuple[int, int] | None, block_b: tuple[int, int] 
 
 
 @pytest.mark.gpu
-@pytest.mark.parametrize("accumulate", ["fast", "precise"])
-def test_within_the_bound(accumulate: str) -> None:
+def test_within_the_bound() -> None:
     for m, n, k in ((2048, 4096, 4096), (4100, 2056, 1000)):
         a, b = operands(m, n, k, (E5, E4), "cuda")
         rows, columns, bias = torch.rand(m, 1, device="cuda"), torch.rand(1, n, device="cuda"), torch.randn(n, device="cuda")
-        c = scaled_mm(a, b, rows, columns, bias, torch.float32, accumulate, config=SPECIALIZED)
-        check(c, a, b, rows, columns, bias, accumulate)
+        c = scaled_mm(a, b, rows, columns, bias, torch.float32, "precise", config=SPECIALIZED)
+        check(c, a, b, rows, columns, bias, "precise")
+
+
+@pytest.mark.gpu
+def test_more_than_2_to_31_outputs() -> None:
+    """Random bits belong to an element's index, which needs 64 bits here; and so does its place."""
+    needs_memory(10)
+    m, n, one = 2**16 + 128, 2**15 + 256, torch.ones((), device="cuda")
+    a, b = integers(m, 32), integers(n, 32).t()
+    how = Rounding("stochastic", "nonfinite", torch.tensor([3, 1, 4], device="cuda"), 7)
+    found = scaled_mm(a, b, one, one, accumulate="precise", out_format="e5m2", how=how, config=SPECIALIZED)
+    wanted = scaled_mm(a, b, one, one, accumulate="precise", out_format="e5m2", how=how, config=CONFIGS["precise"])
+    for first in range(0, m, 8192):
+        assert torch.equal(found[first : first + 8192].view(torch.uint8), wanted[first : first + 8192].view(torch.uint8)), first
 
 
 @pytest.mark.gpu
@@ -144,6 +182,7 @@ def codes(*shape: int) -> Tensor:
     return torch.zeros(shape, dtype=torch.uint8).view(E5)
 
 
+@needs_gluon
 def test_what_does_not_compile_is_replaced(launched: list[str]) -> None:
     one = torch.ones(())
     scaled_mm(codes(2048, 64), codes(2048, 64).t(), one, one, accumulate="precise")
@@ -160,10 +199,35 @@ def test_an_output_that_the_copy_engine_cannot_store(launched: list[str]) -> Non
     scaled_mm(codes(4, 1000, 64), codes(2048, 64).t(), one, one, accumulate="precise")
     assert launched == ["scaled_mm_kernel"] * 2
     with pytest.raises(KernelError, match="multiple of 16 bytes"):
-        scaled_mm(codes(2048, 64), codes(2041, 64).t(), one, one, config=SPECIALIZED)
+        scaled_mm(codes(2048, 64), codes(2041, 64).t(), one, one, accumulate="precise", config=SPECIALIZED)
+    with pytest.raises(KernelError, match="precise sums or blocks"):
+        scaled_mm(codes(2048, 64), codes(2048, 64).t(), one, one, config=SPECIALIZED)
 
 
 def test_a_triton_without_gluon(launched: list[str], monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(scaled_mm_launch, "specialized", None)
+    monkeypatch.setattr(scaled_mm_launch, "SPECIALIZED", None)
     scaled_mm(codes(2048, 64), codes(2048, 64).t(), torch.ones(()), torch.ones(()), accumulate="precise")
     assert launched == ["scaled_mm_kernel"]
+
+
+@needs_gluon
+def test_a_gluon_that_has_changed(launched: list[str], monkeypatch: pytest.MonkeyPatch) -> None:
+    """What its descriptors want is found out when one is made: the plain kernel runs then too."""
+
+    def described(*args: Any) -> None:
+        raise TypeError("__init__() missing 1 required positional argument")
+
+    monkeypatch.setattr(scaled_mm_launch.SPECIALIZED, "described", described)
+    scaled_mm(codes(2048, 64), codes(2048, 64).t(), torch.ones(()), torch.ones(()), accumulate="precise")
+    assert launched == ["scaled_mm_kernel"]
+
+
+@needs_gluon
+def test_scales_of_each_column_that_cannot_be_read(launched: list[str]) -> None:
+    """Rows of scales 2042 apart, and scales of each batch: the plain kernel takes them."""
+    scale_a, options = torch.ones(2048, 1), {"block_a": (1, 128), "block_b": (128, 1)}
+    scaled_mm(codes(2048, 256), codes(2048, 256).t(), torch.ones(2048, 2), torch.ones(2, 2050)[:, :2048], **options)  # type: ignore[arg-type]
+    scaled_mm(codes(2, 1920, 128), codes(2048, 128).t(), torch.ones(2, 1920, 1), torch.ones(2, 1, 2048), **options)  # type: ignore[arg-type]
+    assert launched == ["blocked_mm_kernel"] * 2
+    scaled_mm(codes(2048, 128), codes(2048, 128).t(), scale_a, torch.ones(1, 2048), **options)  # type: ignore[arg-type]
+    assert launched[2:] == ["specialized_mm_kernel", "blocked_mm_kernel"]

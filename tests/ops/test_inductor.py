@@ -75,6 +75,8 @@ def test_a_linear_that_cublas_does_not_have_is_a_product_without_anchors(output:
         (8192, 4096, 4096, True, "precise", True),
         (64, 65536, 256, False, "precise", True),  # few rows
         (1024, 1024, 256, False, "precise", True),  # few tiles
+        (65536, 64, 512, True, "precise", True),  # few columns
+        (8192, 4096, 16, False, "precise", True),  # next to nothing to contract
     ],
 )
 def test_whose_product_runs(m: int, n: int, k: int, rows: bool, accumulate: str, theirs: bool) -> None:
@@ -98,3 +100,12 @@ def test_whose_product_runs_is_not_asked_of_symbols() -> None:
     ((rows, theirs),) = asked
     assert not isinstance(rows, int)
     assert theirs
+
+
+@pytest.mark.parametrize(("major", "theirs"), [(8, True), (9, False), (10, True), (12, True)])
+def test_whose_product_runs_on_other_gpus(monkeypatch: pytest.MonkeyPatch, major: int, theirs: bool) -> None:
+    """Measured on Hopper, and written for it."""
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (major, 9))
+    a, b = (elsewhere(torch.empty(size, 512, dtype=torch.float8_e4m3fn)) for size in (8192, 1024))
+    one = torch.ones(())
+    assert inductor.torch_has(a, one, b.t(), one, None, torch.bfloat16, False, "precise") is theirs

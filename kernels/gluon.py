@@ -1,0 +1,24 @@
+"""Whether Triton has the Gluon that kernels are written in: an experimental part, which another version may have in another form.
+
+`SPECIALIZED` is the module of the specialized product, or None; `DESCRIPTORS` are the classes of tensor descriptors that launches may take.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+from triton.tools.tensor_descriptor import TensorDescriptor
+
+from fp8fx.kernels.interpret import INTERPRET
+
+OTHER_VERSION = (ImportError, AttributeError, TypeError, AssertionError)  # what an interface that has changed raises
+SPECIALIZED: Any = None
+DESCRIPTORS: tuple[type, ...] = (TensorDescriptor,)
+
+if not INTERPRET.value:  # the interpreter has no Gluon
+    try:
+        from fp8fx.kernels import scaled_mm_specialized
+
+        SPECIALIZED, DESCRIPTORS = scaled_mm_specialized, (TensorDescriptor, scaled_mm_specialized.TensorDescriptor)
+    except OTHER_VERSION:
+        pass
