@@ -17,8 +17,10 @@ DESCRIPTORS: tuple[type, ...] = (TensorDescriptor,)
 
 if not INTERPRET.value:  # the interpreter has no Gluon
     try:
+        from triton.experimental.gluon.nvidia.hopper import TensorDescriptor as GluonDescriptor
+
         from fp8fx.kernels import scaled_mm_specialized
 
-        SPECIALIZED, DESCRIPTORS = scaled_mm_specialized, (TensorDescriptor, scaled_mm_specialized.TensorDescriptor)
+        SPECIALIZED, DESCRIPTORS = scaled_mm_specialized, (TensorDescriptor, GluonDescriptor)
     except OTHER_VERSION:
         pass
