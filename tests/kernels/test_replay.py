@@ -11,7 +11,7 @@ from torch import Tensor
 pytest.importorskip("triton")
 from triton.tools.tensor_descriptor import TensorDescriptor
 
-from fp8fx.kernels import launch, replay
+from fp8fx.kernels import gluon, launch, replay
 from fp8fx.kernels.layout import empty_transposed
 
 KEPT = torch.ones(4)  # what a function keeps for good: no tape may make it anew
@@ -38,9 +38,9 @@ def compiled(monkeypatch: pytest.MonkeyPatch) -> Compiled:
 
 
 def gluon_descriptor(*args: Any) -> Any:
-    hopper = pytest.importorskip("triton.experimental.gluon.nvidia.hopper")
-    language = pytest.importorskip("triton.experimental.gluon.language")
-    return hopper.TensorDescriptor(*args, language.NVMMASharedLayout.get_default_for([16, 16], language.float32))
+    if gluon.SPECIALIZED is None:
+        pytest.skip("no Gluon: Triton's interpreter, or another version of it")
+    return gluon.SPECIALIZED.described(*args)
 
 
 def product(compiled: Compiled, descriptor: Any = TensorDescriptor) -> Any:
