@@ -6,8 +6,8 @@
     norm_cast, add_norm         the same from LayerNorm and RMSNorm; with a residual added first
     norm_backward               their backwards, with the gradients of weight and bias
     amax, scale, delayed        amax alone; current scaling from it; the update of delayed scaling for all slots at once
-    scaled_mm                   the FP8 matrix product, every pairing of e4m3fn and e5m2; activation, FP8 output and its amax. `_launch` chooses
-                                among `_kernels`, where all warps do the same, and `_specialized`; `_configs` has their tiles
+    scaled_mm                   the FP8 matrix product, every pairing of e4m3fn and e5m2; activation, FP8 output and its amax. `_launch`
+                                chooses among `_kernels`, where all warps do the same, and `_specialized`; `_configs` has their tiles
     records, column_sums        what a cast tells of its tensor: amax, counts of zeros; sums over the rows (bias gradients)
     results                     how fused kernels end: one result, its scale, codes in both layouts, record and sums
     codes, stochastic           what these share: float32 to codes and back; stochastic rounding, by the bits of `random_bits`
