@@ -19,11 +19,11 @@ from fp8fx.demo.results import BASELINE, Result, of, rows
 from fp8fx.demo.tasks import Task
 
 COVERAGE_BAR = 0.95  # of the FLOPs that the recipe does not exempt
-COLUMNS = ("model", "recipe", "runs", "held-out", "gap to none", "FLOPs in FP8", "worst layer's SQNR", "time")
+COLUMNS = ("model", "recipe", "runs", "held-out", "gap to none", "bar", "FLOPs in FP8", "worst layer's SQNR", "time")
 LEFT = ("model", "recipe", "worst layer's SQNR")
 
 
-def table(results: list[Result]) -> Table:
+def table(results: list[Result], tasks: dict[str, Task]) -> Table:
     """One row per model and recipe: means over its seeds, the lowest coverage and SQNR of them, and the time of all."""
     out = Table(title="fp8fx demo", title_justify="left")
     for name in COLUMNS:
@@ -35,8 +35,15 @@ def table(results: list[Result]) -> Table:
         else:
             quality, gap = _quality(runs), gap_text(compare(results, first.task, first.recipe))
         share, seconds = min(r.fp8_share for r in runs), sum(r.seconds for r in runs)
-        out.add_row(first.task, first.recipe, str(len(runs)), quality, gap, f"{share:.1%}", _worst_layer(runs), f"{seconds:.1f} s")
+        bar = tasks[first.task].bars.get(first.recipe)
+        asked = "-" if bar is None else _bar_text(first.metric, bar)
+        cells = (str(len(runs)), quality, gap, asked, f"{share:.1%}", _worst_layer(runs), f"{seconds:.1f} s")
+        out.add_row(first.task, first.recipe, *cells)
     return out
+
+
+def _bar_text(metric: str, bar: float) -> str:
+    return f"{bar:.0%}" if metric == "loss" else f"{bar:g} point{'' if bar == 1 else 's'}"
 
 
 def _quality(runs: list[Result]) -> str:
@@ -69,9 +76,9 @@ def _quality_verdict(found: Comparison, runs: list[Result], base: list[Result], 
     if math.isnan(found.mean):
         lost = "diverged" if any(r.diverged for r in base) else "is missing"
         return Verdict(False, f"{what}: nothing to compare with, a {BASELINE} run {lost}")
-    loss, several = found.metric == "loss", f" (mean of {len(runs)} runs ± standard error)" if len(runs) > 1 else ""
-    asked = f"within {bar:.0%} of none" if loss else f"within {bar:g} point of none"
-    text = f"{what}: {'held-out loss' if loss else 'accuracy'} {gap_text(found)}{several}, asked {asked}"
+    several = f" (mean of {len(runs)} runs ± standard error)" if len(runs) > 1 else ""
+    quantity = "held-out loss" if found.metric == "loss" else "accuracy"
+    text = f"{what}: {quantity} {gap_text(found)}{several}, asked within {_bar_text(found.metric, bar)} of {BASELINE}"
     return Verdict(found.mean <= bar, text)
 
 

@@ -7,6 +7,7 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 from rich.console import Console
+from rich.table import Table
 
 from fp8fx.demo import artifacts, report
 from fp8fx.demo.measure import measure
@@ -49,7 +50,7 @@ def run(
     checks = report.verdicts(results, chosen, judge_quality=judged)
     artifacts.draw_curves(out / "curves.png", results)
     report.write_results(out / "results.json", results, checks, str(default_device()))
-    _show(console, results, checks, judged)
+    _show(console, report.table(results, chosen), checks, judged)
     spent = time.perf_counter() - start
     console.print(f"{spent:.0f} s in all; curves, plans, graphs and results.json are in {out}", highlight=False, soft_wrap=True)
     return 0 if all(check.passed for check in checks) else 1
@@ -76,12 +77,12 @@ def _runs(task: Task, recipe: str, first_seed: int, out: Path, console: Console)
         yield measure(trained, task)
 
 
-def _show(console: Console, results: list[Result], checks: list[Verdict], judged: bool) -> None:
+def _show(console: Console, table: Table, checks: list[Verdict], judged: bool) -> None:
     """The table, then one PASS or FAIL line per bar."""
     if console.is_terminal:
-        console.print(report.table(results))
+        console.print(table)
     else:  # a pipe has no width: do not fold the columns at 80 characters
-        Console(file=console.file, width=max(console.width, 140)).print(report.table(results))
+        Console(file=console.file, width=max(console.width, 140)).print(table)
     for note in NOTES:
         console.print(note, highlight=False, soft_wrap=True)
     if not judged:

@@ -103,14 +103,14 @@ def test_the_lowest_coverage_of_the_runs_is_judged(tasks: dict[str, Task]) -> No
     assert "90.0%" in share.text
 
 
-def test_the_table_has_a_row_per_recipe_with_means() -> None:
+def test_the_table_has_a_row_per_recipe_with_means_beside_the_bar(tasks: dict[str, Task]) -> None:
     runs = [*seeds("digits", "none", NONE), *seeds("digits", "direct", NEAR)]
     assert [len(group) for group in rows(runs)] == [3, 3]
     console = Console(record=True, width=150, file=io.StringIO())
-    console.print(report.table(runs))
+    console.print(report.table(runs, tasks))
     text = console.export_text()
     assert text.count("digits") == 2
-    for cell in ("accuracy 99.00%", "accuracy 98.20%", "-0.80 ± 0.35 points", "3.0 s"):
+    for cell in ("accuracy 99.00%", "accuracy 98.20%", "-0.80 ± 0.35 points │ 1 point", "3.0 s"):
         assert cell in text
 
 

@@ -59,9 +59,9 @@ def test_without_a_baseline_the_bar_fails_and_says_so(tasks: dict[str, Task]) ->
     assert "a none run is missing" in verdict.text
 
 
-def test_table_shows_every_run() -> None:
+def test_table_shows_every_run(tasks: dict[str, Task]) -> None:
     console = Console(record=True, width=150, file=io.StringIO())
-    console.print(report.table([*GOOD, result("digits", "hybrid", diverged="x")]))
+    console.print(report.table([*GOOD, result("digits", "hybrid", diverged="x")], tasks))
     text = console.export_text()
     for cell in ("loss 2.0100", "+0.50%", "accuracy 97.50%", "-0.50 points", "25.0 dB  blocks.0.up", "diverged"):
         assert cell in text
