@@ -319,7 +319,7 @@ def demo(
     model: Annotated[list[DemoModel] | None, typer.Option("--model", "-m", help="Only this model; may be repeated.")] = None,
     recipe: Annotated[list[str] | None, typer.Option("--recipe", "-r", help="Only this recipe; may be repeated.")] = None,
     steps: Annotated[int | None, typer.Option("--steps", min=1, help="This many steps; quality is not judged.")] = None,
-    seed: Annotated[int, typer.Option("--seed", help="Of the models' weights and the order of the data.")] = 0,
+    seed: Annotated[int, typer.Option("--seed", help="Of the first run: weights, order of the data, fold of the digits.")] = 0,
 ) -> None:
     """Train a byte-level GPT and a small ResNet with and without FP8, and compare. Exit code 1 if a bar is missed."""
     from fp8fx.demo import RECIPES, run

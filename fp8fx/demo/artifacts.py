@@ -6,7 +6,7 @@ import itertools
 from pathlib import Path
 from typing import Any, Protocol
 
-from fp8fx.demo.report import Result
+from fp8fx.demo.results import Result, rows
 from fp8fx.errors import FP8Error
 from fp8fx.pipeline import STAGES
 from fp8fx.show import listing
@@ -43,7 +43,7 @@ def smoothed(losses: list[float], window: int = SMOOTH) -> list[float]:
 
 
 def draw_curves(path: Path, results: list[Result]) -> None:
-    """Training loss against step, one panel per model and one line per recipe, as a PNG."""
+    """Training loss against step, one panel per model, one colour per recipe and one line per run, as a PNG."""
     try:
         import matplotlib
     except ImportError as error:
@@ -54,8 +54,11 @@ def draw_curves(path: Path, results: list[Result]) -> None:
     tasks = list(dict.fromkeys(r.task for r in results))
     figure, panels = pyplot.subplots(1, len(tasks), figsize=(6 * len(tasks), 4), squeeze=False, layout="constrained")
     for panel, task in zip(panels[0], tasks, strict=True):
-        for style, result in zip(itertools.cycle(("-", "--", ":")), (r for r in results if r.task == task)):
-            panel.plot(smoothed(result.losses), style, label=result.recipe, linewidth=1.6)
+        groups = rows([r for r in results if r.task == task])
+        for number, (style, runs) in enumerate(zip(itertools.cycle(("-", "--", ":")), groups)):
+            for r in runs:
+                label = r.recipe if r is runs[0] else None
+                panel.plot(smoothed(r.losses), style, color=f"C{number}", label=label, linewidth=1.6 / len(runs) ** 0.5)
         panel.set(title=task, xlabel="step", ylabel=f"training loss, nats (mean of {SMOOTH} steps)")
         panel.set_yscale("log" if task == "digits" else "linear")
         panel.grid(alpha=0.3)

@@ -72,8 +72,12 @@ def python_source(root: Path | None = None, train_bytes: int = TRAIN_BYTES, held
     return text
 
 
-def digits(held_out_share: float = 1 / 3, seed: int = 0) -> Pictures:
-    """scikit-learn's 1,797 handwritten digits, [N, 1, 8, 8] float32 in [-1, 1], split at random with a fixed seed."""
+def digits(fold: int = 0, folds: int = 3, seed: int = 0) -> Pictures:
+    """scikit-learn's 1,797 handwritten digits, [N, 1, 8, 8] float32 in [-1, 1], as one fold of a cross-validation.
+
+    The pictures are shuffled once with `seed` and cut into `folds` parts of 1/folds each. Part `fold` is held out, the others are for
+    training: over all folds every picture is held out exactly once.
+    """
     try:
         from sklearn.datasets import load_digits
     except ImportError as error:
@@ -82,8 +86,9 @@ def digits(held_out_share: float = 1 / 3, seed: int = 0) -> Pictures:
     pictures = torch.from_numpy(data.images).float().unsqueeze(1) / 8 - 1
     labels = torch.from_numpy(data.target).long()
     order = torch.randperm(len(labels), generator=torch.Generator().manual_seed(seed))
-    cut = round(len(labels) * held_out_share)
-    held_out, train = order[:cut], order[cut:]
+    parts = list(order.tensor_split(folds))
+    held_out = parts.pop(fold)
+    train = torch.cat(parts)
     return Pictures(pictures[train], labels[train], pictures[held_out], labels[held_out])
 
 

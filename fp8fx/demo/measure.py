@@ -7,7 +7,7 @@ import math
 
 import fp8fx
 from fp8fx.coverage import CoverageMeter
-from fp8fx.demo.report import Result
+from fp8fx.demo.results import Result
 from fp8fx.demo.sqnr import layer_sqnr, worst
 from fp8fx.demo.tasks import Task
 from fp8fx.demo.train import Run, reproducible
@@ -15,7 +15,7 @@ from fp8fx.spec import ROLES
 
 
 def measure(run: Run, task: Task) -> Result:
-    """The result row of `run`: share of FLOPs from executed operands, SQNR of every FP8 layer on the first held-out batch."""
+    """The result of `run`: share of FLOPs from executed operands, SQNR of every FP8 layer on the first held-out batch."""
     plan = run.model.plan()
     sqnr = {} if run.diverged else _sqnr(run, task)
     name, value = worst(sqnr) or ("", math.nan)
@@ -54,7 +54,7 @@ def _coverage(run: Run, task: Task) -> float:
 
 
 def _sqnr(run: Run, task: Task) -> dict[str, float]:
-    inputs, _ = next(iter(task.held_out()))
+    inputs, _ = next(iter(task.held_out(run.seed)))
     device = next(run.source.parameters()).device
     layers = {name for name, module in run.source.named_modules() if hasattr(module, "weight")}
     specs = {row.name: row.spec for row in run.model.plan().fp8 if row.name in layers}

@@ -19,7 +19,7 @@ def progress(console: Console, title: str, steps: int) -> Iterator[Callable[[int
         return
     text = TextColumn("{task.description}  loss {task.fields[loss]}")
     with Progress(text, BarColumn(), MofNCompleteColumn(), TimeElapsedColumn(), TimeRemainingColumn(), console=console) as bar:
-        task = bar.add_task(f"{title:<16}", total=steps, loss="   -  ")
+        task = bar.add_task(f"{title:<25}", total=steps, loss="   -  ")
         yield lambda step, loss: bar.update(task, completed=step + 1, loss=f"{loss:.4f}")
 
 
@@ -28,6 +28,6 @@ def _plain(console: Console, title: str, steps: int) -> Callable[[int, float], N
 
     def on_step(step: int, loss: float) -> None:
         if (step + 1) % every == 0 or step + 1 == steps:
-            console.print(f"{title:<16} step {step + 1:>4}/{steps}  loss {loss:.4f}", highlight=False)
+            console.print(f"{title:<25} step {step + 1:>4}/{steps}  loss {loss:.4f}", highlight=False)
 
     return on_step

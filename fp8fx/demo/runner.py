@@ -3,21 +3,27 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 from rich.console import Console
+from rich.table import Table
 
 from fp8fx.demo import artifacts, report
 from fp8fx.demo.measure import measure
 from fp8fx.demo.progress import progress
-from fp8fx.demo.report import BASELINE, Result, Verdict
+from fp8fx.demo.report import Verdict
+from fp8fx.demo.results import BASELINE, Result
 from fp8fx.demo.tasks import TASKS, Task
 from fp8fx.demo.train import default_device, train
 from fp8fx.errors import FP8Error, allowed, nearest
 
 RECIPES = (BASELINE, "direct", "hybrid")
 QUICK_STEPS = 12
+NOTES = (
+    "held-out, gap: means over the runs; a gap pairs runs of one seed, ± is the standard error of its mean",
+    "SQNR: each layer alone, on one held-out batch: its output with rounded operands against without; the lowest of all runs",
+)
 
 
 def run(
@@ -31,19 +37,20 @@ def run(
 ) -> int:
     """Train every model under every recipe, write the report into `out`, and return 0 if all bars pass, else 1.
 
+    seed: that of the first run of each; a model with several runs per recipe (`Task.repeats`) takes the next ones too.
     quick: a few steps, to see that everything runs; `steps`: that many steps. Either way only divergence and coverage are judged,
     since a short run says nothing about quality. Raises FP8Error for an unknown model or a missing extra.
     """
     console, start = console or Console(), time.perf_counter()
     chosen = _tasks(models, steps if steps is not None else QUICK_STEPS if quick else None)
     out.mkdir(parents=True, exist_ok=True)
-    console.print(f"fp8fx demo: {', '.join(chosen)} under {', '.join(recipes)} on {default_device()}, seed {seed}", highlight=False)
-    results = [_one(task, recipe, seed, out, console) for task in chosen.values() for recipe in recipes]
+    console.print(f"fp8fx demo: {', '.join(chosen)} under {', '.join(recipes)} on {default_device()}, seeds from {seed}", highlight=False)
+    results = [r for task in chosen.values() for recipe in recipes for r in _runs(task, recipe, seed, out, console)]
     judged = steps is None and not quick
     checks = report.verdicts(results, chosen, judge_quality=judged)
     artifacts.draw_curves(out / "curves.png", results)
     report.write_results(out / "results.json", results, checks, str(default_device()))
-    _show(console, results, checks, judged)
+    _show(console, report.table(results, chosen), checks, judged)
     spent = time.perf_counter() - start
     console.print(f"{spent:.0f} s in all; curves, plans, graphs and results.json are in {out}", highlight=False, soft_wrap=True)
     return 0 if all(check.passed for check in checks) else 1
@@ -56,26 +63,28 @@ def _tasks(models: Sequence[str], steps: int | None) -> dict[str, Task]:
     return {name: TASKS[name]().with_steps(steps) for name in models}
 
 
-def _one(task: Task, recipe: str, seed: int, out: Path, console: Console) -> Result:
-    """Train, measure and write down one model under one recipe."""
-    with progress(console, f"{task.name} / {recipe}", task.steps) as on_step:
-        trained = train(task, recipe, seed, on_step=on_step)
-    if trained.diverged:
-        console.print(f"{task.name} / {recipe} {trained.diverged}", style="red", highlight=False)
-    result = measure(trained, task)
-    artifacts.write_plan(out, f"{task.name}-{recipe}", trained.model)
-    artifacts.write_graphs(out / "graphs", f"{task.name}-{recipe}", trained.model)
-    return result
+def _runs(task: Task, recipe: str, first_seed: int, out: Path, console: Console) -> Iterator[Result]:
+    """Train and measure one model under one recipe, once per seed. Plan and graphs, equal for all seeds, are those of the first."""
+    for seed in task.seeds(first_seed):
+        title = f"{task.name} / {recipe}" + (f" / seed {seed}" if task.repeats > 1 else "")
+        with progress(console, title, task.steps) as on_step:
+            trained = train(task, recipe, seed, on_step=on_step)
+        if trained.diverged:
+            console.print(f"{title} {trained.diverged}", style="red", highlight=False)
+        if seed == first_seed:
+            artifacts.write_plan(out, f"{task.name}-{recipe}", trained.model)
+            artifacts.write_graphs(out / "graphs", f"{task.name}-{recipe}", trained.model)
+        yield measure(trained, task)
 
 
-def _show(console: Console, results: list[Result], checks: list[Verdict], judged: bool) -> None:
+def _show(console: Console, table: Table, checks: list[Verdict], judged: bool) -> None:
     """The table, then one PASS or FAIL line per bar."""
     if console.is_terminal:
-        console.print(report.table(results))
+        console.print(table)
     else:  # a pipe has no width: do not fold the columns at 80 characters
-        Console(file=console.file, width=max(console.width, 130)).print(report.table(results))
-    note = "SQNR: each layer alone, on one held-out batch: its output with rounded operands against without"
-    console.print(note, highlight=False, soft_wrap=True)
+        Console(file=console.file, width=max(console.width, 140)).print(table)
+    for note in NOTES:
+        console.print(note, highlight=False, soft_wrap=True)
     if not judged:
         console.print("a shortened run: quality is not judged", highlight=False)
     for check in checks:

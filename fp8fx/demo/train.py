@@ -94,7 +94,7 @@ def train(
         _fit(run, task, scaler, device, on_step)
         run.seconds = time.perf_counter() - start
         if not run.diverged:
-            run.held_out_loss, run.accuracy = evaluate(run.model, task, device)
+            run.held_out_loss, run.accuracy = evaluate(run.model, task, device, seed)
     return run
 
 
@@ -123,11 +123,11 @@ def _fit(run: Run, task: Task, scaler: torch.amp.GradScaler, device: torch.devic
 
 
 @torch.no_grad()
-def evaluate(model: nn.Module, task: Task, device: torch.device) -> tuple[float, float]:
-    """Mean cross entropy in nats, and share of positions where the most likely class is right, over the held-out data."""
+def evaluate(model: nn.Module, task: Task, device: torch.device, seed: int) -> tuple[float, float]:
+    """Mean cross entropy in nats, and share of positions where the most likely class is right, over the data that `seed` holds out."""
     model.eval()
     loss, right, count = 0.0, 0, 0
-    for inputs, labels in task.held_out():
+    for inputs, labels in task.held_out(seed):
         logits: Tensor = model(inputs.to(device))
         labels = labels.to(device)
         loss += task.loss(logits, labels).item() * labels.numel()

@@ -79,6 +79,16 @@ def test_digits_are_split_without_overlap_and_the_same_twice() -> None:
     assert first.held_out_labels.bincount().min() > 40
 
 
+def test_folds_hold_out_every_picture_once_and_train_on_the_others() -> None:
+    folds = [data.digits(fold, folds=4) for fold in range(4)]
+    assert [len(pictures.held_out) for pictures in folds] == [450, 449, 449, 449]
+    everything = torch.cat([pictures.held_out for pictures in folds]).flatten(1).sort(dim=0).values
+    for pictures in folds:
+        both = torch.cat([pictures.train, pictures.held_out])
+        assert torch.equal(both.flatten(1).sort(dim=0).values, everything)
+        assert len(pictures.train) == len(pictures.train_labels)
+
+
 def test_digits_without_scikit_learn_name_the_extra(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(__import__("sys").modules, "sklearn.datasets", None)
     with pytest.raises(FP8Error, match=r"pip install 'fp8fx\[demo\]'"):

@@ -2,46 +2,23 @@ from __future__ import annotations
 
 import io
 import json
-import math
 from pathlib import Path
-from typing import Any
 
 import pytest
 import torch
+from demo_results import result
 from rich.console import Console
 from torch import nn
 
 import fp8fx
 from fp8fx.demo import artifacts, report
 from fp8fx.demo.progress import progress
-from fp8fx.demo.report import Result
 from fp8fx.demo.tasks import TASKS, Task
 
 
 @pytest.fixture(scope="module")
 def tasks() -> dict[str, Task]:
     return {name: build() for name, build in TASKS.items()}
-
-
-def result(task: str, recipe: str, loss: float = 2.0, accuracy: float = 0.98, **changes: Any) -> Result:
-    values: dict[str, Any] = {
-        "task": task,
-        "metric": "loss" if task == "gpt" else "accuracy",
-        "recipe": recipe,
-        "seed": 0,
-        "steps": 3,
-        "held_out_loss": loss,
-        "accuracy": accuracy,
-        "seconds": 1.0,
-        "diverged": "",
-        "fp8_share": 0.0 if recipe == "none" else 1.0,
-        "exempt_share": 0.05,
-        "worst_layer": "" if recipe == "none" else "blocks.0.up",
-        "worst_sqnr": math.nan if recipe == "none" else 25.0,
-        "losses": [3.0, 2.5, 2.0],
-        "sqnr": {},
-    }
-    return Result(**(values | changes))
 
 
 GOOD = [
@@ -73,18 +50,18 @@ def test_better_than_none_passes(tasks: dict[str, Task]) -> None:
 def test_a_shortened_run_is_judged_on_coverage_and_divergence_only(tasks: dict[str, Task]) -> None:
     bad = [GOOD[0], result("gpt", "hybrid", loss=9.0), result("gpt", "direct", diverged="diverged at step 1: the loss is nan")]
     texts = {v.text: v.passed for v in report.verdicts(bad, tasks, judge_quality=False)}
-    assert [text for text, passed in texts.items() if not passed] == ["gpt direct: diverged at step 1: the loss is nan"]
+    assert [text for text, passed in texts.items() if not passed] == ["gpt direct: diverged at step 1: the loss is nan (seed 0)"]
 
 
 def test_without_a_baseline_the_bar_fails_and_says_so(tasks: dict[str, Task]) -> None:
     (verdict, _) = report.verdicts([GOOD[1]], tasks, judge_quality=True)
     assert not verdict.passed
-    assert "the none run is missing" in verdict.text
+    assert "a none run is missing" in verdict.text
 
 
-def test_table_shows_every_run() -> None:
+def test_table_shows_every_run(tasks: dict[str, Task]) -> None:
     console = Console(record=True, width=150, file=io.StringIO())
-    console.print(report.table([*GOOD, result("digits", "hybrid", diverged="x")]))
+    console.print(report.table([*GOOD, result("digits", "hybrid", diverged="x")], tasks))
     text = console.export_text()
     for cell in ("loss 2.0100", "+0.50%", "accuracy 97.50%", "-0.50 points", "25.0 dB  blocks.0.up", "diverged"):
         assert cell in text
@@ -95,7 +72,11 @@ def test_results_json_has_no_nan(tmp_path: Path, tasks: dict[str, Task]) -> None
     found = json.loads((tmp_path / "results.json").read_text(), parse_constant=lambda name: pytest.fail(f"{name} in JSON"))
     assert [row["recipe"] for row in found["results"]] == ["none", "hybrid", "none", "direct"]
     assert found["results"][0]["worst_sqnr"] is None
-    assert found["results"][1]["gap_to_none"] == pytest.approx(0.005)
+    assert [(row["recipe"], row["gaps"]) for row in found["comparisons"]] == [
+        ("hybrid", pytest.approx([0.005])),
+        ("direct", pytest.approx([0.5])),
+    ]
+    assert found["comparisons"][0]["standard_error"] is None
     assert all(bar["passed"] for bar in found["bars"])
 
 
