@@ -9,6 +9,7 @@ import contextlib
 import importlib
 import json
 import logging
+import os
 import platform
 import sys
 import warnings
@@ -326,7 +327,8 @@ def demo(
 
     models = tuple(m.value for m in model) if model else tuple(m.value for m in DemoModel)
     with _writing(out):
-        code = run(out=out, quick=quick, recipes=tuple(recipe) if recipe else RECIPES, models=models, steps=steps, seed=seed)
+        chosen = tuple(recipe) if recipe else RECIPES
+        code = run(out=out, quick=quick, recipes=chosen, models=models, steps=steps, seed=seed, processes=os.cpu_count() or 1)
     raise typer.Exit(code)
 
 

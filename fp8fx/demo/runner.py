@@ -1,9 +1,15 @@
-"""The demo from start to end: every model under every recipe, then the report."""
+"""The demo from start to end: every model under every recipe, then the report.
+
+A training run takes one core (`train.THREADS`), so on a CPU models can train side by side, each in a process of its own. Every run has its
+own seed, and its figures are the same either way.
+"""
 
 from __future__ import annotations
 
+import multiprocessing
 import time
 from collections.abc import Iterator, Sequence
+from concurrent.futures import ProcessPoolExecutor
 from pathlib import Path
 
 from rich.console import Console
@@ -34,19 +40,26 @@ def run(
     steps: int | None = None,
     seed: int = 0,
     console: Console | None = None,
+    processes: int = 1,
 ) -> int:
     """Train every model under every recipe, write the report into `out`, and return 0 if all bars pass, else 1.
 
     seed: that of the first run of each; a model with several runs per recipe (`Task.repeats`) takes the next ones too.
     quick: a few steps, to see that everything runs; `steps`: that many steps. Either way only divergence and coverage are judged,
-    since a short run says nothing about quality. Raises FP8Error for an unknown model or a missing extra.
+    since a short run says nothing about quality.
+    processes: how many models of a whole run train at once on a CPU. Each process imports the main module again: a script that asks for
+    more than one needs `if __name__ == "__main__":`.
+    Raises FP8Error for an unknown model or a missing extra.
     """
     console, start = console or Console(), time.perf_counter()
-    chosen = _tasks(models, steps if steps is not None else QUICK_STEPS if quick else None)
+    shortened = steps if steps is not None else QUICK_STEPS if quick else None
+    judged, chosen = shortened is None, _tasks(models, shortened)
     out.mkdir(parents=True, exist_ok=True)
     console.print(f"fp8fx demo: {', '.join(chosen)} under {', '.join(recipes)} on {default_device()}, seeds from {seed}", highlight=False)
-    results = [r for task in chosen.values() for recipe in recipes for r in _runs(task, recipe, seed, out, console)]
-    judged = steps is None and not quick
+    if judged and min(processes, len(chosen)) > 1 and default_device().type == "cpu":  # a short run ends before a process begins
+        results = _side_by_side(list(chosen), shortened, recipes, seed, out, processes)
+    else:
+        results = [r for task in chosen.values() for recipe in recipes for r in _runs(task, recipe, seed, out, console)]
     checks = report.verdicts(results, chosen, judge_quality=judged)
     artifacts.draw_curves(out / "curves.png", results)
     report.write_results(out / "results.json", results, checks, str(default_device()))
@@ -61,6 +74,21 @@ def _tasks(models: Sequence[str], steps: int | None) -> dict[str, Task]:
         if name not in TASKS:
             raise FP8Error(f"unknown demo model {name!r}: it can be {allowed(TASKS)}.{nearest(name, TASKS)}")
     return {name: TASKS[name]().with_steps(steps) for name in models}
+
+
+def _side_by_side(models: Sequence[str], steps: int | None, recipes: Sequence[str], seed: int, out: Path, processes: int) -> list[Result]:
+    """The results of `models`, in order. Progress is plain lines on stdout: bars of several processes would overwrite each other."""
+    context = multiprocessing.get_context("spawn")  # a forked process would share the threads and locks of torch
+    with ProcessPoolExecutor(min(processes, len(models)), mp_context=context) as pool:
+        waiting = [pool.submit(_model, name, steps, recipes, seed, out) for name in models]
+        return [r for each in waiting for r in each.result()]
+
+
+def _model(name: str, steps: int | None, recipes: Sequence[str], seed: int, out: Path) -> list[Result]:
+    """One model under every recipe, in this process."""
+    (task,) = _tasks([name], steps).values()
+    console = Console(force_terminal=False)
+    return [r for recipe in recipes for r in _runs(task, recipe, seed, out, console)]
 
 
 def _runs(task: Task, recipe: str, first_seed: int, out: Path, console: Console) -> Iterator[Result]:
