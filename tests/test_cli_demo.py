@@ -20,13 +20,15 @@ def test_demo_passes_its_options_on(tmp_path: Path, monkeypatch: pytest.MonkeyPa
         return len(calls) - 1
 
     monkeypatch.setattr("fp8fx.demo.run", fake)
+    monkeypatch.setattr("os.cpu_count", lambda: 7)
     run("demo")
     run("demo", "--quick", "-m", "digits", "-r", "direct", "-r", "none", "--seed", "3", "--steps", "5", "-o", str(tmp_path), code=1)
     assert calls[0] == {
         "out": Path("demo-out"), "quick": False, "recipes": runner.RECIPES, "models": tuple(TASKS), "steps": None, "seed": 0,
+        "processes": 7,
     }  # fmt: skip
     assert calls[1] == {
-        "out": tmp_path, "quick": True, "recipes": ("direct", "none"), "models": ("digits",), "steps": 5, "seed": 3,
+        "out": tmp_path, "quick": True, "recipes": ("direct", "none"), "models": ("digits",), "steps": 5, "seed": 3, "processes": 7,
     }  # fmt: skip
 
 
