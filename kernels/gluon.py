@@ -5,12 +5,15 @@
 
 from __future__ import annotations
 
+import logging
 from typing import Any
 
+import triton
 from triton.tools.tensor_descriptor import TensorDescriptor
 
 from fp8fx.kernels.interpret import INTERPRET
 
+LOG = logging.getLogger("fp8fx")
 OTHER_VERSION = (ImportError, AttributeError, TypeError, AssertionError)  # what an interface that has changed raises
 SPECIALIZED: Any = None
 DESCRIPTORS: tuple[type, ...] = (TensorDescriptor,)
@@ -22,5 +25,9 @@ if not INTERPRET.value:  # the interpreter has no Gluon
         from fp8fx.kernels import scaled_mm_specialized
 
         SPECIALIZED, DESCRIPTORS = scaled_mm_specialized, (TensorDescriptor, GluonDescriptor)
-    except OTHER_VERSION:
-        pass
+    except OTHER_VERSION as error:
+        LOG.warning(
+            "fp8fx: precise and blocked products run on plain kernels, slower: Triton %s has no Gluon that is known to work (%s)",
+            triton.__version__,
+            error,
+        )

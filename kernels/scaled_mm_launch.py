@@ -16,7 +16,7 @@ from torch import Tensor
 from triton.tools.tensor_descriptor import TensorDescriptor
 
 from fp8fx.errors import KernelError
-from fp8fx.kernels.gluon import OTHER_VERSION, SPECIALIZED
+from fp8fx.kernels.gluon import LOG, OTHER_VERSION, SPECIALIZED
 from fp8fx.kernels.launch import KernelCompileError, launch
 from fp8fx.kernels.layout import cdiv
 from fp8fx.kernels.scaled_mm_configs import CONFIGS, Config, choose, multiprocessors
@@ -88,14 +88,21 @@ def launch_mm(a: Operand, b: Operand, c: Tensor, end: End, turned: bool, precise
             continue
         try:
             return (_launch_specialized if chosen.specialized else _launch)(product, chosen, programs)
-        except KernelCompileError:
+        except KernelCompileError as error:
             if chosen is configs[-1]:
                 raise
+            _replaced(str(error))
     raise KernelError(
         "scaled_mm: a specialized configuration wants Gluon and a Hopper GPU, precise sums or blocks, rows of C a multiple of 16 bytes "
         f"apart, of several batches a multiple of {chosen.block_m} rows each, and blocks of B as wide as a tile, or of one column with "
         "scales in rows a multiple of 16 bytes apart"
     )
+
+
+@functools.cache
+def _replaced(reason: str) -> None:
+    """Once for each reason: nothing is lost but speed."""
+    LOG.warning("fp8fx: a plain kernel replaces the specialized one, slower. %s", reason)
 
 
 def _can_be_specialized(product: _Product, chosen: Config) -> bool:
@@ -177,7 +184,7 @@ def _launch_specialized(product: _Product, chosen: Config, programs: int) -> Non
         raise KernelCompileError(f"scaled_mm: this Triton's Gluon is not the one that is known to work: {error}") from error
     constexprs = {
         "END": end.constexpr(turned, n),
-        "SUMS": SPECIALIZED.SUMS[sums],
+        "BLOCKED": sums == "blocked",
         "PER_ROW": (a.per_row, b.per_row),
         "BLOCKS": product.blocks(block_k),
         "BESIDE": each,

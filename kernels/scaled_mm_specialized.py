@@ -26,9 +26,6 @@ from fp8fx.kernels.scaled_mm_epilogue import ACT, STOCHASTIC, ended, rounded
 from fp8fx.kernels.scaled_mm_kernels import locate
 from fp8fx.kernels.scaled_mm_specialized_sums import ROWS, blocked_sums, halves, precise_sums
 
-PRECISE, BLOCKED = (gl.constexpr(i) for i in range(2))  # see `scaled_mm_specialized_sums`
-SUMS = {"precise": PRECISE.value, "blocked": BLOCKED.value}
-
 WIDTH = 64  # columns of a part of C that is finished and stored at once
 
 _DTYPES = {
@@ -104,13 +101,13 @@ def _random_bits(random, batch, row, column, M, N, LAYOUT: gl.constexpr, WIDTH: 
 
 
 @gluon.jit
-def _finish(c, part, room, scales, ends, place, SUMS: gl.constexpr, PER_ROW: gl.constexpr, END: gl.constexpr):
+def _finish(c, part, room, scales, ends, place, BLOCKED: gl.constexpr, PER_ROW: gl.constexpr, END: gl.constexpr):
     """Scale, finish and store a part of a warpgroup's sums; scales = (pointer to those of A, to those of B, what all share)."""
     batch, row, column, M, N = place
     scale_a_ptr, scale_b_ptr, whole = scales
     LAYOUT: gl.constexpr = part.type.layout
     rows, columns = row + gl.arange(0, ROWS, gl.SliceLayout(1, LAYOUT)), column + gl.arange(0, part.shape[1], gl.SliceLayout(0, LAYOUT))
-    if SUMS != BLOCKED:
+    if not BLOCKED:
         if not PER_ROW[0] or not PER_ROW[1]:
             part *= whole
         if PER_ROW[0]:
@@ -141,7 +138,7 @@ def _consume(
     GROUP: gl.constexpr,
     PROGRAMS: gl.constexpr,
     WARPGROUPS: gl.constexpr,
-    SUMS: gl.constexpr,
+    BLOCKED: gl.constexpr,
     PER_ROW: gl.constexpr,
     BLOCKS: gl.constexpr,
     BESIDE: gl.constexpr,
@@ -156,7 +153,7 @@ def _consume(
     WIDTH: gl.constexpr = room.shape[2]  # of a part that is finished at once
     tiles_m, tiles_n, steps = gl.cdiv(M, WARPGROUPS * ROWS), gl.cdiv(N, BLOCK_N), gl.cdiv(K, BLOCK_K)
     whole = 1.0
-    if SUMS != BLOCKED:  # read early what the end of a tile needs
+    if not BLOCKED:  # read early what the end of a tile needs
         if not PER_ROW[0]:
             whole *= gl.load(scale_a_ptr)
         if not PER_ROW[1]:
@@ -166,11 +163,11 @@ def _consume(
     for tile in range(gl.program_id(0), batches * tiles_m * tiles_n, PROGRAMS):
         batch, tile_m, tile_n = locate(tile, tiles_m, tiles_n, GROUP)
         row, column = (WARPGROUPS * tile_m + WHO) * ROWS, BLOCK_N * tile_n
-        if SUMS == PRECISE:
-            left, right = precise_sums(ring, turn, steps, WHO, WARPGROUPS)
-        else:
+        if BLOCKED:
             place = (batch, row, column, M, N)
             left, right = halves(blocked_sums(ring, turn, steps, place, scales, strides, BLOCKS, BESIDE, WHO, WARPGROUPS))
+        else:
+            left, right = precise_sums(ring, turn, steps, WHO, WARPGROUPS)
         turn += steps
         PARTS: gl.constexpr = BLOCK_N // WIDTH
         if PARTS == 4:
@@ -185,12 +182,12 @@ def _consume(
                 if PARTS == 4:
                     part = gl.where(i < 2, part, gl.where(i == 2, p2, p3))
                 at = (batch, row, column + i * WIDTH, M, N)
-                _finish(c, part, room.index(2 * WHO + i % 2), finishing, ends, at, SUMS, PER_ROW, END)
+                _finish(c, part, room.index(2 * WHO + i % 2), finishing, ends, at, BLOCKED, PER_ROW, END)
         else:
             parts = (p0, p1, p2, p3) if PARTS == 4 else (p0, p1)
             for i in gl.static_range(PARTS):
                 at = (batch, row, column + i * WIDTH, M, N)
-                _finish(c, parts[i], room.index(2 * WHO + i % 2), finishing, ends, at, SUMS, PER_ROW, END)
+                _finish(c, parts[i], room.index(2 * WHO + i % 2), finishing, ends, at, BLOCKED, PER_ROW, END)
     tma.store_wait(0)
 
 
@@ -220,7 +217,7 @@ def specialized_mm_kernel(
     stride_bn,
     stride_bk,
     END: gl.constexpr,  # see `scaled_mm_epilogue`
-    SUMS: gl.constexpr,
+    BLOCKED: gl.constexpr,  # or precise: see `scaled_mm_specialized_sums`
     PER_ROW: gl.constexpr,  # of A, of B: a scale for each row
     BLOCKS: gl.constexpr,  # rows of A, of B that share a scale; steps along K that do: see `scaled_mm_kernels`
     BESIDE: gl.constexpr,  # a block of B is one column; else as wide as a tile
@@ -254,11 +251,11 @@ def specialized_mm_kernel(
             [
                 (
                     _consume,
-                    (c, ring, room, scales, ends, sizes, strides, GROUP, PROGRAMS, WARPGROUPS, SUMS, PER_ROW, BLOCKS, BESIDE, END, 0),
+                    (c, ring, room, scales, ends, sizes, strides, GROUP, PROGRAMS, WARPGROUPS, BLOCKED, PER_ROW, BLOCKS, BESIDE, END, 0),
                 ),
                 (
                     _consume,
-                    (c, ring, room, scales, ends, sizes, strides, GROUP, PROGRAMS, WARPGROUPS, SUMS, PER_ROW, BLOCKS, BESIDE, END, 1),
+                    (c, ring, room, scales, ends, sizes, strides, GROUP, PROGRAMS, WARPGROUPS, BLOCKED, PER_ROW, BLOCKS, BESIDE, END, 1),
                 ),
                 (_produce, (a, b, beside_b, ring, sizes, GROUP, PROGRAMS, WARPGROUPS, BLOCKS, BESIDE)),
             ],
@@ -270,15 +267,15 @@ def specialized_mm_kernel(
             [
                 (
                     _consume,
-                    (c, ring, room, scales, ends, sizes, strides, GROUP, PROGRAMS, WARPGROUPS, SUMS, PER_ROW, BLOCKS, BESIDE, END, 0),
+                    (c, ring, room, scales, ends, sizes, strides, GROUP, PROGRAMS, WARPGROUPS, BLOCKED, PER_ROW, BLOCKS, BESIDE, END, 0),
                 ),
                 (
                     _consume,
-                    (c, ring, room, scales, ends, sizes, strides, GROUP, PROGRAMS, WARPGROUPS, SUMS, PER_ROW, BLOCKS, BESIDE, END, 1),
+                    (c, ring, room, scales, ends, sizes, strides, GROUP, PROGRAMS, WARPGROUPS, BLOCKED, PER_ROW, BLOCKS, BESIDE, END, 1),
                 ),
                 (
                     _consume,
-                    (c, ring, room, scales, ends, sizes, strides, GROUP, PROGRAMS, WARPGROUPS, SUMS, PER_ROW, BLOCKS, BESIDE, END, 2),
+                    (c, ring, room, scales, ends, sizes, strides, GROUP, PROGRAMS, WARPGROUPS, BLOCKED, PER_ROW, BLOCKS, BESIDE, END, 2),
                 ),
                 (_produce, (a, b, beside_b, ring, sizes, GROUP, PROGRAMS, WARPGROUPS, BLOCKS, BESIDE)),
             ],

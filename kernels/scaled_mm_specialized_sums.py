@@ -1,8 +1,8 @@
 # mypy: allow-untyped-defs, allow-incomplete-defs
 """The sums of a warpgroup in `scaled_mm_specialized`: its 64 rows of a tile of C, float32, from operands that arrive in a ring.
 
-    PRECISE    every step's product is added to float32 registers
-    BLOCKED    and is scaled before, by the scales of its blocks
+    precise_sums    every step's product is added to float32 registers
+    blocked_sums    and is scaled before, by the scales of its blocks
 
 ring = (A [stages * warpgroups, 64, BLOCK_K], B [stages, BLOCK_N, BLOCK_K], barriers that say full, barriers that say empty, and scales of
 B's columns [stages, 1, BLOCK_N], float32). `turn` counts steps from the beginning of the program: it uses the buffers turn % stages, and

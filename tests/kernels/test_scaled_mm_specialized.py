@@ -183,10 +183,16 @@ def codes(*shape: int) -> Tensor:
 
 
 @needs_gluon
-def test_what_does_not_compile_is_replaced(launched: list[str]) -> None:
+def test_what_does_not_compile_is_replaced(launched: list[str], caplog: pytest.LogCaptureFixture) -> None:
+    """And said once."""
     one = torch.ones(())
-    scaled_mm(codes(2048, 64), codes(2048, 64).t(), one, one, accumulate="precise")
-    assert launched == ["specialized_mm_kernel", "scaled_mm_kernel"]
+    scaled_mm_launch._replaced.cache_clear()
+    for _ in range(2):
+        scaled_mm(codes(2048, 64), codes(2048, 64).t(), one, one, accumulate="precise")
+    assert launched == ["specialized_mm_kernel", "scaled_mm_kernel"] * 2
+    assert [record.getMessage() for record in caplog.records] == [
+        "fp8fx: a plain kernel replaces the specialized one, slower. no Gluon in this Triton"
+    ]
     launched.clear()
     scaled_mm(codes(2048, 128), codes(2048, 128).t(), torch.ones(2048, 1), torch.ones(1, 16), block_a=(1, 128), block_b=(128, 128))
     assert launched == ["specialized_mm_kernel", "blocked_mm_kernel"]
