@@ -1,4 +1,4 @@
-"""Whose kernel computes a product that both torch and the project have: torch's (cuBLASLt), but with precise accumulation and a short K.
+"""Whose kernel *lower* takes, and *annotate* prices, where both have a product: torch's (cuBLASLt), but precise with a short K.
 
 From h200.json, `tensor_precise` over `own_precise`: for K of 128 to 512 ours is 1.0 to 1.6 times as fast, beyond that torch's up to 1.2
 times. `row_precise` over `own_precise` says 1.0 to 1.7 up to 2,048; ours with scales by rows, whose end reads two more, has no column.
