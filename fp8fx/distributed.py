@@ -13,6 +13,7 @@ from __future__ import annotations
 import contextlib
 import hashlib
 import weakref
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -63,18 +64,18 @@ class Processes:
         self._together = False  # the last call that recorded was one of all processes
         self._inside: weakref.ref[nn.Module] | None = None  # a DDP module known to hold the model
 
-    def enter(self, root: nn.Module) -> int:
-        """A call of the model begins: find its group. Returns this process's rank there, 0 where it is alone.
+    def enter(self, root: Callable[[], nn.Module | None]) -> int:
+        """A call of the model that `root` gives begins: find its group. Returns this process's rank there, 0 where it is alone.
 
         Outside of DDP the group of the last call stays: a recomputation in backward belongs to a forward inside.
         """
         if self.wanted is not AUTO:
             self.group = None if self.wanted is NONE else self.wanted
-        elif (ddp := active_ddp()) is not None and self._holds(ddp, root):
+        elif (ddp := active_ddp()) is not None and self._holds(ddp, root()):
             self.group = ddp.process_group
         return 0 if self.group is None else dist.get_rank(self.group)
 
-    def _holds(self, ddp: DistributedDataParallel, root: nn.Module) -> bool:
+    def _holds(self, ddp: DistributedDataParallel, root: nn.Module | None) -> bool:
         if self._inside is None or self._inside() is not ddp:
             if all(module is not root for module in ddp.module.modules()):
                 return False
@@ -116,8 +117,7 @@ def state_alone(scaling: ScalingState) -> dict[str, Tensor]:
 
 def active_ddp() -> DistributedDataParallel | None:
     """The DistributedDataParallel whose forward is running; torch keeps it for Dynamo."""
-    find = getattr(DistributedDataParallel, "_get_active_ddp_module", None)
-    return None if find is None else find()
+    return getattr(DistributedDataParallel, "_active_ddp_module", None)
 
 
 def whole_graphs() -> contextlib.AbstractContextManager[Any]:

@@ -1,6 +1,6 @@
 """torch.nn's attention modules have a fused forward of their own for eval without gradients, which hides their layers.
 
-It is off at every call of a compiled model, so that what Dynamo saw of the switch at capture holds at later calls.
+It is off at every call of a compiled model that has such modules, so that what Dynamo saw of the switch at capture holds at later calls.
 """
 
 from __future__ import annotations
@@ -8,10 +8,17 @@ from __future__ import annotations
 import threading
 
 import torch
+from torch import nn
+
+_HIDING = (nn.MultiheadAttention, nn.TransformerEncoderLayer, nn.TransformerEncoder)
+
+
+def hides_layers(model: nn.Module) -> bool:
+    return any(isinstance(module, _HIDING) for module in model.modules())
 
 
 class _Fastpath:
-    """Switches torch's fused attention off while any compiled model runs, in whichever thread: the switch is the process's."""
+    """Switches torch's fused attention off while any compiled model that has it runs, in whichever thread: the switch is the process's."""
 
     def __init__(self) -> None:
         self._lock, self._inside, self._was = threading.Lock(), 0, True

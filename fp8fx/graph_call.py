@@ -67,7 +67,7 @@ class SharedGraph:
         return alive(self._runtime)
 
     def __call__(self, *args: Any) -> Any:
-        known = self.by_identity.get(self._identity(args))
+        known = self.by_identity.get(tuple(map(id, map(args.__getitem__, self.places))))  # as _identity, which costs a call
         return (self._meet(args) if known is None else known[0])(*args)
 
     def _identity(self, args: Sequence[Any]) -> tuple[int, ...]:
@@ -110,13 +110,13 @@ class Version:
 
     def __init__(self, runtime: Runtime, record: GraphRecord, first: GraphCall) -> None:
         self._runtime = weakref.ref(runtime)
-        self.record = record
+        self.record, self.cuda = record, record.context.device == "cuda"
         self.later = dynamo.Later(record.captured.graph)
         self.made = {(FP8, record.context.weights_inside): first}
 
     def __call__(self, *args: Any) -> Any:
         name = mode()
-        wanted = (name, name == FP8 and self.record.context.device == "cuda" and alive(self._runtime).trains())
+        wanted = (name, self.cuda and name == FP8 and (self._runtime() or alive(self._runtime)).trains())
         call = self.made.get(wanted) or self._make(wanted, args)
         return call(*args)
 
@@ -165,7 +165,7 @@ class GraphCall:
         return alive(self._runtime)
 
     def __call__(self, *args: Any) -> Any:
-        runtime = self.runtime
+        runtime = self._runtime() or self.runtime
         recording = runtime.begin_call(self.calibrating)
         if self.plain and not OBSERVERS:
             runtime.stream.call += 1

@@ -7,6 +7,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, fx
+from torch._dynamo.eval_frame import innermost_fn
 from torch._ops import OpOverload
 
 from fp8fx.arithmetic.product import prepare
@@ -29,8 +30,11 @@ def compiled_inner(module: fx.GraphModule, example_inputs: list[Any], options: O
         return module.forward  # not the module, whose call runs torch's global module hooks once more
     with dynamo.own_cache_key():
         if name == "inductor":
-            return _by_inductor(module, example_inputs, options.inner_mode, cuda)
-        return torch._dynamo.lookup_backend(name)(module, example_inputs)
+            made = _by_inductor(module, example_inputs, options.inner_mode, cuda)
+        else:
+            made = torch._dynamo.lookup_backend(name)(module, example_inputs)
+    # Dynamo calls a backend's graph with itself switched off; so does what AOTAutograd returns, once more, and at a cost.
+    return innermost_fn(made) if options.capture == "dynamo" else made
 
 
 def _by_inductor(module: fx.GraphModule, example_inputs: list[Any], mode: str | None, cuda: bool) -> Callable[..., Any]:

@@ -24,10 +24,10 @@ from fp8fx.capture.graph import Captured
 from fp8fx.capture.layers import boundary_layers, module_types
 from fp8fx.capture.naming import Numbering
 from fp8fx.clone import base_class, check_materialized, check_state
-from fp8fx.distributed import Processes, state_alone, whole_graphs
+from fp8fx.distributed import Processes, active_ddp, state_alone, whole_graphs
 from fp8fx.entries import unmatched
 from fp8fx.errors import CaptureError, FP8Warning, RecipeError
-from fp8fx.fastpath import WITHOUT_FASTPATH
+from fp8fx.fastpath import WITHOUT_FASTPATH, hides_layers
 from fp8fx.graph_call import GraphCall, SharedGraph, Version, alive
 from fp8fx.inner import compiled_inner
 from fp8fx.monitor import UnderflowMonitor
@@ -84,6 +84,7 @@ class Runtime:
         self._recomputed = False  # a training forward ran in a backward: a reentrant checkpoint is around the model
         self.monitor = UnderflowMonitor({}, underflow_advice(self.recipe))
         self._first_layer: str | None = None
+        self._hides_layers = False
         self._hooked: set[str] = set()  # layers outside the graphs because of a backward hook
         self._stepped = False
         self._reported = False  # the one line after the first call
@@ -133,6 +134,7 @@ class Runtime:
         if not self.options.plan_only:
             check_materialized(self.root)
         dynamo.guard_hooks()
+        self._hides_layers |= hides_layers(self.root)  # added since the first call: their layers are apart from the next call on
         return SharedGraph(self, module, example_inputs)
 
     def _weak_backend(self) -> Callable[..., Any]:
@@ -191,10 +193,14 @@ class Runtime:
         if self._root is None or self._root() is not root:
             self._reset()
             self.attach(root)
-        self.shards.give_up()
+        if self.shards.waiting:
+            self.shards.give_up()
         forward = self._forward or self._compile(root)
         try:
-            with WITHOUT_FASTPATH, whole_graphs():
+            if self._hides_layers or active_ddp() is not None:
+                with WITHOUT_FASTPATH, whole_graphs():
+                    result = forward(*args, **kwargs)
+            else:
                 result = forward(*args, **kwargs)
         except Exception as error:
             return self._failed(root, error, args, kwargs)
@@ -205,6 +211,7 @@ class Runtime:
 
     def _compile(self, root: nn.Module) -> Callable[..., Any]:
         original = base_class(root).forward.__get__(root)
+        self._hides_layers = hides_layers(root)
         if self.options.capture == "symbolic":
             self._forward = symbolic.SymbolicForward(self, root, original)
         else:
@@ -306,14 +313,14 @@ class Runtime:
         Steps of the random stream ask for gradients only, those of the scales for train() too: evaluation leaves scales as they are.
         """
         training = torch.is_grad_enabled()
-        self.stream.process = self.processes.enter(self.root)
+        self.stream.process = self.processes.enter(self._root)  # type: ignore[arg-type]
         if self._stepped and training:
             self._stepped = False
             self._fold()
             self.stream.step += 1
             self.stream.call = 0
             self.monitor.end_step()
-        if not len(self.scaling):
+        if not self.scaling.slots:
             return False
         if self.scaling.calibrated and not calibrating:
             self.processes.merge(self.scaling)

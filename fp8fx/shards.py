@@ -18,12 +18,14 @@ class Shards:
     def __init__(self) -> None:
         self._entries: dict[str, Tensor] = {}
         self.completed = False  # since the model last ran: a file without entries that follows may belong to that state
+        self.waiting = False  # there is something to give up
 
     def add(self, entries: Mapping[str, Tensor], runtime: Any) -> dict[str, Tensor] | None:
         """The whole state, if `entries` complete it. `runtime` is whose state it is."""
         if self._entries.keys() & entries.keys():
             self.drop()  # an entry twice: another checkpoint begins
         self._entries |= entries
+        self.waiting = True
         runtime.weights.clear()  # weights were in that file
         if "stream" not in self._entries or (runtime.recipe.keeps_scales and not is_whole(self._entries)):
             return None
@@ -37,7 +39,7 @@ class Shards:
 
     def give_up(self) -> None:
         """The model runs: if there is a part, the rest has not come."""
-        self.completed = False
+        self.completed = self.waiting = False
         if not self._entries:
             return
         self.drop()

@@ -56,7 +56,7 @@ def test_the_switch_is_off_for_all_threads_and_put_back() -> None:
     class Waits(nn.Module):
         def __init__(self) -> None:
             super().__init__()
-            self.fc = nn.Linear(16, 16)
+            self.fc, self.attention = nn.Linear(16, 16), nn.MultiheadAttention(16, 2)
 
         @torch._dynamo.disable
         def wait(self) -> None:
@@ -69,12 +69,55 @@ def test_the_switch_is_off_for_all_threads_and_put_back() -> None:
             self.wait()
             return self.fc(x)
 
-    slow, quick = enter(seeded(Waits)), enter(seeded(lambda: nn.Linear(16, 16)))
+    slow, quick = enter(seeded(Waits)), enter(seeded(encoder_layer))
     thread = threading.Thread(target=lambda: slow(data(2, 16)))
     thread.start()
     assert entered.wait(60)
-    quick(data(2, 16))
+    quick(data(2, 5, 16))
     leave.set()
     thread.join()
     assert seen == [False]
     assert torch.backends.mha.get_fastpath_enabled()
+
+
+def test_the_switch_is_left_alone_where_no_layer_is_hidden() -> None:
+    seen: list[bool] = []
+
+    class Looks(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.fc = nn.Linear(16, 16)
+
+        @torch._dynamo.disable
+        def look(self) -> None:
+            seen.append(torch.backends.mha.get_fastpath_enabled())
+
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            self.look()
+            return self.fc(x)
+
+    enter(seeded(Looks))(data(2, 16))
+    assert seen == [True]
+
+
+def test_an_attention_module_that_comes_later() -> None:
+    class Grows(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.fc = nn.Linear(16, 16)
+            self.more = nn.ModuleList()
+
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            x = self.fc(x)
+            for module in self.more:
+                x = module(x)
+            return x
+
+    fast = enter(seeded(Grows)).eval()
+    with torch.no_grad():
+        fast(data(2, 5, 16))
+        fast.more.append(encoder_layer().eval())
+        for _ in range(2):  # the first call captures it as torch runs it, fused; the second knows
+            fast(data(2, 5, 16))
+    names = {row.name for row in fp8fx.plan(fast).fp8}
+    assert {"fc", "more.0.self_attn.out_proj", "more.0.linear1", "more.0.linear2"} <= names
