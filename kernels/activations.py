@@ -18,7 +18,7 @@ import triton.language as tl
 from torch import Tensor
 
 from fp8fx.errors import KernelError
-from fp8fx.kernels.codes import decode, encode, finite_magnitude
+from fp8fx.kernels.codes import decode, encode, magnitude_of, ordered
 from fp8fx.kernels.interpret import INTERPRET
 from fp8fx.kernels.layout import cdiv, check_input
 from fp8fx.kernels.quarters import load_quarter, store_quarter
@@ -140,8 +140,8 @@ def _scale_at(place, rows, K, WIDTH: tl.constexpr):
 def keep(x, q_ptr, scale_ptr, place, rows, columns):
     """Write codes and scales of some rows of a tile of 128 columns; current scaling by powers of two."""
     _, _, _, M, K = place
-    scale = current_scale(tl.max(finite_magnitude(x), 1), 1e-12, 448.0, True)
-    codes = encode(x * inverse(scale)[:, None], x, x.to(tl.int32, bitcast=True), False, False, False)
+    scale = current_scale(magnitude_of(tl.max(ordered(x), 1)), 1e-12, 448.0, True)
+    codes = encode(x * inverse(scale, True)[:, None], x, x.to(tl.int32, bitcast=True), False, False, False)
     store_quarter(q_ptr, codes, place, rows, columns)
     tl.store(scale_ptr + _scale_at(place, rows, K, 128), scale, mask=rows < M)
 

@@ -17,7 +17,7 @@ import triton.language as tl
 from torch import Tensor
 
 from fp8fx.errors import KernelError
-from fp8fx.kernels.codes import finite_magnitude, largest_of
+from fp8fx.kernels.codes import magnitude_of, ordered
 from fp8fx.kernels.launch import launch
 from fp8fx.kernels.layout import AXES, Matrices, axis_shape, axis_size, cdiv, ceil_power_of_two, check_input, long_rows, matrices
 from fp8fx.kernels.records import amax_bits, merge_amax
@@ -48,27 +48,27 @@ def _amax_kernel(
     BLOCK_M: tl.constexpr,
     BLOCK_K: tl.constexpr,
 ):
-    magnitude, b, rows, columns = _tile(tl.program_id(0), x_ptr, M, K, stride_xb, stride_xm, stride_xk, BLOCK_M, BLOCK_K)
+    order, b, rows, columns = _tile(tl.program_id(0), x_ptr, M, K, stride_xb, stride_xm, stride_xk, BLOCK_M, BLOCK_K)
     if ROW:
-        largest = tl.max(magnitude, 1).to(tl.int32, bitcast=True)
+        largest = magnitude_of(tl.max(order, 1)).to(tl.int32, bitcast=True)
         tl.atomic_max(row_ptr.to(tl.pointer_type(tl.int32), bitcast=True) + b * M + rows, largest, mask=rows < M, sem="relaxed")
     if COLUMN:
-        largest = tl.max(magnitude, 0).to(tl.int32, bitcast=True)
+        largest = magnitude_of(tl.max(order, 0)).to(tl.int32, bitcast=True)
         tl.atomic_max(column_ptr.to(tl.pointer_type(tl.int32), bitcast=True) + b * K + columns, largest, mask=columns < K, sem="relaxed")
     if TENSOR:
-        merge_amax(amax_ptr, amax_bits(amax_ptr), largest_of(magnitude))
+        merge_amax(amax_ptr, amax_bits(amax_ptr), magnitude_of(tl.max(order, None)))
 
 
 @triton.jit
 def _tile(tile, x_ptr, M, K, stride_xb, stride_xm, stride_xk, BLOCK_M: tl.constexpr, BLOCK_K: tl.constexpr):
-    """Finite magnitudes of a tile, its batch, rows and columns."""
+    """Of a tile `ordered(x)`, its batch, rows and columns."""
     tiles_k, tiles_m = tl.cdiv(K, BLOCK_K), tl.cdiv(M, BLOCK_M)
     b = (tile // (tiles_k * tiles_m)).to(tl.int64)
     rows = (tile // tiles_k) % tiles_m * BLOCK_M + tl.arange(0, BLOCK_M)
     columns = tile % tiles_k * BLOCK_K + tl.arange(0, BLOCK_K)
     inside = (rows < M)[:, None] & (columns < K)[None, :]
     at = b * stride_xb + rows.to(tl.int64)[:, None] * stride_xm + columns.to(tl.int64)[None, :] * stride_xk
-    return finite_magnitude(tl.load(x_ptr + at, mask=inside, other=0.0).to(tl.float32)), b, rows, columns
+    return ordered(tl.load(x_ptr + at, mask=inside, other=0.0).to(tl.float32)), b, rows, columns
 
 
 @triton.jit
@@ -85,11 +85,11 @@ def _amax_parts_kernel(
     BLOCK_M: tl.constexpr,
     BLOCK_K: tl.constexpr,
 ):
-    largest = tl.zeros([BLOCK_M, BLOCK_K], tl.float32)
+    largest = tl.zeros([BLOCK_M, BLOCK_K], tl.uint32)
     for i in range(tl.program_id(0), tiles, PARTS):
-        magnitude, _, _, _ = _tile(tiles - 1 - i, x_ptr, M, K, stride_xb, stride_xm, stride_xk, BLOCK_M, BLOCK_K)
-        largest = tl.maximum(largest, magnitude)
-    tl.store(parts_ptr + tl.program_id(0), largest_of(largest))
+        order, _, _, _ = _tile(tiles - 1 - i, x_ptr, M, K, stride_xb, stride_xm, stride_xk, BLOCK_M, BLOCK_K)
+        largest = tl.maximum(largest, order)
+    tl.store(parts_ptr + tl.program_id(0), magnitude_of(tl.max(largest, None)))
 
 
 def amax(x: Tensor, granularity: str = "tensor") -> Tensor:

@@ -26,7 +26,7 @@ def _finish(amax, made_ptr, index, mask, MAKE: tl.constexpr):
         tl.store(made_ptr + index, scale, mask=mask)
         if MAKE[5]:
             tl.store(made_ptr + MAKE[5], amax, mask=mask)
-        return inverse(scale)
+        return inverse(scale, MAKE[2])
     else:
         return inverse(amax)
 

@@ -15,7 +15,7 @@ import triton.language as tl
 from torch import Tensor
 
 from fp8fx.formats import Format
-from fp8fx.kernels.codes import encode, finite_magnitude, largest_of
+from fp8fx.kernels.codes import encode, largest_of, magnitude_of, ordered
 from fp8fx.kernels.launch import launch
 from fp8fx.kernels.layout import axis_shape, cdiv, ceil_power_of_two, plain_matrices
 from fp8fx.kernels.random_bits import random_tile
@@ -51,14 +51,14 @@ def _cast_rows_kernel(
     lines = rows.to(tl.int64)
     start = lines // M * stride_xb + lines % M * stride_xm
     x = tl.load(x_ptr + start[:, None] + columns[None, :], mask=inside, other=0.0).to(tl.float32)
-    amax = tl.max(finite_magnitude(x), 1)
+    amax = magnitude_of(tl.max(ordered(x), 1))
     scale = current_scale(amax, HOW[5], 57344.0 if HOW[0] else 448.0, HOW[4])
     tl.store(scale_ptr + rows, scale, mask=below)
     tl.store(amax_ptr + rows, amax, mask=below)
     bits = x.to(tl.int32, bitcast=True)
     if HOW[1]:
         bits = random_tile((rng_ptr, key), lines, 0, K, BLOCK_M, BLOCK_K, HOW[3])
-    codes = encode(x * inverse(scale)[:, None], x, bits, HOW[0], HOW[1], HOW[2])
+    codes = encode(x * inverse(scale, HOW[4])[:, None], x, bits, HOW[0], HOW[1], HOW[2])
     at = lines[:, None] * K + columns[None, :]
     tl.store(q_ptr.to(tl.pointer_type(tl.uint8), bitcast=True) + at, codes, mask=inside)
     if HOW[6]:

@@ -59,6 +59,21 @@ def finite_magnitude(x):
 
 
 @triton.jit
+def ordered(x):
+    """uint32 that order as the magnitudes of float32 x where x is finite, with all that is not below them: see `magnitude_of`.
+
+    Two instructions an element find a maximum so, and leave NaN and inf out of it; `finite_magnitude` and a maximum take three.
+    """
+    return (x.to(tl.uint32, bitcast=True) << 1) + 0x1000000  # what has all bits of the exponent set begins again at 0
+
+
+@triton.jit
+def magnitude_of(order):
+    """float32 |x| of the largest `ordered(x)`; 0 where nothing was finite."""
+    return ((tl.maximum(order, 0x1000000) - 0x1000000) >> 1).to(tl.float32, bitcast=True)
+
+
+@triton.jit
 def largest_of(magnitudes):
     """The largest of a tile of float32 magnitudes, a scalar; NaN where there is one."""
     # As int32, which order alike: a warp finds the largest of those in one instruction, of float32 in ten.

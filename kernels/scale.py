@@ -33,9 +33,12 @@ def divide(a, b):
 
 
 @triton.jit
-def inverse(scale):
-    """1 / scale, correctly rounded."""
-    return divide(tl.where(scale == scale, 1.0, 1.0), scale)  # ones of its shape, in Triton and in Gluon alike
+def inverse(scale, POWER_OF_TWO: tl.constexpr = False):
+    """1 / scale, correctly rounded. POWER_OF_TWO: scale is one, from 2^-126 to 2^126."""
+    if POWER_OF_TWO:
+        return ((254 << 23) - scale.to(tl.int32, bitcast=True)).to(tl.float32, bitcast=True)
+    else:
+        return divide(tl.where(scale == scale, 1.0, 1.0), scale)  # ones of its shape, in Triton and in Gluon alike
 
 
 @triton.jit
@@ -43,12 +46,14 @@ def current_scale(amax, eps, FMAX: tl.constexpr, POWER_OF_TWO: tl.constexpr):
     """The scale of float32 `amax`; a non-finite amax counts as 0. eps: a float32 scalar."""
     amax = tl.where(amax < float("inf"), amax, 0.0)
     amax = tl.where(amax < eps, eps, amax)
-    fmax = tl.zeros_like(amax) + FMAX
     if POWER_OF_TWO:
-        power = (divide(fmax, amax).to(tl.int32, bitcast=True) & 0x7F800000).to(tl.float32, bitcast=True)
-        scale = inverse(tl.minimum(tl.maximum(power, _SMALLEST), _LARGEST))
+        # Without a division: fmax is 1.75 * 2^n for both formats, so floor(log2(fmax / amax)) is the difference of the exponents, less 1
+        # if amax has a significand above 1.75, for which adding 0x1FFFFF carries. Rounding the quotient does not change that.
+        tl.static_assert(FMAX == 448.0 or FMAX == 57344.0)
+        exponent = 254 + (8 if FMAX == 448.0 else 15) - ((amax.to(tl.int32, bitcast=True) + 0x1FFFFF) >> 23)
+        scale = ((254 - tl.minimum(tl.maximum(exponent, 1), 253)) << 23).to(tl.float32, bitcast=True)
     else:
-        scale = tl.minimum(tl.maximum(divide(amax, fmax), _SMALLEST), _LARGEST)
+        scale = tl.minimum(tl.maximum(divide(amax, tl.zeros_like(amax) + FMAX), _SMALLEST), _LARGEST)
     return scale
 
 

@@ -23,6 +23,7 @@ from fp8fx.kernels.rounding import Rounding
 from fp8fx.ops import linear as linear_op
 from fp8fx.ops import quantize as quantize_op
 from fp8fx.ops.arguments import takes
+from fp8fx.ops.cuda_blocks import by_torch
 from fp8fx.ops.cuda_casts import DTYPES, cast, cast_amax, cast_current, has_kernel, quantize, round_values, rounding_of
 from fp8fx.ops.cuda_norms import norm_backward, norm_cast
 from fp8fx.ops.inductor import FORMATS, cut_by_batches, torch_has
@@ -52,7 +53,8 @@ def scaled(mm: ScaledMM) -> Tensor:
         return torch._scaled_mm(mm.a, mm.b, one_a, one_b, mm.bias, None, mm.dtype, mm.accumulate == "fast")
     if not _has_blocks(mm.block_a, mm.block_b):
         return scaled_mm_reference(*mm)
-    return _OWN_PRODUCT(*_own_arguments(mm), None, None)[0]
+    made = by_torch(mm) if mm.block_a and mm.block_b else None
+    return _OWN_PRODUCT(*_own_arguments(mm), None, None)[0] if made is None else made
 
 
 def _own_arguments(mm: ScaledMM) -> tuple[Any, ...]:

@@ -68,6 +68,7 @@ def gpu_us(call: Call, rounds: int = 3, least: float = 0.004) -> float:
 def products(a: Tensor, b: Tensor, columns_of_b: int) -> Iterator[tuple[str, Call]]:
     """Every column's product of bf16 `a` [m, k] and `b` [n, k], contracting k. columns_of_b: that share a block's scale."""
     from fp8fx.kernels.scaled_mm import scaled_mm
+    from fp8fx.ops.cuda import scaled  # who has the blocks: cuBLASLt, or the project's kernel
 
     (m, k), n, device = a.shape, b.shape[0], a.device
     qa, qb = a.to(E4), b.to(E4).t()
@@ -86,7 +87,8 @@ def products(a: Tensor, b: Tensor, columns_of_b: int) -> Iterator[tuple[str, Cal
     yield "own_precise", lambda: scaled_mm(a5, b5, one, one, accumulate="precise")
     blocks = math.ceil(k / 128)
     scales = torch.ones(m, blocks, device=device), torch.ones(blocks, math.ceil(n / columns_of_b), device=device)
-    yield "block", lambda: scaled_mm(qa, qb, *scales, block_a=(1, 128), block_b=(128, columns_of_b))
+    blocks_b = [128, columns_of_b]
+    yield "block", lambda: scaled(qa, scales[0], "e4m3fn", [1, 128], qb, scales[1], "e4m3fn", blocks_b, None, torch.bfloat16)
 
 
 def gemm_point(m: int, k: int, n: int, device: str) -> list[float]:

@@ -1,0 +1,78 @@
+"""Products with scales of blocks that go to cuBLASLt: which do, and what comes back, within the bound of the project's own."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+from product_checks import E4, E5, check, random_codes
+from torch import Tensor
+
+from fp8fx.ops.cuda_blocks import by_columns, by_torch
+from fp8fx.ops.scaled_mm import ScaledMM
+
+SQUARE, COLUMNS = (128, 128), (128, 1)
+
+
+def product(m: int, n: int, k: int, block_b: tuple[int, int], device: str, **changes: Any) -> ScaledMM:
+    a, b = random_codes((m, k), E4, device), random_codes((n, k), E4, device).t()
+    scale_a = torch.rand(m, -(-k // 128), device=device) + 0.5
+    scale_b = torch.rand(-(-k // 128), -(-n // block_b[1]), device=device) + 0.5
+    made = ScaledMM(a, scale_a, "e4m3fn", [1, 128], b, scale_b, "e4m3fn", list(block_b), None, torch.bfloat16)
+    return made._replace(**changes)
+
+
+@pytest.mark.parametrize("shape", [(5, 3), (1, 4), (4, 1), (0, 3)], ids=str)
+def test_scales_by_columns(shape: tuple[int, int]) -> None:
+    for scale in (torch.randn(shape), torch.randn(shape[::-1]).mT):
+        made = by_columns(scale)
+        assert torch.equal(made, scale)
+        assert made.mT.is_contiguous()
+        assert by_columns(made).data_ptr() == made.data_ptr(), "what lies right is not copied"
+
+
+def test_not_on_the_cpu() -> None:
+    assert by_torch(product(128, 128, 512, SQUARE, "cpu")) is None
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32], ids=str)
+@pytest.mark.parametrize("block_b", [SQUARE, COLUMNS], ids=str)
+@pytest.mark.parametrize("size", [(16, 128, 512), (1024, 768, 1024), (272, 384, 2048)], ids=str)
+def test_within_the_bound(size: tuple[int, int, int], block_b: tuple[int, int], dtype: torch.dtype) -> None:
+    if torch.cuda.get_device_capability()[0] != 9:
+        pytest.skip("cuBLASLt has these products on Hopper only")
+    mm = product(*size, block_b, "cuda", dtype=dtype)
+    for scale_a in (mm.scale_a, by_columns(mm.scale_a)):  # type: ignore[arg-type]
+        y = by_torch(mm._replace(scale_a=scale_a))
+        assert y is not None
+        check(y, mm.a, mm.b, mm.scale_a, mm.scale_b, block_a=(1, 128), block_b=block_b)  # type: ignore[arg-type]
+
+
+def odd(x: Tensor) -> Tensor:
+    """x one byte beside a multiple of 16."""
+    room = torch.empty(x.numel() + 1, dtype=x.dtype, device=x.device)[1:].view(x.shape)
+    return room.copy_(x)
+
+
+@pytest.mark.gpu
+def test_what_cublaslt_does_not_take() -> None:
+    from fp8fx.ops.cuda import scaled
+
+    mm = product(256, 256, 512, SQUARE, "cuda")
+    others = [
+        product(250, 256, 512, SQUARE, "cuda"),
+        product(256, 200, 512, SQUARE, "cuda"),
+        product(256, 256, 640, SQUARE, "cuda"),  # five squares along K
+        product(256, 250, 512, COLUMNS, "cuda"),
+        mm._replace(dtype=torch.float16),
+        mm._replace(bias=torch.randn(256, device="cuda", dtype=torch.bfloat16)),
+        mm._replace(a=odd(mm.a)),
+        mm._replace(a=mm.a.to(E5), format_a="e5m2"),
+        mm._replace(a=mm.a.t().contiguous().t()),
+    ]
+    for other in others:
+        assert by_torch(other) is None
+        blocks = {"block_a": (1, 128), "block_b": (other.block_b[0], other.block_b[1])}
+        check(scaled(*other), other.a, other.b, other.scale_a, other.scale_b, other.bias, **blocks)  # type: ignore[arg-type]
