@@ -24,6 +24,7 @@ from fp8fx.kernels.records import amax_bits, merge_amax
 
 # BLOCK_M, BLOCK_K, num_warps
 _TILE = (64, 128, 4)
+_AXES = (128, 64, 4)  # by rows and by columns at once
 _FLAT = (4, 4096, 8)
 _PARTS_FLAT = (2, 4096, 8)
 
@@ -110,7 +111,8 @@ def amax_each(x: Tensor, granularities: tuple[str, ...]) -> list[Tensor]:
     found = [part[:size] for part, size in zip(zeros, sizes, strict=True)]
     if x.numel() > 0:
         by = dict(zip(granularities, found, strict=True))
-        block_m, block_k, warps = _FLAT if seen.k == 4096 and len(by) == 1 and "tensor" in by else _TILE
+        flat = seen.k == 4096 and granularities == ("tensor",)
+        block_m, block_k, warps = _FLAT if flat else _AXES if {"row", "column"} <= by.keys() else _TILE
         launch(
             _amax_kernel,
             (seen.tiles(block_m, block_k),),

@@ -23,9 +23,9 @@ from fp8fx.kernels.cast import NEAREST, Quantized, Rounding
 from fp8fx.kernels.codes import encode, hardware_format, magnitude_of, ordered
 from fp8fx.kernels.launch import launch
 from fp8fx.kernels.layout import cdiv, check_input, empty_transposed, matrices
-from fp8fx.kernels.quarters import load_quarter, locate, store_quarter, store_transposed, zero_codes
+from fp8fx.kernels.quarters import load_narrow, locate, store_quarter, store_transposed, widened, zero_codes
 from fp8fx.kernels.random_bits import random_tile
-from fp8fx.kernels.scale import current_scale, inverse
+from fp8fx.kernels.scale import finite_scale, inverse
 
 # block side, which is the side of the tile -> num_warps
 _WARPS = {32: 4, 64: 4, 128: 8}
@@ -35,50 +35,51 @@ _NONE, _ROW, _COLUMN, _SQUARE = 0, 1, 2, 3
 
 
 @triton.jit
-def _store_scale(into, at, mask, order, HOW: tl.constexpr):
-    """inv_scale of blocks whose largest `ordered` element is given; amax and scale go to place `at`. into: see `_common_inverse`."""
+def _inverse(into, at, mask, order, HOW: tl.constexpr):
+    """inv_scale of blocks whose largest `ordered` element is given; amax and scale go to place `at`. into: see `_inverses`."""
     amax_ptr, scale_ptr, eps = into
     amax = magnitude_of(order)
-    scale = current_scale(amax, eps, 57344.0 if HOW[0] else 448.0, HOW[4])
+    scale = finite_scale(amax, eps, 57344.0 if HOW[0] else 448.0, HOW[4])
     tl.store(amax_ptr + at, amax, mask=mask)
     tl.store(scale_ptr + at, scale, mask=mask)
     return inverse(scale, HOW[4])
 
 
 @triton.jit
-def _common_inverse(x0, x1, x2, x3, into, place, columns, SIDE: tl.constexpr, KIND: tl.constexpr, HOW: tl.constexpr):
-    """inv_scale of blocks that lie across all quarters, [1, SIDE] for columns, a scalar for a square, else 1.
+def _inverses(orders, into, place, rows, columns, SIDE: tl.constexpr, KIND: tl.constexpr, HOW: tl.constexpr):
+    """inv_scale for each quarter: [rows, 1] for blocks of rows, which lie within it, else one for all, [1, SIDE] or a scalar.
 
-    Stores amax and scale; into = (amax pointer, scale pointer, eps).
+    orders: `ordered` of each quarter. Stores amax and scale; into = (amax pointer, scale pointer, eps).
     """
+    o0, o1, o2, o3 = orders
     b, tile_m, tile_k, M, K = place
-    if KIND < 2:
-        return 1.0
+    if KIND == 1:
+        width = tl.cdiv(K, SIDE)
+        at = (b * M + rows) * width + tile_k
+        i0 = _inverse(into, at, rows < M, tl.max(o0, 1), HOW)[:, None]
+        i1 = _inverse(into, at + width, rows + 1 < M, tl.max(o1, 1), HOW)[:, None]
+        i2 = _inverse(into, at + 2 * width, rows + 2 < M, tl.max(o2, 1), HOW)[:, None]
+        i3 = _inverse(into, at + 3 * width, rows + 3 < M, tl.max(o3, 1), HOW)[:, None]
+        return i0, i1, i2, i3
     else:
-        order = tl.max(tl.maximum(tl.maximum(ordered(x0), ordered(x1)), tl.maximum(ordered(x2), ordered(x3))), 0)
+        order = tl.max(tl.maximum(tl.maximum(o0, o1), tl.maximum(o2, o3)), 0)
         line = b * tl.cdiv(M, SIDE) + tile_m
         if KIND == 2:
-            return _store_scale(into, line * K + columns, columns < K, order, HOW)[None, :]
+            common = _inverse(into, line * K + columns, columns < K, order, HOW)[None, :]
         else:
-            return _store_scale(into, line * tl.cdiv(K, SIDE) + tile_k, True, tl.max(order, 0), HOW)
+            common = _inverse(into, line * tl.cdiv(K, SIDE) + tile_k, True, tl.max(order, 0), HOW)
+        return common, common, common, common
 
 
 @triton.jit
-def _encode_quarter(x, common, into, random, place, rows, SIDE: tl.constexpr, KIND: tl.constexpr, HOW: tl.constexpr):
-    """uint8 codes of one quarter; blocks of rows lie within it, and their amax and scale are stored here.
-
-    HOW = (E5M2, STOCHASTIC, NONFINITE, GROUPED, POWER_OF_TWO).
-    """
+def _encode_quarter(x, inv, random, place, rows, SIDE: tl.constexpr, NARROW: tl.constexpr, HOW: tl.constexpr):
+    """uint8 codes of one quarter, x in its own dtype. HOW = (E5M2, STOCHASTIC, NONFINITE, GROUPED, POWER_OF_TWO)."""
     b, _, tile_k, M, K = place
-    if KIND == 1:
-        at = (b * M + rows) * tl.cdiv(K, SIDE) + tile_k
-        y = x * _store_scale(into, at, rows < M, tl.max(ordered(x), 1), HOW)[:, None]
-    else:
-        y = x * common
+    x = widened(x) if NARROW else x.to(tl.float32)
     bits = x.to(tl.int32, bitcast=True)
     if HOW[1]:
         bits = random_tile(random, b * M + rows.to(tl.int64), tile_k * SIDE, K, x.shape[0], SIDE, HOW[3])
-    return encode(y, x, bits, HOW[0], HOW[1], HOW[2])
+    return encode(x * inv, x, bits, HOW[0], HOW[1], HOW[2])
 
 
 @triton.jit(do_not_specialize=["key"])
@@ -105,30 +106,33 @@ def _cast_block_kernel(
 ):
     place, rows, words, columns = locate(M, K, SIDE, SIDE)
     strides = (stride_xb, stride_xm, stride_xk)
-    x0 = load_quarter(x_ptr, place, rows, columns, strides)
-    x1 = load_quarter(x_ptr, place, rows + 1, columns, strides)
-    x2 = load_quarter(x_ptr, place, rows + 2, columns, strides)
-    x3 = load_quarter(x_ptr, place, rows + 3, columns, strides)
+    x0 = load_narrow(x_ptr, place, rows, columns, strides)
+    x1 = load_narrow(x_ptr, place, rows + 1, columns, strides)
+    x2 = load_narrow(x_ptr, place, rows + 2, columns, strides)
+    x3 = load_narrow(x_ptr, place, rows + 3, columns, strides)
+    # All scales first. Read once more, x waits in its own dtype, in half the registers; read twice more, it had better stay widened.
+    NARROW: tl.constexpr = KIND == 0 or KIND_T <= 0
+    orders = (ordered(x0.to(tl.float32)), ordered(x1.to(tl.float32)), ordered(x2.to(tl.float32)), ordered(x3.to(tl.float32)))
+    if KIND:
+        i0, i1, i2, i3 = _inverses(orders, (amax_ptr, scale_ptr, eps), place, rows, columns, SIDE, KIND, HOW)
+    if KIND_T > 0:
+        t0, t1, t2, t3 = _inverses(orders, (amax_t_ptr, scale_t_ptr, eps), place, rows, columns, SIDE, KIND_T, HOW)
     random = (rng_ptr, key)
     c0, c1, c2, c3 = zero_codes(x0)
     if KIND:
-        into = (amax_ptr, scale_ptr, eps)
-        inv = _common_inverse(x0, x1, x2, x3, into, place, columns, SIDE, KIND, HOW)
-        c0 = _encode_quarter(x0, inv, into, random, place, rows, SIDE, KIND, HOW)
+        c0 = _encode_quarter(x0, i0, random, place, rows, SIDE, NARROW, HOW)
         store_quarter(q_ptr, c0, place, rows, columns)
-        c1 = _encode_quarter(x1, inv, into, random, place, rows + 1, SIDE, KIND, HOW)
+        c1 = _encode_quarter(x1, i1, random, place, rows + 1, SIDE, NARROW, HOW)
         store_quarter(q_ptr, c1, place, rows + 1, columns)
-        c2 = _encode_quarter(x2, inv, into, random, place, rows + 2, SIDE, KIND, HOW)
+        c2 = _encode_quarter(x2, i2, random, place, rows + 2, SIDE, NARROW, HOW)
         store_quarter(q_ptr, c2, place, rows + 2, columns)
-        c3 = _encode_quarter(x3, inv, into, random, place, rows + 3, SIDE, KIND, HOW)
+        c3 = _encode_quarter(x3, i3, random, place, rows + 3, SIDE, NARROW, HOW)
         store_quarter(q_ptr, c3, place, rows + 3, columns)
     if KIND_T > 0:
-        into_t = (amax_t_ptr, scale_t_ptr, eps)
-        inv_t = _common_inverse(x0, x1, x2, x3, into_t, place, columns, SIDE, KIND_T, HOW)
-        c0 = _encode_quarter(x0, inv_t, into_t, random, place, rows, SIDE, KIND_T, HOW)
-        c1 = _encode_quarter(x1, inv_t, into_t, random, place, rows + 1, SIDE, KIND_T, HOW)
-        c2 = _encode_quarter(x2, inv_t, into_t, random, place, rows + 2, SIDE, KIND_T, HOW)
-        c3 = _encode_quarter(x3, inv_t, into_t, random, place, rows + 3, SIDE, KIND_T, HOW)
+        c0 = _encode_quarter(x0, t0, random, place, rows, SIDE, NARROW, HOW)
+        c1 = _encode_quarter(x1, t1, random, place, rows + 1, SIDE, NARROW, HOW)
+        c2 = _encode_quarter(x2, t2, random, place, rows + 2, SIDE, NARROW, HOW)
+        c3 = _encode_quarter(x3, t3, random, place, rows + 3, SIDE, NARROW, HOW)
     if KIND_T:
         store_transposed(t_ptr, c0, c1, c2, c3, place, words, columns)
 

@@ -21,7 +21,7 @@ from fp8fx.kernels.layout import axis_shape, cdiv, ceil_power_of_two, plain_matr
 from fp8fx.kernels.random_bits import random_tile
 from fp8fx.kernels.records import amax_bits, merge_amax
 from fp8fx.kernels.rounding import Rounding
-from fp8fx.kernels.scale import current_scale, inverse
+from fp8fx.kernels.scale import finite_scale, inverse
 
 MOST = 16384  # columns that a program holds
 _TILE = 8192  # elements of a tile of several rows
@@ -52,7 +52,7 @@ def _cast_rows_kernel(
     start = lines // M * stride_xb + lines % M * stride_xm
     x = tl.load(x_ptr + start[:, None] + columns[None, :], mask=inside, other=0.0).to(tl.float32)
     amax = magnitude_of(tl.max(ordered(x), 1))
-    scale = current_scale(amax, HOW[5], 57344.0 if HOW[0] else 448.0, HOW[4])
+    scale = finite_scale(amax, HOW[5], 57344.0 if HOW[0] else 448.0, HOW[4])
     tl.store(scale_ptr + rows, scale, mask=below)
     tl.store(amax_ptr + rows, amax, mask=below)
     bits = x.to(tl.int32, bitcast=True)

@@ -11,6 +11,8 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
+from fp8fx.kernels.interpret import INTERPRET
+
 
 @triton.jit
 def locate(M, K, BLOCK_M: tl.constexpr, BLOCK_K: tl.constexpr):
@@ -31,10 +33,30 @@ def locate_tile(tile, M, K, BLOCK_M: tl.constexpr, BLOCK_K: tl.constexpr):
 @triton.jit
 def load_quarter(x_ptr, place, rows, columns, strides):
     """float32 [rows, columns] of the program's matrix, zeros outside."""
+    return load_narrow(x_ptr, place, rows, columns, strides).to(tl.float32)
+
+
+@triton.jit
+def load_narrow(x_ptr, place, rows, columns, strides):
+    """The same in the dtype of x."""
     b, _, _, M, K = place
     stride_xb, stride_xm, stride_xk = strides
     at = b * stride_xb + rows.to(tl.int64)[:, None] * stride_xm + columns.to(tl.int64)[None, :] * stride_xk
-    return tl.load(x_ptr + at, mask=(rows < M)[:, None] & (columns < K)[None, :], other=0.0).to(tl.float32)
+    return tl.load(x_ptr + at, mask=(rows < M)[:, None] & (columns < K)[None, :], other=0.0)
+
+
+@triton.jit
+def widened(x):
+    """float32 of what `load_narrow` gave, made anew at each call: what is read twice then waits in half the registers.
+
+    The compiler would make it once and keep it; it does not look into PTX.
+    """
+    if x.dtype == tl.bfloat16 and not INTERPRET:
+        return tl.inline_asm_elementwise(
+            "{ shl.b32 $0, $2, 16; and.b32 $1, $2, 0xffff0000; }", "=r,=r,r", [x], dtype=tl.float32, is_pure=False, pack=2
+        )
+    else:
+        return x.to(tl.float32)
 
 
 @triton.jit

@@ -44,7 +44,12 @@ def inverse(scale, POWER_OF_TWO: tl.constexpr = False):
 @triton.jit
 def current_scale(amax, eps, FMAX: tl.constexpr, POWER_OF_TWO: tl.constexpr):
     """The scale of float32 `amax`; a non-finite amax counts as 0. eps: a float32 scalar."""
-    amax = tl.where(amax < float("inf"), amax, 0.0)
+    return finite_scale(tl.where(amax < float("inf"), amax, 0.0), eps, FMAX, POWER_OF_TWO)
+
+
+@triton.jit
+def finite_scale(amax, eps, FMAX: tl.constexpr, POWER_OF_TWO: tl.constexpr):
+    """The same of an amax that is finite."""
     amax = tl.where(amax < eps, eps, amax)
     if POWER_OF_TWO:
         # Without a division: fmax is 1.75 * 2^n for both formats, so floor(log2(fmax / amax)) is the difference of the exponents, less 1

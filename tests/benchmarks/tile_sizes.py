@@ -115,7 +115,7 @@ def cases(device: str) -> dict[str, Case]:
         "cast rows, current": Case(lambda x: cast.cast_current(x, "e4m3fn"), 5, FLAT, *flat, weights),
         "cast both, current": Case(lambda x: cast.cast_current(x, "e4m3fn", layout="both"), 6, BOTH, *twice),
         "amax parts": Case(amax.amax_parts, 2, FLAT, amax, "_PARTS_FLAT", None, weights),
-        "amax rows and columns": Case(lambda x: amax.amax_each(x, ("row", "column")), 2, BOTH, amax, "_TILE", None, weights),
+        "amax rows and columns": Case(lambda x: amax.amax_each(x, ("row", "column")), 2, BOTH, amax, "_AXES", None, weights),
         "cast rows and columns": Case(
             lambda x: cast.cast_current(x, "e4m3fn", "row", "column", "both", record=records[0]), 6, BOTH, cast, "_CONFIGS", "axes"
         ),
