@@ -190,7 +190,7 @@ def forward(inputs, strides, place, rows, columns, WHAT: tl.constexpr):
         y = (y.to(dtype).to(tl.float32) * u).to(dtype).to(tl.float32)  # one bfloat16 product of two, see `_rounded`
         return y, h, u
     else:
-        return _rounded(y, dtype), h, h
+        return (y if WHAT[0] == 3 else _rounded(y, dtype)), h, h  # relu is exact, and keeps the sign of a NaN
 
 
 @triton.jit
