@@ -166,13 +166,16 @@ def test_own_products_of_another_table(monkeypatch: pytest.MonkeyPatch) -> None:
     measure_costs = importlib.import_module("measure_costs")
     columns, (own, block) = measure_costs.COLUMNS, map(measure_costs.COLUMNS.index, measure_costs.OWN)
     times = [float(10 + i) for i in range(2 * len(columns))]
-    other = {"machine": {"device": "other"}, "gemm": [[16, 32, 64, *times]]}
-    data = {"machine": {"device": "this"}, "source": "measured", "gemm": [[16, 32, 64, *(time / 2 for time in times)]]}
+    casts = {kind: [[100.0, 8.0], [1000.0, 20.0]] for kind in ("rows", "row", "row_both", "block", "block_both")}
+    slower = casts | {"rows": [[101.0, 16.0], [1001.0, 60.0]]}
+    other = {"machine": {"device": "other"}, "gemm": [[16, 32, 64, *times]], "casts": casts}
+    data = {"machine": {"device": "this"}, "source": "measured", "gemm": [[16, 32, 64, *(time / 2 for time in times)]], "casts": slower}
     data["gemm"][0][3 + own] = data["gemm"][0][3 + len(columns) + block] = 1e6
     made = measure_costs.transferred(data, other)
     assert made["gemm"] == [[16, 32, 64, *(time / 2 for time in times)]]
     assert made["transferred"]["of"] == {"device": "other"}
     assert made["machine"] == {"device": "this"}
+    assert made["casts"] == slower | {key: [[101.0, 16.0], [1001.0, 60.0]] for key in measure_costs.OWN_CASTS}
 
 
 def test_estimate_between_points(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -124,8 +124,8 @@ def cast_calls(x: Tensor) -> dict[str, Call]:
         "current_both": lambda: cast_current(x, "e4m3fn", layout="both"),
         "row": lambda: cast_current(x, "e4m3fn", "row"),
         "row_both": lambda: cast_current(x, "e4m3fn", "row", "column", "both"),
-        "block": lambda: cast_block(x, "e4m3fn"),
-        "block_both": lambda: cast_block(x, "e4m3fn", layout="both"),
+        "block": lambda: cast_block(x, "e4m3fn", power_of_two=True),  # as the recipe `blockwise` has them
+        "block_both": lambda: cast_block(x, "e4m3fn", layout="both", power_of_two=True),
     }
 
 
@@ -265,10 +265,14 @@ def estimated() -> dict[str, Any]:
 
 
 OWN, PEER = ("own_precise", "block"), "tensor_precise"
+OWN_CASTS, PEER_CAST = ("row_both", "block", "block_both"), "rows"
 
 
 def transferred(data: dict[str, Any], other: dict[str, Any]) -> dict[str, Any]:
-    """`data` with the project's own products as `other`, of the same processors, has them: in proportion to torch's, point by point."""
+    """`data` with products and casts whose kernels have changed as `other`, of the same processors, has them.
+
+    In proportion to torch's precise product, and to the cast by one scale, point by point.
+    """
     there = {tuple(row[:3]): row[3:] for row in other["gemm"]}
     own, peer = ([i + j for i in (0, len(COLUMNS)) for j in map(COLUMNS.index, names)] for names in (OWN, (PEER,) * len(OWN)))
     grid = []
@@ -277,8 +281,11 @@ def transferred(data: dict[str, Any], other: dict[str, Any]) -> dict[str, Any]:
         for column, by in zip(own, peer, strict=True):
             here[column] = round(those[column] * here[by] / those[by], 3)
         grid.append([*row[:3], *here])
-    note = {"columns": list(OWN), "of": other["machine"], "in proportion to": PEER}
-    return {**data, "gemm": grid, "transferred": note}
+    pairs = list(zip(data["casts"][PEER_CAST], other["casts"][PEER_CAST], strict=True))  # the same sizes, within a percent
+    faster = {count: (size, us / theirs) for (size, us), (count, theirs) in pairs}
+    made = {kind: [[faster[count][0], round(us * faster[count][1], 3)] for count, us in other["casts"][kind]] for kind in OWN_CASTS}
+    note = {"columns": [*OWN, *OWN_CASTS], "of": other["machine"], "in proportion to": [PEER, PEER_CAST]}
+    return {**data, "gemm": grid, "casts": {**data["casts"], **made}, "transferred": note}
 
 
 def dump(data: dict[str, Any]) -> str:
@@ -302,7 +309,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         other, data = (json.loads((FOLDER / f"{name}.json").read_text(encoding="utf-8")) for name in options.transfer)
         path = options.json or FOLDER / f"{options.transfer[1]}.json"
         path.write_text(dump(transferred(data, other)), encoding="utf-8")
-        print(f"{', '.join(OWN)} of {options.transfer[0]} written to {path}")
+        print(f"products {', '.join(OWN)} and casts {', '.join(OWN_CASTS)} of {options.transfer[0]} written to {path}")
         return 0
     device = "cuda" if torch.cuda.is_available() else "cpu"
     if options.tiny and options.write:

@@ -249,9 +249,10 @@ def main(argv: Sequence[str] | None = None) -> int:
             print(line(row), flush=True)
     else:
         print("\n".join(map(line, report.rows)))
-    again = [row["again_speed_up"] for row in report.rows if row.get("again_speed_up")]
-    if again:
-        print(f"\nthe same layer compiled again, over bf16: {min(again):.3f} to {max(again):.3f}, median {statistics.median(again):.3f}")
+    for what, name, kind in (("the same layer compiled again", "again", ""), ("fp8fx, left in bf16", "fp8fx", "high_precision")):
+        found = [row[f"{name}_speed_up"] for row in report.rows if row.get(f"{name}_speed_up") and kind in row["decision"]]
+        if found:
+            print(f"\n{what}, over bf16: {min(found):.3f} to {max(found):.3f}, median {statistics.median(found):.3f}")
     print("\nthe lowest:")
     for row in sorted(report.rows, key=lambda row: row.get("fp8fx_speed_up") or 0)[:5]:
         print(line(row))
