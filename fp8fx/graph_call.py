@@ -10,6 +10,7 @@ from __future__ import annotations
 import contextlib
 import weakref
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -29,11 +30,26 @@ from fp8fx.records import Records
 from fp8fx.scaling import flat
 
 if TYPE_CHECKING:
-    from fp8fx.runtime import GraphRecord, Runtime
+    from fp8fx.capture.graph import Captured
+    from fp8fx.passes.contract import Context
+    from fp8fx.pipeline import Compiled
+    from fp8fx.plan import SiteRow
+    from fp8fx.runtime import Runtime
 
 
 # Entered around every call of a rewritten graph, by those who look at what it executes (fp8fx.coverage, fp8fx.statistics).
 OBSERVERS: list[Callable[[GraphCall], contextlib.AbstractContextManager[Any]]] = []
+
+
+@dataclass
+class GraphRecord:
+    """One captured graph of the model: enough to show any stage again, and its rows of the plan."""
+
+    captured: Captured
+    context: Context
+    compiled: Compiled
+    rows: list[SiteRow] = field(default_factory=list)
+    layered: bool = False  # it has layers that `boundary` may mean
 
 
 def alive(reference: weakref.ref[Runtime]) -> Runtime:

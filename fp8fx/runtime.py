@@ -11,7 +11,6 @@ import logging
 import warnings
 import weakref
 from collections.abc import Callable, Container, Sequence
-from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -28,13 +27,13 @@ from fp8fx.distributed import Processes, active_ddp, state_alone, whole_graphs
 from fp8fx.entries import unmatched
 from fp8fx.errors import CaptureError, FP8Warning, RecipeError
 from fp8fx.fastpath import WITHOUT_FASTPATH, hides_layers
-from fp8fx.graph_call import GraphCall, SharedGraph, Version, alive
+from fp8fx.graph_call import GraphCall, GraphRecord, SharedGraph, Version, alive
 from fp8fx.inner import compiled_inner
 from fp8fx.monitor import UnderflowMonitor
 from fp8fx.options import Options
 from fp8fx.passes.contract import Context
 from fp8fx.passes.lower import WeightInput
-from fp8fx.plan import Plan, SiteRow, backward_hooked, build_plan, site_rows
+from fp8fx.plan import Plan, backward_hooked, build_plan, site_rows
 from fp8fx.recipe import Recipe
 from fp8fx.records import Records
 from fp8fx.scaling import ScalingState, is_scaling, other_recipe
@@ -43,17 +42,6 @@ from fp8fx.state import OPTIMIZER_STEPS, Stream, WeightCache
 from fp8fx.watch import ScalingWatch, underflow_advice
 
 LOG = logging.getLogger("fp8fx")
-
-
-@dataclass
-class GraphRecord:
-    """One captured graph of the model: enough to show any stage again, and its rows of the plan."""
-
-    captured: Captured
-    context: Context
-    compiled: pipeline.Compiled
-    rows: list[SiteRow] = field(default_factory=list)
-    layered: bool = False  # it has layers that `boundary` may mean
 
 
 _NO_LAST = (

@@ -24,13 +24,13 @@ from fp8fx.capture.graph import Captured
 from fp8fx.capture.layers import module_types
 from fp8fx.clone import RUNTIME, check_materialized, check_model, clone, compiled_class
 from fp8fx.errors import ModelError
-from fp8fx.graph_call import GraphCall, Version
+from fp8fx.graph_call import GraphCall, GraphRecord, Version
 from fp8fx.options import Options
 from fp8fx.plan import Plan, SiteRow
 from fp8fx.recipe import Decision, Recipe, Site
 from fp8fx.recipe.match import Modules
 from fp8fx.recipe.resolve import Resolution
-from fp8fx.runtime import GraphRecord, Runtime
+from fp8fx.runtime import Runtime
 from fp8fx.sensitivity.batches import Loss, high_precision_loss, scalar
 
 HIGH = "high precision"

@@ -163,11 +163,13 @@ def configured(m: int, n: int, k: int, options: Any) -> dict[str, float]:
                 )
     if cuda:
         calls["precise torch e5m2 x e4m3"] = lambda: torch._scaled_mm(a, other, one, one, out_dtype=torch.bfloat16, use_fast_accum=False)
-        by_blocks, wide = torch.nn.functional.ScalingType, torch.rand(n // 128, k // 128, device=options.device)
+        kinds = torch.nn.functional.ScalingType
         outer = scale.t().contiguous().t()  # as torch wants it
-        calls["torch, 1x128 by 128x128"] = lambda: torch.nn.functional.scaled_mm(
-            *(left, other, outer, by_blocks.BlockWise1x128, wide.t(), by_blocks.BlockWise128x128), output_dtype=torch.bfloat16
-        )
+        wide, narrow = torch.rand(n // 128, k // 128, device=options.device).t(), torch.rand(k // 128, n, device=options.device).t()
+        for width, scales, kind in ((128, wide, kinds.BlockWise128x128), (1, narrow, kinds.BlockWise1x128)):
+            calls[f"torch, 1x128 by 128x{width}"] = lambda scales=scales, kind=kind: torch.nn.functional.scaled_mm(  # type: ignore[misc]
+                left, other, outer, kinds.BlockWise1x128, scales, kind, output_dtype=torch.bfloat16
+            )
     repeats = 1 if options.tiny else max(1, round(2e12 / (m * n * k)))
     seconds = interleaved({name: [call] * repeats for name, call in calls.items()}, options.rounds)
     return {name: 2e-12 * m * n * k / time for name, time in seconds.items()}
