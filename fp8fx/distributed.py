@@ -13,7 +13,6 @@ from __future__ import annotations
 import contextlib
 import hashlib
 import weakref
-from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -64,14 +63,14 @@ class Processes:
         self._together = False  # the last call that recorded was one of all processes
         self._inside: weakref.ref[nn.Module] | None = None  # a DDP module known to hold the model
 
-    def enter(self, root: Callable[[], nn.Module | None]) -> int:
-        """A call of the model that `root` gives begins: find its group. Returns this process's rank there, 0 where it is alone.
+    def enter(self, root: weakref.ref[nn.Module] | None) -> int:
+        """A call of the model `root` begins: find its group. Returns this process's rank there, 0 where it is alone.
 
         Outside of DDP the group of the last call stays: a recomputation in backward belongs to a forward inside.
         """
         if self.wanted is not AUTO:
             self.group = None if self.wanted is NONE else self.wanted
-        elif (ddp := active_ddp()) is not None and self._holds(ddp, root()):
+        elif (ddp := active_ddp()) is not None and self._holds(ddp, root() if root is not None else None):
             self.group = ddp.process_group
         return 0 if self.group is None else dist.get_rank(self.group)
 

@@ -1,6 +1,7 @@
 """torch.nn's attention modules have a fused forward of their own for eval without gradients, which hides their layers.
 
-It is off at every call of a compiled model that has such modules, so that what Dynamo saw of the switch at capture holds at later calls.
+It is off at every call of a compiled model that is known to have such modules, so that what Dynamo saw of the switch at capture holds at
+later calls. One that is added later, or hidden from `model.modules()`, is known once a call has captured it: that call runs it fused.
 """
 
 from __future__ import annotations
@@ -18,7 +19,7 @@ def hides_layers(model: nn.Module) -> bool:
 
 
 class _Fastpath:
-    """Switches torch's fused attention off while any compiled model that has it runs, in whichever thread: the switch is the process's."""
+    """Switches torch's fused attention off while any such model runs, in whichever thread: the switch is the process's."""
 
     def __init__(self) -> None:
         self._lock, self._inside, self._was = threading.Lock(), 0, True

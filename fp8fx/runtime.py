@@ -22,6 +22,7 @@ from fp8fx.capture import dynamo, symbolic
 from fp8fx.capture.graph import Captured
 from fp8fx.capture.layers import boundary_layers, module_types
 from fp8fx.capture.naming import Numbering
+from fp8fx.capture.sites import fused_inference
 from fp8fx.clone import base_class, check_materialized, check_state
 from fp8fx.distributed import Processes, active_ddp, state_alone, whole_graphs
 from fp8fx.entries import unmatched
@@ -122,7 +123,9 @@ class Runtime:
         if not self.options.plan_only:
             check_materialized(self.root)
         dynamo.guard_hooks()
-        self._hides_layers |= hides_layers(self.root)  # added since the first call: their layers are apart from the next call on
+        if self._forward is not None and not self._hides_layers and any(map(fused_inference, module.graph.nodes)):
+            self._hides_layers = True  # a module that came later, or lies in no list of modules: the next call sees its layers
+            return module.forward
         return SharedGraph(self, module, example_inputs)
 
     def _weak_backend(self) -> Callable[..., Any]:
@@ -185,8 +188,11 @@ class Runtime:
             self.shards.give_up()
         forward = self._forward or self._compile(root)
         try:
-            if self._hides_layers or active_ddp() is not None:
+            if self._hides_layers:
                 with WITHOUT_FASTPATH, whole_graphs():
+                    result = forward(*args, **kwargs)
+            elif active_ddp() is not None:
+                with whole_graphs():
                     result = forward(*args, **kwargs)
             else:
                 result = forward(*args, **kwargs)
@@ -301,7 +307,7 @@ class Runtime:
         Steps of the random stream ask for gradients only, those of the scales for train() too: evaluation leaves scales as they are.
         """
         training = torch.is_grad_enabled()
-        self.stream.process = self.processes.enter(self._root)  # type: ignore[arg-type]
+        self.stream.process = self.processes.enter(self._root)
         if self._stepped and training:
             self._stepped = False
             self._fold()

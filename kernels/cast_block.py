@@ -29,6 +29,7 @@ from fp8fx.kernels.scale import finite_scale, inverse
 
 # block side, which is the side of the tile -> num_warps
 _WARPS = {32: 4, 64: 4, 128: 8}
+_TWO_PROGRAMS = 128  # registers of a thread, with 8 warps: Triton 3.7 takes 142 for two sets of scales
 
 # How a block (rows, columns) lies in a tile of SIDE x SIDE.
 _NONE, _ROW, _COLUMN, _SQUARE = 0, 1, 2, 3
@@ -110,8 +111,9 @@ def _cast_block_kernel(
     x1 = load_narrow(x_ptr, place, rows + 1, columns, strides)
     x2 = load_narrow(x_ptr, place, rows + 2, columns, strides)
     x3 = load_narrow(x_ptr, place, rows + 3, columns, strides)
-    # All scales first. Read once more, x waits in its own dtype, in half the registers; read twice more, it had better stay widened.
-    NARROW: tl.constexpr = KIND == 0 or KIND_T <= 0
+    # All scales first. Read once more, x waits in its own dtype, in half the registers; read twice more, it had better stay widened, and
+    # where scales are divided registers do not suffice for either.
+    NARROW: tl.constexpr = HOW[4] and (KIND == 0 or KIND_T <= 0)
     orders = (ordered(x0.to(tl.float32)), ordered(x1.to(tl.float32)), ordered(x2.to(tl.float32)), ordered(x3.to(tl.float32)))
     if KIND:
         i0, i1, i2, i3 = _inverses(orders, (amax_ptr, scale_ptr, eps), place, rows, columns, SIDE, KIND, HOW)
@@ -159,6 +161,11 @@ def cast_block(
     kinds = {(1, side): _ROW, (side, 1): _COLUMN, (side, side): _SQUARE}
     if x.dim() < 2 or side not in _WARPS or block not in kinds or block_t not in kinds:
         raise KernelError(f"cast_block: blocks {block}, {block_t}: expected 1 x S, S x 1 or S x S, S one of 32, 64, 128, and 2 dimensions")
+    if layout == "both" and block != block_t and (not power_of_two or how.stochastic):
+        # Quotients or random words beside two sets of scales leave room for one program per multiprocessor: reading x twice is faster.
+        left = cast_block(x, format, block, block_t, "rows", how, power_of_two, eps)
+        right = cast_block(x, format, block, block_t, "transposed", how, power_of_two, eps)
+        return Quantized(left.q, right.q_t, left.scale, right.scale_t, left.amax, right.amax_t)
     fp8 = hardware_format(format)
     rows, transposed = layout != "transposed", layout != "rows"
     shared = rows and transposed and block == block_t
@@ -180,6 +187,7 @@ def cast_block(
                 "SIDE": side,
             },
             num_warps=_WARPS[side],
+            maxnreg=_TWO_PROGRAMS if rows and transposed and not shared and side == 128 else None,
         )
     return Quantized(q, t, scale, scale_t, amax, amax_t)
 

@@ -60,7 +60,7 @@ def finite_magnitude(x):
 
 @triton.jit
 def ordered(x):
-    """uint32 that order as the magnitudes of float32 x where x is finite, with all that is not below them: see `magnitude_of`.
+    """uint32 that order like |x| for finite float32 x; NaN and inf come below every finite value. See `magnitude_of`.
 
     Two instructions an element find a maximum so, and leave NaN and inf out of it; `finite_magnitude` and a maximum take three.
     """

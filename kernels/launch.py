@@ -55,26 +55,31 @@ def launch(
     constexprs: Mapping[str, Any],
     num_warps: int = 4,
     num_stages: int = 3,
+    maxnreg: int | None = None,
 ) -> None:
     """Run `kernel` over `grid` (1 to 3 sizes) on the device of its first tensor, on that device's current stream.
 
-    args: every run-time argument, in order; constexprs: every compile-time one, always in the same order for one kernel. Raises
+    args: every run-time argument, in order; constexprs: every compile-time one, always in the same order for one kernel. maxnreg: the most
+    registers of a thread, where the compiler would take more than lets two programs share a multiprocessor. Raises
     KernelError for a kernel that does not compile or fit on the device, and for tensors on several devices.
     """
+    options = {"num_warps": num_warps, "num_stages": num_stages}
     if INTERPRET.value:
-        kernel[grid](*args, **constexprs, num_warps=num_warps, num_stages=num_stages)
+        kernel[grid](*args, **constexprs, **options)
         return
-    key, device = _key(kernel, args, constexprs, num_warps, num_stages)
+    if maxnreg is not None:
+        options["maxnreg"] = maxnreg
+    key, device = _key(kernel, args, constexprs, options)
     if device < 0:  # no GPU: a test that compiles for one
-        kernel[grid](*args, **constexprs, num_warps=num_warps, num_stages=num_stages)
+        kernel[grid](*args, **constexprs, **options)
         return
     if device != torch._C._cuda_getDevice():
         with torch.cuda.device(device):
-            launch(kernel, grid, args, constexprs, num_warps, num_stages)
+            launch(kernel, grid, args, constexprs, num_warps, num_stages, maxnreg)
         return
     found = _COMPILED.get(key)
     if found is None or hooked():
-        found = _first(key, kernel, grid, args, dict(constexprs), num_warps, num_stages)
+        found = _first(key, kernel, grid, args, dict(constexprs), options)
     else:
         compiled, tail = found
         x, y, z = (*grid, 1, 1)[:3]
@@ -107,7 +112,7 @@ def recorded() -> Iterator[list[Launch]]:
         _RECORDING.launches = before
 
 
-def _key(kernel: Any, args: tuple[Any, ...], constexprs: Mapping[str, Any], num_warps: int, num_stages: int) -> tuple[tuple[Any, ...], int]:
+def _key(kernel: Any, args: tuple[Any, ...], constexprs: Mapping[str, Any], options: Mapping[str, int]) -> tuple[tuple[Any, ...], int]:
     """What chooses the compiled form, and the index of the device."""
     specialized = _SPECIALIZED.get(id(kernel)) or _describe(kernel, len(args))
     device = -1
@@ -127,7 +132,7 @@ def _key(kernel: Any, args: tuple[Any, ...], constexprs: Mapping[str, Any], num_
         else:  # a tensor descriptor
             device = value.base.get_device() if device == -1 else device
             classes.append((value.base.dtype, tuple(value.block_shape)))
-    return (id(kernel), device, num_warps, num_stages, *constexprs.values(), *classes), device
+    return (id(kernel), device, *options.values(), len(options), *constexprs.values(), *classes), device
 
 
 def _describe(kernel: Any, count: int) -> tuple[bool, ...]:
@@ -150,14 +155,13 @@ def _first(
     grid: tuple[int, ...],
     args: tuple[Any, ...],
     constexprs: dict[str, Any],
-    num_warps: int,
-    num_stages: int,
+    options: Mapping[str, int],
 ) -> tuple[Any, tuple[Any, ...]] | None:
     """Compile by Triton's own launch, and remember what it gives."""
     if key in _FAILED:
         raise KernelCompileError(_FAILED[key])
     try:
-        compiled = kernel[grid](*args, **constexprs, num_warps=num_warps, num_stages=num_stages)
+        compiled = kernel[grid](*args, **constexprs, **options)
     except (torch.OutOfMemoryError, KernelError):
         raise
     except Exception as error:

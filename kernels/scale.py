@@ -49,7 +49,7 @@ def current_scale(amax, eps, FMAX: tl.constexpr, POWER_OF_TWO: tl.constexpr):
 
 @triton.jit
 def finite_scale(amax, eps, FMAX: tl.constexpr, POWER_OF_TWO: tl.constexpr):
-    """The same of an amax that is finite."""
+    """The same of an amax that is finite, as eps is."""
     amax = tl.where(amax < eps, eps, amax)
     if POWER_OF_TWO:
         # Without a division: fmax is 1.75 * 2^n for both formats, so floor(log2(fmax / amax)) is the difference of the exponents, less 1

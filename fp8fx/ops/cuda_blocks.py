@@ -8,10 +8,12 @@ Each partial sum of 128 terms is scaled and added in float32, as the project's k
 from __future__ import annotations
 
 import functools
+import warnings
 
 import torch
 from torch import Tensor
 
+from fp8fx.errors import FP8Warning
 from fp8fx.ops.scaled_mm import ScaledMM
 
 _SIDE = 128
@@ -26,16 +28,36 @@ def by_torch(mm: ScaledMM) -> Tensor | None:
         return None
     assert mm.scale_a is not None
     assert mm.scale_b is not None
+    if (mm.a.device, block_b) in _REFUSED:
+        return None
+    try:
+        return _product(mm, mm.scale_a, mm.scale_b)
+    except (RuntimeError, ValueError) as error:
+        if isinstance(error, torch.OutOfMemoryError) or ("CUDA error" in str(error) and "NOT_SUPPORTED" not in str(error)):
+            raise  # the device is lost, or a launch before this one failed: not ours to hide
+        _REFUSED.add((mm.a.device, block_b))
+        warnings.warn(f"fp8fx: cuBLASLt refuses a product of blocks: {error}. The project's kernel runs them", FP8Warning, stacklevel=2)
+        return None
+
+
+# Devices and blocks of B whose products cuBLASLt has refused, against what `_fits` expects: it is not asked again.
+_REFUSED: set[tuple[torch.device, tuple[int, ...]]] = set()
+
+
+def _product(mm: ScaledMM, scale_a: Tensor, scale_b: Tensor) -> Tensor:
     kinds = torch.nn.functional.ScalingType
-    kind, scale_b = (kinds.BlockWise128x128, mm.scale_b) if block_b == _SQUARE else (kinds.BlockWise1x128, mm.scale_b.mT)
-    return torch.nn.functional.scaled_mm(  # type: ignore[no-any-return]
-        *(mm.a, mm.b, by_columns(mm.scale_a), kinds.BlockWise1x128, by_columns(scale_b), kind), output_dtype=mm.dtype
+    square = mm.block_b[1] == _SIDE
+    kind, scale_b = (kinds.BlockWise128x128, scale_b) if square else (kinds.BlockWise1x128, scale_b.mT)
+    made: Tensor = torch.nn.functional.scaled_mm(
+        *(mm.a, mm.b, by_columns(scale_a), kinds.BlockWise1x128, by_columns(scale_b), kind), output_dtype=mm.dtype
     )
+    return made
 
 
 def by_columns(scale: Tensor) -> Tensor:
-    """`scale` with stride 1 along its first dimension, as cuBLASLt reads scales of blocks: a copy where it lies otherwise."""
-    return scale if scale.mT.is_contiguous() else scale.mT.contiguous().mT
+    """`scale` [R, C] with strides (1, R), as cuBLASLt reads scales of blocks: a copy where it lies otherwise."""
+    made = scale if scale.mT.is_contiguous() else scale.mT.contiguous().mT
+    return made.as_strided(made.shape, (1, made.shape[0]))  # of a single column or row torch takes no other strides
 
 
 def _fits(mm: ScaledMM) -> bool:

@@ -52,7 +52,7 @@ def compiled(monkeypatch: pytest.MonkeyPatch) -> Callable[[], list[Any]]:
     done: list[Any] = []
 
     def run(self: Any, *args: Any, grid: Any, warmup: bool, **kwargs: Any) -> None:
-        options = {name: kwargs.pop(name) for name in ("num_warps", "num_stages") if name in kwargs}
+        options = {name: kwargs.pop(name) for name in ("num_warps", "num_stages", "maxnreg") if name in kwargs}
         values = dict(zip(self.arg_names, args, strict=False)) | kwargs
         signature, constexprs, attributes = {}, {}, {}
         for position, parameter in enumerate(self.params):

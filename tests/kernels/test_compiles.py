@@ -57,6 +57,8 @@ ELEMENTWISE: dict[str, Callable[[], Any]] = {
     "cast rows": lambda: cast_current(torch.empty(64, 14336, dtype=torch.bfloat16), "e4m3fn", "row"),
     "cast few columns by rows": lambda: cast_current(X, "e5m2", "row", how=STOCHASTIC, record=RECORD),
     "cast block": lambda: cast_block(X, "e4m3fn", layout="both"),
+    "cast block, powers of two": lambda: cast_block(X, "e4m3fn", layout="both", power_of_two=True),
+    "cast block, stochastic": lambda: cast_block(X, "e4m3fn", layout="both", how=STOCHASTIC, power_of_two=True),
     "cast square block": lambda: cast_block(X, "e4m3fn", (128, 128), layout="both"),
     "swiglu": lambda: activation_cast(X, X, "silu", "e4m3fn", ONE, amax=ONE),
     "swiglu backward": lambda: activation_backward_cast(X, X, X, "silu", "e5m2", ONE, ONE, amax=ONE, amax_u=ONE),
@@ -122,6 +124,14 @@ def spills(kernel: Any, tmp_path: Path) -> int:
     return int(found[1])
 
 
+def registers(tmp_path: Path) -> int:
+    """Of a thread, in the kernel that `spills` has written."""
+    usage = subprocess.run([CUOBJDUMP, "-res-usage", tmp_path / "kernel.cubin"], capture_output=True, text=True, check=True).stdout
+    found = re.search(r"REG:(\d+)", usage)
+    assert found, usage
+    return int(found[1])
+
+
 def loops_over_k(tmp_path: Path) -> list[list[str]]:
     """The instructions of each innermost loop with FP8 products, in the kernel that `spills` has written."""
     text = subprocess.run([CUOBJDUMP, "-sass", tmp_path / "kernel.cubin"], capture_output=True, text=True, check=True).stdout
@@ -151,6 +161,14 @@ def test_memory_bound_kernels(name: str, compiled: Compiled, tmp_path: Path) -> 
         if name in ("cast", "cast both", "swiglu"):
             assert "ld.global.v4" in ptx, "loads are 16 bytes wide"
             assert "st.global.v4" in ptx, "stores are 16 bytes wide"
+
+
+def test_casts_of_blocks_share_a_multiprocessor(compiled: Compiled, tmp_path: Path) -> None:
+    """Both layouts in one read of x, as `blockwise` has them: eight warps of 128 registers are half of one."""
+    cast_block(X, "e4m3fn", layout="both", power_of_two=True)
+    (kernel,) = compiled()
+    assert spills(kernel, tmp_path) == 0
+    assert registers(tmp_path) <= 128
 
 
 ODD = torch.empty(1001, 512, dtype=torch.bfloat16)

@@ -9,6 +9,8 @@ import torch
 from product_checks import E4, E5, check, random_codes
 from torch import Tensor
 
+from fp8fx.errors import FP8Warning
+from fp8fx.ops import cuda_blocks
 from fp8fx.ops.cuda_blocks import by_columns, by_torch
 from fp8fx.ops.scaled_mm import ScaledMM
 
@@ -29,6 +31,7 @@ def test_scales_by_columns(shape: tuple[int, int]) -> None:
         made = by_columns(scale)
         assert torch.equal(made, scale)
         assert made.mT.is_contiguous()
+        assert made.stride() == (1, shape[0])
         assert by_columns(made).data_ptr() == made.data_ptr(), "what lies right is not copied"
 
 
@@ -36,13 +39,47 @@ def test_not_on_the_cpu() -> None:
     assert by_torch(product(128, 128, 512, SQUARE, "cpu")) is None
 
 
+@pytest.mark.parametrize(
+    ("error", "passes_on"),
+    [
+        (ValueError("scale_a strides must be (1, 256)"), False),
+        (RuntimeError("CUDA error: CUBLAS_STATUS_NOT_SUPPORTED when calling `cublasLtMatmulAlgoGetHeuristic`"), False),
+        (RuntimeError("CUDA error: an illegal memory access was encountered"), True),
+        (torch.OutOfMemoryError("CUDA out of memory"), True),
+    ],
+    ids=str,
+)
+def test_a_refusal_is_met_once(error: Exception, passes_on: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The caller's own kernel runs then; what is no refusal is not hidden."""
+    calls = []
+
+    def refuse(*args: Any) -> Tensor:
+        calls.append(args)
+        raise error
+
+    monkeypatch.setattr(cuda_blocks, "_fits", lambda mm: True)
+    monkeypatch.setattr(cuda_blocks, "_product", refuse)
+    monkeypatch.setattr(cuda_blocks, "_REFUSED", set())
+    mm = product(128, 128, 512, SQUARE, "cpu")
+    if passes_on:
+        with pytest.raises(type(error)):
+            by_torch(mm)
+        return
+    with pytest.warns(FP8Warning, match="cuBLASLt refuses"):
+        assert by_torch(mm) is None
+    assert by_torch(mm) is None
+    assert len(calls) == 1
+
+
 @pytest.mark.gpu
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32], ids=str)
 @pytest.mark.parametrize("block_b", [SQUARE, COLUMNS], ids=str)
-@pytest.mark.parametrize("size", [(16, 128, 512), (1024, 768, 1024), (272, 384, 2048)], ids=str)
+@pytest.mark.parametrize("size", [(16, 128, 512), (1024, 768, 1024), (272, 384, 2048), (128, 144, 128)], ids=str)
 def test_within_the_bound(size: tuple[int, int, int], block_b: tuple[int, int], dtype: torch.dtype) -> None:
     if torch.cuda.get_device_capability()[0] != 9:
         pytest.skip("cuBLASLt has these products on Hopper only")
+    if block_b == SQUARE and (size[1] % 128 or size[2] % 512):
+        pytest.skip("squares are whole, and four along K")
     mm = product(*size, block_b, "cuda", dtype=dtype)
     for scale_a in (mm.scale_a, by_columns(mm.scale_a)):  # type: ignore[arg-type]
         y = by_torch(mm._replace(scale_a=scale_a))
