@@ -164,7 +164,7 @@ def test_own_products_of_another_table(monkeypatch: pytest.MonkeyPatch) -> None:
     """Where torch's precise product takes half as long, ours is expected to; nothing else changes."""
     monkeypatch.syspath_prepend(str(BENCHMARKS))
     measure_costs = importlib.import_module("measure_costs")
-    columns, (own, block) = measure_costs.COLUMNS, map(measure_costs.COLUMNS.index, measure_costs.OWN)
+    columns, (own, block) = measure_costs.COLUMNS, map(measure_costs.COLUMNS.index, measure_costs.CHANGED)
     times = [float(10 + i) for i in range(2 * len(columns))]
     casts = {kind: [[100.0, 8.0], [1000.0, 20.0]] for kind in ("rows", "row", "row_both", "block", "block_both")}
     slower = casts | {"rows": [[101.0, 16.0], [1001.0, 60.0]]}
@@ -175,7 +175,7 @@ def test_own_products_of_another_table(monkeypatch: pytest.MonkeyPatch) -> None:
     assert made["gemm"] == [[16, 32, 64, *(time / 2 for time in times)]]
     assert made["transferred"]["of"] == {"device": "other"}
     assert made["machine"] == {"device": "this"}
-    assert made["casts"] == slower | {key: [[101.0, 16.0], [1001.0, 60.0]] for key in measure_costs.OWN_CASTS}
+    assert made["casts"] == slower | {key: [[101.0, 16.0], [1001.0, 60.0]] for key in measure_costs.CHANGED_CASTS}
 
 
 def test_estimate_between_points(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -2,7 +2,7 @@
 
     python tests/benchmarks/measure_costs.py --write              about two minutes; writes fp8fx/costs/<device>.json
     python tests/benchmarks/measure_costs.py --estimate --write   the table as it follows from a few measured rates, where no GPU is
-    python tests/benchmarks/measure_costs.py --transfer h200 h100 our own products into a table that is older than their kernels
+    python tests/benchmarks/measure_costs.py --transfer h200 h100 what has become faster into a table that is older
 
 Products and casts are timed in CUDA graphs. The grid has 6 x 4 x 4 points (M, K, N) from 16 x 256 x 256 to 32768 x 16384 x 16384; at each,
 the forward product and the one that contracts the rows, in every column of fp8fx.costs.table.COLUMNS. Host times are those of
@@ -264,17 +264,17 @@ def estimated() -> dict[str, Any]:
     }
 
 
-OWN, PEER = ("own_precise", "block"), "tensor_precise"
-OWN_CASTS, PEER_CAST = ("row_both", "block", "block_both"), "rows"
+CHANGED, PEER = ("own_precise", "block"), "tensor_precise"
+CHANGED_CASTS, PEER_CAST = ("row_both", "block", "block_both"), "rows"
 
 
 def transferred(data: dict[str, Any], other: dict[str, Any]) -> dict[str, Any]:
-    """`data` with products and casts whose kernels have changed as `other`, of the same processors, has them.
+    """`data` with products and casts that have become much faster since as `other`, of the same processors, has them.
 
     In proportion to torch's precise product, and to the cast by one scale, point by point.
     """
     there = {tuple(row[:3]): row[3:] for row in other["gemm"]}
-    own, peer = ([i + j for i in (0, len(COLUMNS)) for j in map(COLUMNS.index, names)] for names in (OWN, (PEER,) * len(OWN)))
+    own, peer = ([i + j for i in (0, len(COLUMNS)) for j in map(COLUMNS.index, names)] for names in (CHANGED, (PEER,) * len(CHANGED)))
     grid = []
     for row in data["gemm"]:
         here, those = list(row[3:]), there[tuple(row[:3])]
@@ -283,8 +283,8 @@ def transferred(data: dict[str, Any], other: dict[str, Any]) -> dict[str, Any]:
         grid.append([*row[:3], *here])
     pairs = list(zip(data["casts"][PEER_CAST], other["casts"][PEER_CAST], strict=True))  # the same sizes, within a percent
     faster = {count: (size, us / theirs) for (size, us), (count, theirs) in pairs}
-    made = {kind: [[faster[count][0], round(us * faster[count][1], 3)] for count, us in other["casts"][kind]] for kind in OWN_CASTS}
-    note = {"columns": [*OWN, *OWN_CASTS], "of": other["machine"], "in proportion to": [PEER, PEER_CAST]}
+    made = {kind: [[faster[count][0], round(us * faster[count][1], 3)] for count, us in other["casts"][kind]] for kind in CHANGED_CASTS}
+    note = {"columns": [*CHANGED, *CHANGED_CASTS], "of": other["machine"], "in proportion to": [PEER, PEER_CAST]}
     return {**data, "gemm": grid, "casts": {**data["casts"], **made}, "transferred": note}
 
 
@@ -309,7 +309,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         other, data = (json.loads((FOLDER / f"{name}.json").read_text(encoding="utf-8")) for name in options.transfer)
         path = options.json or FOLDER / f"{options.transfer[1]}.json"
         path.write_text(dump(transferred(data, other)), encoding="utf-8")
-        print(f"products {', '.join(OWN)} and casts {', '.join(OWN_CASTS)} of {options.transfer[0]} written to {path}")
+        print(f"products {', '.join(CHANGED)} and casts {', '.join(CHANGED_CASTS)} of {options.transfer[0]} written to {path}")
         return 0
     device = "cuda" if torch.cuda.is_available() else "cpu"
     if options.tiny and options.write:
