@@ -1,5 +1,7 @@
 # mypy: allow-untyped-defs, allow-incomplete-defs
-"""cast_block: current scaling with one scale per block (1x128, 128x128, ...), amax, scale and codes, q and qT, in one read of x.
+"""cast_block: current scaling with one scale per block (1x128, 128x128, ...), amax, scale and codes in one read of x.
+
+q and qT are made in one read too where scales are powers of two and codes are rounded to nearest; else in one read each.
 
     amax[i, j]  = max |x| over the finite elements of block (i, j)
     scale[i, j] = current_scale(amax[i, j])

@@ -1,4 +1,4 @@
-"""Products with scales of blocks by cuBLASLt, which has two kinds of them on Hopper and is the faster one (docs/performance.md).
+"""What *lower* leaves of products with scales of blocks, by cuBLASLt, which has two kinds of them on Hopper and is the faster one.
 
     A [M, K] in blocks 1x128, B [K, N] in 128x128 (weights) or in 128x1 (the gradient of a weight): fp8fx.kernels.scaled_mm has them too
 
