@@ -37,13 +37,13 @@ from fp8fx.kernels.scale import compute_scale
 
 __all__ = ["LAYOUTS", "NEAREST", "Quantized", "Rounding", "cast", "cast_current"]
 
-# what is written -> BLOCK_M, BLOCK_K, num_warps. `counted`: both layouts and counts, which want registers; `axes`: under scales of rows or
-# columns, which every tile makes anew; `flat`: any contiguous tensor with one scale, as long rows.
+# what is written -> BLOCK_M, BLOCK_K, num_warps. `small`: both layouts with counts, or of odd rows, which want registers; `axes`: under
+# scales of rows or columns, which every tile makes anew; `flat`: any contiguous tensor with one scale, as long rows.
 _CONFIGS = {
     "rows": (64, 128, 4),
     "transposed": (64, 64, 4),
     "both": (128, 64, 4),
-    "counted": (64, 64, 4),
+    "small": (64, 64, 4),
     "axes": (64, 128, 4),
     "flat": (4, 4096, 8),
 }
@@ -155,13 +155,13 @@ def cast_current(
     return Quantized(*result.pair, parts_of[0][0], parts_of[1][0], parts_of[0][1], parts_of[1][1])
 
 
-def _written(result: Result, axes: tuple[int, int], recording: int, flat: bool) -> str:
-    """The key of _CONFIGS."""
+def _written(result: Result, axes: tuple[int, int], crowded: bool, flat: bool) -> str:
+    """The key of _CONFIGS. crowded: a tile that writes both layouts needs more registers than usual."""
     if result.t is None:
         return "flat" if flat else "rows"
     if axes[0] in (1, 2) or axes[1] in (1, 2):
         return "axes"
-    return "transposed" if result.q is None else "counted" if recording == 2 else "both"
+    return "transposed" if result.q is None else "small" if crowded else "both"
 
 
 def _launch(
@@ -183,7 +183,7 @@ def _launch(
         return
     flat = result.t is None and axes[0] in (0, 3) and bias_grad is None and x.is_contiguous()
     seen = long_rows(x) if flat else matrices(x)
-    block_m, block_k, warps = _CONFIGS[_written(result, axes, recording, flat and seen.k == 4096)]
+    block_m, block_k, warps = _CONFIGS[_written(result, axes, recording == 2 or seen.k % 4 != 0, flat and seen.k == 4096)]
     sums = None if bias_grad is None else partials(x, seen.tile_rows(block_m), seen.k)
     whole = (axes[1] if axes[0] == -1 else axes[0]) == 0  # two scales of rows are no scale with its amax
     # A pointer that the constexprs switch off is never read: any tensor stands in.

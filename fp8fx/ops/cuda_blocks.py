@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import functools
 import warnings
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -29,34 +30,41 @@ def by_torch(mm: ScaledMM) -> Tensor | None:
         return None
     assert mm.scale_a is not None
     assert mm.scale_b is not None
-    if (mm.a.device, block_b) in _REFUSED:
+    asked = (mm.a.device, block_b, *mm.a.shape, mm.b.shape[1], mm.dtype)
+    if asked in _REFUSED:
         return None
     try:
         return _product(mm, mm.scale_a, mm.scale_b)
     except (RuntimeError, ValueError) as error:
         if isinstance(error, torch.OutOfMemoryError) or ("CUDA error" in str(error) and "NOT_SUPPORTED" not in str(error)):
             raise  # the device is lost, or a launch before this one failed: not ours to hide
-        _REFUSED.add((mm.a.device, block_b))
-        warnings.warn(f"fp8fx: cuBLASLt refuses a product of blocks: {error}. The project's kernel runs them", FP8Warning, stacklevel=2)
+        _REFUSED.add(asked)
+        what = f"a product of blocks, {tuple(mm.a.shape)} by {tuple(mm.b.shape)}"
+        warnings.warn(f"fp8fx: cuBLASLt refuses {what}: {error}. The project's kernel runs it", FP8Warning, stacklevel=2)
         return None
 
 
-# Devices and blocks of B whose products cuBLASLt has refused, against what `_fits` expects: it is not asked again.
-_REFUSED: set[tuple[torch.device, tuple[int, ...]]] = set()
+# Device, blocks of B, M, K, N and dtype of products that cuBLASLt has refused, against what `_fits` expects: it is not asked again.
+_REFUSED: set[tuple[Any, ...]] = set()
 
 
 def _product(mm: ScaledMM, scale_a: Tensor, scale_b: Tensor) -> Tensor:
     kinds = torch.nn.functional.ScalingType
     square = mm.block_b[1] == _SIDE
-    kind, scale_b = (kinds.BlockWise128x128, scale_b) if square else (kinds.BlockWise1x128, scale_b.mT)
+    kind, scale_b = (kinds.BlockWise128x128, by_columns(scale_b, 4)) if square else (kinds.BlockWise1x128, by_columns(scale_b.mT))
     made: Tensor = torch.nn.functional.scaled_mm(
-        *(mm.a, mm.b, by_columns(scale_a), kinds.BlockWise1x128, by_columns(scale_b), kind), output_dtype=mm.dtype
+        *(mm.a, mm.b, by_columns(scale_a), kinds.BlockWise1x128, scale_b, kind), output_dtype=mm.dtype
     )
     return made
 
 
-def by_columns(scale: Tensor) -> Tensor:
-    """`scale` [R, C] with strides (1, R), as cuBLASLt reads scales of blocks: a copy where it lies otherwise."""
+def by_columns(scale: Tensor, whole: int = 1) -> Tensor:
+    """`scale` [R, C] with strides (1, R), as cuBLASLt reads scales of blocks: a copy where it lies otherwise.
+
+    Of the scales of squares it wants four along K, or eight, or twelve: rows of zeros are added up to a multiple of `whole`.
+    """
+    if scale.shape[0] % whole:
+        return torch.nn.functional.pad(scale.mT, (0, -scale.shape[0] % whole)).mT
     made = scale if scale.mT.is_contiguous() else scale.mT.contiguous().mT
     return made.as_strided(made.shape, (1, made.shape[0]))  # of a single column or row torch takes no other strides
 
@@ -66,9 +74,7 @@ def _fits(mm: ScaledMM) -> bool:
     if bias is not None or a.dim() != 2 or b.dim() != 2 or a.dtype != torch.float8_e4m3fn or b.dtype != a.dtype or mm.dtype not in _DTYPES:
         return False
     (m, k), n = a.shape, b.shape[1]
-    # Scales of squares are padded to four along K there, and ours are not.
-    whole = (4 * _SIDE, _SIDE) if mm.block_b[1] == _SIDE else (_SIDE, 16)
-    if not m or not n or not k or m % 16 or k % whole[0] or n % whole[1]:
+    if not m or not n or not k or m % 16 or k % _SIDE or n % (_SIDE if mm.block_b[1] == _SIDE else 16):
         return False
     if not a.is_contiguous() or not b.mT.is_contiguous() or (a.data_ptr() | b.data_ptr()) % 16:
         return False

@@ -104,7 +104,7 @@ def cases(device: str) -> dict[str, Case]:
     def stochastic(x: Tensor) -> Any:
         return cast.cast(x, "e5m2", None, layout="both", how=how)
 
-    twice, counted, turned, flat = ((cast, "_CONFIGS", key) for key in ("both", "counted", "transposed", "flat"))
+    twice, counted, turned, flat = ((cast, "_CONFIGS", key) for key in ("both", "small", "transposed", "flat"))
     weights, wide = ((14336, 4096), (4096, 4096)), ((8192, 14336),)
     return {
         "cast both, counts": Case(lambda x: both(x, counts=True), 4, BOTH, *counted, ((8192, 4096), (8192, 1024), (2048, 4096))),

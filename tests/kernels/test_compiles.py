@@ -52,6 +52,7 @@ ELEMENTWISE: dict[str, Callable[[], Any]] = {
     "cast": lambda: cast(X, "e4m3fn", ONE),
     "cast both": lambda: cast(X, "e5m2", ONE, layout="both", amax=ONE),
     "cast odd": lambda: cast(X[:101, :77], "e4m3fn", ONE, layout="both"),
+    "cast 100 columns": lambda: cast(X[:, :100], "e5m2", ONE, layout="both", amax=ONE),
     "cast stochastic": lambda: cast(X, "e5m2", ONE, layout="both", how=STOCHASTIC),
     "cast current": lambda: cast_current(X, "e4m3fn", "row", "column", "both", power_of_two=True),
     "cast rows": lambda: cast_current(torch.empty(64, 14336, dtype=torch.bfloat16), "e4m3fn", "row"),

@@ -35,6 +35,16 @@ def test_scales_by_columns(shape: tuple[int, int]) -> None:
         assert by_columns(made).data_ptr() == made.data_ptr(), "what lies right is not copied"
 
 
+def test_scales_of_squares_are_padded_along_k() -> None:
+    scale = torch.randn(5, 3)
+    made = by_columns(scale, 4)
+    assert made.shape == (8, 3)
+    assert made.stride() == (1, 8)
+    assert torch.equal(made[:5], scale)
+    assert not made[5:].any()
+    assert by_columns(scale[:4], 4).shape == (4, 3)
+
+
 def test_not_on_the_cpu() -> None:
     assert by_torch(product(128, 128, 512, SQUARE, "cpu")) is None
 
@@ -69,17 +79,22 @@ def test_a_refusal_is_met_once(error: Exception, passes_on: bool, monkeypatch: p
         assert by_torch(mm) is None
     assert by_torch(mm) is None
     assert len(calls) == 1
+    with pytest.warns(FP8Warning, match=r"\(256, 512\)"):
+        assert by_torch(product(256, 128, 512, SQUARE, "cpu")) is None
+    assert len(calls) == 2, "another size is asked for"
 
 
 @pytest.mark.gpu
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32], ids=str)
 @pytest.mark.parametrize("block_b", [SQUARE, COLUMNS], ids=str)
-@pytest.mark.parametrize("size", [(16, 128, 512), (1024, 768, 1024), (272, 384, 2048), (128, 144, 128)], ids=str)
+@pytest.mark.parametrize(
+    "size", [(16, 128, 512), (1024, 768, 1024), (272, 384, 2048), (256, 256, 640), (128, 128, 128), (128, 144, 128)], ids=str
+)
 def test_within_the_bound(size: tuple[int, int, int], block_b: tuple[int, int], dtype: torch.dtype) -> None:
     if torch.cuda.get_device_capability()[0] != 9:
         pytest.skip("cuBLASLt has these products on Hopper only")
-    if block_b == SQUARE and (size[1] % 128 or size[2] % 512):
-        pytest.skip("squares are whole, and four along K")
+    if block_b == SQUARE and size[1] % 128:
+        pytest.skip("squares are whole")
     mm = product(*size, block_b, "cuda", dtype=dtype)
     for scale_a in (mm.scale_a, by_columns(mm.scale_a)):  # type: ignore[arg-type]
         y = by_torch(mm._replace(scale_a=scale_a))
@@ -101,7 +116,7 @@ def test_what_cublaslt_does_not_take() -> None:
     others = [
         product(250, 256, 512, SQUARE, "cuda"),
         product(256, 200, 512, SQUARE, "cuda"),
-        product(256, 256, 640, SQUARE, "cuda"),  # five squares along K
+        product(256, 256, 576, SQUARE, "cuda"),  # four squares and a half along K
         product(256, 250, 512, COLUMNS, "cuda"),
         mm._replace(dtype=torch.float16),
         mm._replace(bias=torch.randn(256, device="cuda", dtype=torch.bfloat16)),
