@@ -52,6 +52,7 @@ class ScalingState:
         self.measured: set[int] = set()  # rows that this step has measured, as far as the host knows
         self.settled: set[int] = set()  # rows whose scale came from a step, a calibration or a checkpoint
         self._fmax = torch.empty(0)  # of each slot's format, for the kernel
+        self._powers: bool | Tensor = True  # whose scales are powers of two, bool [n] where they differ
         self._lock = threading.Lock()
         self._allocate(torch.device("cpu"), 0)
 
@@ -128,16 +129,18 @@ class ScalingState:
 
     def _step_by_kernel(self, order: str) -> bool:
         """One launch for all slots, in place: forwards in flight have copies of their scales. False where there is no kernel."""
-        powers = {slot.power_of_two for slot in self.slots}
-        if not self.scale.is_cuda or len(powers) != 1 or not triton_works():
+        if not self.scale.is_cuda or not triton_works():
             return False
         from fp8fx.kernels.delayed import delayed_update as update
         from fp8fx.kernels.launch import KernelCompileError
 
         if self._fmax.numel() != len(self.slots) or self._fmax.device != self.scale.device:
             self._fmax = torch.tensor([formats.get(slot.format).max for slot in self.slots], device=self.scale.device)
+            powers = [slot.power_of_two for slot in self.slots]
+            self._powers = powers[0] if len(set(powers)) == 1 else torch.tensor(powers, device=self.scale.device)
         try:
-            update(self.history, self.scale, self.amax, self._fmax, self.rule.algorithm, self.rule.margin, powers.pop(), order, UNMEASURED)
+            rule = (self.rule.algorithm, self.rule.margin, self._powers, order, UNMEASURED)
+            update(self.history, self.scale, self.amax, self._fmax, *rule)
         except KernelCompileError as error:
             warnings.warn(f"fp8fx: {error}", FP8Warning, stacklevel=2)
             return False

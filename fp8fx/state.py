@@ -32,7 +32,11 @@ class Stream:
 
     def tensor(self, device: torch.device) -> Tensor:
         """int64 [seed, step, call] of the current call. The upper 12 bits of the call's 32 are the process."""
-        return torch.tensor([self.seed, self.step, self.call + (self.process << 20)], dtype=torch.int64, device=device)
+        values = [self.seed, self.step, self.call + (self.process << 20)]
+        if device.type != "cuda":
+            return torch.tensor(values, dtype=torch.int64, device=device)
+        # From pageable memory the host would wait for the GPU.
+        return torch.tensor(values, dtype=torch.int64, device="cpu", pin_memory=True).to(device, non_blocking=True)
 
 
 class WeightCache:

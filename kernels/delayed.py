@@ -34,11 +34,12 @@ def _delayed_update_kernel(
     scale_ptr,
     amax_ptr,
     fmax_ptr,
+    powers_ptr,
     length,
     margin,
     reset_to,
     MOST_RECENT: tl.constexpr,
-    POWER_OF_TWO: tl.constexpr,
+    POWER_OF_TWO: tl.constexpr,  # 0 no scale is one, 1 all are, 2 powers_ptr says of each slot
     HISTORY_FIRST: tl.constexpr,
     RESET: tl.constexpr,
     BLOCK: tl.constexpr,
@@ -69,13 +70,13 @@ def _delayed_update_kernel(
             largest = tl.maximum(largest, new.to(tl.int32, bitcast=True))
     usable = (largest > 0) & (largest < _INF_BITS)
     quotient = divide(tl.load(fmax_ptr + slot), tl.where(usable, largest, 0x3F800000).to(tl.float32, bitcast=True))
-    if POWER_OF_TWO:
-        exponent = (quotient.to(tl.int32, bitcast=True) >> 23) - margin
-        exponent = tl.minimum(tl.maximum(exponent, 1), 253)
-        scale = ((254 - exponent) << 23).to(tl.float32, bitcast=True)
-    else:
+    exponent = (quotient.to(tl.int32, bitcast=True) >> 23) - margin
+    exponent = tl.minimum(tl.maximum(exponent, 1), 253)
+    scale = ((254 - exponent) << 23).to(tl.float32, bitcast=True)
+    if POWER_OF_TWO != 1:
         factor = ((127 - margin) << 23).to(tl.float32, bitcast=True)  # 2^-margin
-        scale = inverse(tl.minimum(tl.maximum(quotient * factor, _SMALLEST), _LARGEST))
+        exact = inverse(tl.minimum(tl.maximum(quotient * factor, _SMALLEST), _LARGEST))
+        scale = tl.where(tl.load(powers_ptr + slot), scale, exact) if POWER_OF_TWO == 2 else exact
     tl.store(scale_ptr + slot, scale, mask=usable & measured)
 
 
@@ -86,14 +87,14 @@ def delayed_update(
     fmax: Tensor,
     algorithm: str = "max",
     margin: int = 0,
-    power_of_two: bool = True,
+    power_of_two: bool | Tensor = True,
     order: str = "scale_first",
     reset_to: float | None = None,
 ) -> None:
     """Update `history` [n, H] and `scale` [n] in place from `amax` [n]; `fmax` [n] holds the largest finite value of each slot's format.
 
-    All float32 and contiguous. reset_to: also set `amax` to that. Raises KernelError for an unknown algorithm or order, and for
-    a margin outside [-126, 126].
+    All float32 and contiguous. power_of_two: of all slots, or bool [n]. reset_to: also set `amax` to that. Raises KernelError for an
+    unknown algorithm or order, and for a margin outside [-126, 126].
     """
     if algorithm not in ("max", "most_recent") or order not in ("scale_first", "history_first") or not -126 <= margin <= 126:
         raise KernelError(f"delayed_update: no such rule: algorithm {algorithm!r}, order {order!r}, margin {margin}")
@@ -101,15 +102,18 @@ def delayed_update(
     tensors = (history, scale, amax, fmax)
     if any(t.dtype != torch.float32 or not t.is_contiguous() for t in tensors) or any(t.shape != (n,) for t in tensors[1:]):
         raise KernelError(f"delayed_update: expected contiguous float32 [n, H] and three [n], got {[(t.dtype, *t.shape) for t in tensors]}")
+    each = isinstance(power_of_two, Tensor)
+    if isinstance(power_of_two, Tensor) and (power_of_two.dtype != torch.bool or power_of_two.shape != (n,)):
+        raise KernelError(f"delayed_update: power_of_two is a bool or bool [{n}], got {power_of_two.dtype} {tuple(power_of_two.shape)}")
     if n == 0:
         return
     block = ceil_power_of_two(length)
     options = {
         "MOST_RECENT": algorithm == "most_recent",
-        "POWER_OF_TWO": power_of_two,
+        "POWER_OF_TWO": 2 if each else int(power_of_two),
         "HISTORY_FIRST": order == "history_first",
         "RESET": reset_to is not None,
         "BLOCK": block,
     }
-    args = (*tensors, length, margin, -1.0 if reset_to is None else float(reset_to))
+    args = (*tensors, power_of_two if each else fmax, length, margin, -1.0 if reset_to is None else float(reset_to))
     launch(_delayed_update_kernel, (n,), args, options, num_warps=max(1, min(8, block // 256)))

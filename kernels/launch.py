@@ -12,7 +12,10 @@ A kernel that does not compile is a KernelError that names it; the operators fal
 from __future__ import annotations
 
 import contextlib
+import functools
+import inspect
 import threading
+import warnings
 from collections.abc import Iterator, Mapping
 from typing import Any, NamedTuple
 
@@ -20,7 +23,7 @@ import torch
 import triton
 from torch import Tensor
 
-from fp8fx.errors import KernelError
+from fp8fx.errors import FP8Warning, KernelError
 from fp8fx.kernels.interpret import INTERPRET
 
 # key -> the compiled kernel with the values of its compile-time parameters, which its launcher skips.
@@ -115,13 +118,14 @@ def recorded() -> Iterator[list[Launch]]:
 def _key(kernel: Any, args: tuple[Any, ...], constexprs: Mapping[str, Any], options: Mapping[str, int]) -> tuple[tuple[Any, ...], int]:
     """What chooses the compiled form, and the index of the device."""
     specialized = _SPECIALIZED.get(id(kernel)) or _describe(kernel, len(args))
-    device = -1
+    device: int | None = None
     classes: list[Any] = []
     for value, special in zip(args, specialized, strict=True):
         if isinstance(value, Tensor):
-            if device == -1:
-                device = value.get_device()
-            elif value.get_device() != device:
+            there = value.get_device()  # -1 on a CPU
+            if device is None:
+                device = there
+            elif there != device:
                 raise _devices(kernel, args)
             classes.append((value.dtype, not special or value.data_ptr() & 15 == 0))
         elif isinstance(value, int):
@@ -130,8 +134,13 @@ def _key(kernel: Any, args: tuple[Any, ...], constexprs: Mapping[str, Any], opti
         elif isinstance(value, float):
             classes.append(float)
         else:  # a tensor descriptor
-            device = value.base.get_device() if device == -1 else device
+            there = value.base.get_device()
+            if device is None:
+                device = there
+            elif there != device:
+                raise _devices(kernel, args)
             classes.append((value.base.dtype, tuple(value.block_shape)))
+    device = -1 if device is None else device
     return (id(kernel), device, *options.values(), len(options), *constexprs.values(), *classes), device
 
 
@@ -142,7 +151,8 @@ def _describe(kernel: Any, count: int) -> tuple[bool, ...]:
 
 
 def _devices(kernel: Any, args: tuple[Any, ...]) -> KernelError:
-    where = sorted({str(value.device) for value in args if isinstance(value, Tensor)})
+    tensors = (value if isinstance(value, Tensor) else getattr(value, "base", None) for value in args)
+    where = sorted({str(value.device) for value in tensors if isinstance(value, Tensor)})
     return KernelError(
         f"{kernel.__name__}: its tensors are on {' and '.join(where)}. Move the model and its inputs to one device (model.to(...), "
         "x.to(...)): FP8 kernels run on one GPU at a time"
@@ -171,10 +181,34 @@ def _first(
             raise
         _FAILED[key] = _failed(kernel, error)
         raise KernelCompileError(_FAILED[key]) from error
-    if compiled is None:
+    if compiled is None or not _launches_directly(compiled):
         return None
     _COMPILED[key] = (compiled, tuple(constexprs[name] for name in kernel.arg_names[len(args) :]))
     return _COMPILED[key]
+
+
+def _launches_directly(compiled: Any) -> bool:
+    """Triton's launcher takes what `launch` gives it: so in 3.6, and with four of the arguments named in 3.7 and 3.8. No part of Triton's
+    interface: where it has changed, kernels are launched by Triton, and nothing is taped."""
+    try:
+        *first, rest = inspect.signature(compiled.run).parameters.values()
+        known = rest.kind is rest.VAR_POSITIONAL and len(first) in (5, 9) and first[4].name == "function"
+        known = known and hasattr(compiled, "function") and hasattr(compiled, "packed_metadata")
+    except (AttributeError, TypeError, ValueError):
+        known = False
+    if not known:
+        _warn_of_another_triton()
+    return known
+
+
+@functools.cache
+def _warn_of_another_triton() -> None:
+    warnings.warn(
+        f"fp8fx: Triton {triton.__version__} launches kernels otherwise than the versions that are known here (3.6 to 3.8): its own launch "
+        "is used, which takes the host some 50 us a kernel. constraints.txt has a version that is known to work",
+        FP8Warning,
+        stacklevel=2,
+    )
 
 
 def _failed(kernel: Any, error: Exception) -> str:

@@ -30,7 +30,8 @@ class Layer:
     """One linear layer: X [m, k] by W [n, k].
 
     scaling, granularity: of its input, in the recipe's words (a block as (rows, columns)). accumulate: of the three GEMMs.
-    shared: how many layers read the same quantized X, which is then cast once for all of them.
+    shared: how many layers read the same quantized X, which is then cast once for all of them. dtype: of the product; x_dtype, w_dtype: of
+    its operands, where autocast is to cast them to `dtype`.
     """
 
     m: int
@@ -42,6 +43,12 @@ class Layer:
     dtype: torch.dtype = torch.bfloat16
     accumulate: tuple[str, str, str] = FAST_FORWARD
     shared: int = 1
+    x_dtype: torch.dtype | None = None
+    w_dtype: torch.dtype | None = None
+
+    def bytes(self, dtype: torch.dtype | None) -> float:
+        """Of an element, over those of bf16, which the table's casts read: casts move bytes."""
+        return (dtype or self.dtype).itemsize / 2
 
 
 @dataclass(frozen=True)
@@ -111,24 +118,35 @@ def choose(layers: Sequence[Layer], table: Table | None = None, least: float = 1
 def _gpu_bf16(layer: Layer, table: Table) -> float:
     m, k, n = layer.m, layer.k, layer.n
     if layer.dtype not in (torch.bfloat16, torch.float16):
-        rate = table.rates["tf32" if layer.dtype == torch.float32 and torch.backends.cuda.matmul.allow_tf32 else "float32"]
-        return (3 if layer.training else 1) * 2e-6 * m * k * n / rate
+        rate = table.rates["tf32" if layer.dtype == torch.float32 and _tf32() else "float32"]
+        flops = 2e-6 * m * k * n
+        times = [table.forward(m, k, n, "bf16"), table.forward(m, n, k, "bf16"), table.weight(m, k, n, "bf16")]
+        return sum(max(us, flops / rate) for us in times[: 3 if layer.training else 1])  # latency and memory bound it too
     forward = table.forward(m, k, n, "bf16")
+    if layer.w_dtype is not None and layer.w_dtype != layer.dtype:  # autocast's own cast, kept from forward for backward
+        forward += layer.bytes(layer.w_dtype) * table.cast("rows", n * k)
     return forward + table.forward(m, n, k, "bf16") + table.weight(m, k, n, "bf16") if layer.training else forward
+
+
+def _tf32() -> bool:
+    """float32 products run in TF32. torch raises where its newer switch is read by the older name after it was set."""
+    matmul = torch.backends.cuda.matmul
+    return str(matmul.fp32_precision) == "tf32" if hasattr(matmul, "fp32_precision") else bool(matmul.allow_tf32)
 
 
 def _gpu_fp8(layer: Layer, table: Table) -> float:
     m, k, n = layer.m, layer.k, layer.n
     kind = _kind(layer)
-    wide = layer.dtype.itemsize / 2  # casts move bytes; a float32 tensor has twice those of bf16
+    of_x_bytes, of_w_bytes, of_dy_bytes = (layer.bytes(dtype) for dtype in (layer.x_dtype, layer.w_dtype, None))
     output, grad_input, grad_weight = (_column(layer, accumulate) for accumulate in layer.accumulate)
     gemms = table.forward(m, k, n, _whose(output, m, n, k))
     if not layer.training:
-        return gemms + wide * table.cast(_INFERENCE[kind], m * k) / layer.shared
+        return gemms + of_x_bytes * table.cast(_INFERENCE[kind], m * k) / layer.shared
     gemms += table.forward(m, n, k, _whose(grad_input, m, k, n)) + table.weight(m, k, n, _whose(grad_weight, n, k, m))
     of_x, of_w, of_w_again, of_dy = _TRAINING[kind]
-    casts = table.cast(of_x, m * k) / layer.shared + table.cast(of_w, n * k) + table.cast(of_w_again, n * k) + table.cast(of_dy, m * n)
-    return gemms + wide * casts
+    weights = table.cast(of_w, n * k) + table.cast(of_w_again, n * k)
+    inputs, gradients = table.cast(of_x, m * k) / layer.shared, table.cast(of_dy, m * n)
+    return gemms + of_x_bytes * inputs + of_w_bytes * weights + of_dy_bytes * gradients
 
 
 def _kind(layer: Layer) -> str:

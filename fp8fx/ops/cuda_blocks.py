@@ -25,12 +25,11 @@ _DTYPES = (torch.bfloat16, torch.float32)
 
 def by_torch(mm: ScaledMM) -> Tensor | None:
     """The product, or None where cuBLASLt does not take it as it lies."""
-    block_b = tuple(mm.block_b)
-    if tuple(mm.block_a) != _BY_ROWS or block_b not in (_SQUARE, _BY_COLUMNS) or not _fits(mm):
+    if not _fits(mm):
         return None
     assert mm.scale_a is not None
     assert mm.scale_b is not None
-    asked = (mm.a.device, block_b, *mm.a.shape, mm.b.shape[1], mm.dtype)
+    asked = (mm.a.device, tuple(mm.block_b), *mm.a.shape, mm.b.shape[1], mm.dtype)
     if asked in _REFUSED:
         return None
     try:
@@ -70,15 +69,21 @@ def by_columns(scale: Tensor, whole: int = 1) -> Tensor:
 
 
 def _fits(mm: ScaledMM) -> bool:
+    return lies_right(mm) and mm.a.is_cuda and _available(mm.a.device)
+
+
+def lies_right(mm: ScaledMM) -> bool:
+    """Blocks, sizes, types and layout are ones that cuBLASLt takes."""
     a, b, bias = mm.a, mm.b, mm.bias
+    if tuple(mm.block_a) != _BY_ROWS or tuple(mm.block_b) not in (_SQUARE, _BY_COLUMNS):
+        return False
     if bias is not None or a.dim() != 2 or b.dim() != 2 or a.dtype != torch.float8_e4m3fn or b.dtype != a.dtype or mm.dtype not in _DTYPES:
         return False
     (m, k), n = a.shape, b.shape[1]
     if not m or not n or not k or m % 16 or k % _SIDE or n % (_SIDE if mm.block_b[1] == _SIDE else 16):
         return False
-    if not a.is_contiguous() or not b.mT.is_contiguous() or (a.data_ptr() | b.data_ptr()) % 16:
-        return False
-    return a.is_cuda and _available(a.device)
+    aligned = a.is_meta or (a.data_ptr() | b.data_ptr()) % 16 == 0
+    return a.is_contiguous() and b.mT.is_contiguous() and aligned
 
 
 @functools.cache

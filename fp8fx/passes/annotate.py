@@ -28,7 +28,7 @@ from fp8fx.capture.naming import weight_source
 from fp8fx.capture.sites import CONVOLUTIONS, SiteCall, read_site, unsupported
 from fp8fx.passes.contract import DECISION, Context, PassResult, SiteDecision, Skip
 from fp8fx.passes.kept import NO_ACTIVATION, Activation, activation_after
-from fp8fx.passes.profit import without_gain
+from fp8fx.passes.profit import profit
 from fp8fx.recipe import Decision, Site
 from fp8fx.spec import ROLES, SiteSpec, TensorSpec
 
@@ -53,8 +53,11 @@ def annotate(module: fx.GraphModule, context: Context) -> PassResult:
     modified = False
     decisions = [_decide(*each, context) for each in zip(nodes, calls, sites, resolution.decisions, strict=True)]
     keep = [wanted.when_not_faster == "emulate" for wanted in resolution.decisions]
-    for i, reason in without_gain(decisions, calls, keep, context).items():
+    found = profit(decisions, calls, keep, context)
+    for i, reason in found.left.items():
         decisions[i] = SiteDecision(sites[i].name, sites[i].op, "high_precision", reason)
+    for i, note in found.notes.items():
+        decisions[i] = dataclasses.replace(decisions[i], reason=f"{decisions[i].reason}; {note}")
     kept = _keeping(nodes, decisions)
     for node, made in zip(nodes, decisions, strict=True):
         modified |= node.meta.get(DECISION) != made

@@ -30,17 +30,19 @@ def state(length: int) -> tuple[torch.Tensor, ...]:
 
 @pytest.mark.parametrize("algorithm", ["max", "most_recent"])
 @pytest.mark.parametrize("order", ["scale_first", "history_first"])
-@pytest.mark.parametrize("power_of_two", [True, False])
-def test_equals_the_reference(device: str, algorithm: str, order: str, power_of_two: bool) -> None:
+@pytest.mark.parametrize("power_of_two", [True, False, None], ids=["powers", "quotients", "both"])
+def test_equals_the_reference(device: str, algorithm: str, order: str, power_of_two: bool | None) -> None:
     for length, margin in itertools.product((1, 2, 1000), (0, 3 if power_of_two else -2)):
         history, scale, amax = state(length)
         names = [("e4m3fn", "e5m2")[i % 2] for i in range(len(amax))]
         fmax = torch.tensor([FMAX[name] for name in names])
         moved = [t.to(device, copy=True) for t in (history, scale, amax)]
-        delayed_update(moved[0], moved[1], moved[2], fmax.to(device), algorithm, margin, power_of_two, order, reset_to=-1.0)
+        powers = torch.tensor([i % 3 == 0 if power_of_two is None else power_of_two for i in range(len(amax))])
+        given = powers.to(device) if power_of_two is None else power_of_two
+        delayed_update(moved[0], moved[1], moved[2], fmax.to(device), algorithm, margin, given, order, reset_to=-1.0)
         expected = [
-            numerics.delayed_update(h, s, a, name, algorithm, margin, power_of_two, order)
-            for h, s, a, name in zip(history, scale, amax, names, strict=True)
+            numerics.delayed_update(h, s, a, name, algorithm, margin, bool(power), order)
+            for h, s, a, name, power in zip(history, scale, amax, names, powers, strict=True)
         ]
         for actual, wanted in ((moved[0], torch.stack([e[0] for e in expected])), (moved[1], torch.stack([e[1] for e in expected]))):
             torch.testing.assert_close(actual.cpu(), wanted, rtol=0, atol=0, equal_nan=True)

@@ -5,19 +5,24 @@ Nor does a Triton that is broken, or a GPU without FP8, stop anything: what woul
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import sys
 from collections.abc import Iterator
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
 import torch
 
 pytest.importorskip("triton")
+from triton.tools.tensor_descriptor import TensorDescriptor
+
 import fp8fx
 from fp8fx import FP8Warning, KernelError, pipeline
 from fp8fx.clone import runtime_of
 from fp8fx.compile import _compiled
+from fp8fx.kernels import launch
 from fp8fx.kernels.launch import KernelCompileError
 from fp8fx.ops import available
 from fp8fx.ops.available import no_kernels, triton_works
@@ -112,6 +117,80 @@ def test_a_gpu_without_fp8_is_asked_by_its_own_capability() -> None:
         decisions, skips = on_gpu("hybrid", **new)
         assert all(made.startswith("fp8") for made in decisions)
         assert skips == []
+
+
+class OnGPU(torch.Tensor):
+    """A CPU tensor that says it lies on the device with this index; -1 is the CPU."""
+
+    index = 0
+
+    def get_device(self) -> int:
+        return self.index
+
+
+def lying(index: int) -> torch.Tensor:
+    made = torch.zeros(16, 16).as_subclass(OnGPU)
+    made.index = index
+    return made
+
+
+class Kernel:
+    """Stands for a kernel that Triton launches, and for what it compiles to."""
+
+    __name__, function, packed_metadata = "a_kernel", None, None
+    arg_names, params = ("a", "b", "c"), [SimpleNamespace(do_not_specialize=False, do_not_specialize_on_alignment=False)] * 3
+
+    def __init__(self, run: Any) -> None:
+        self.run, self.launches = run, 0
+
+    def __getitem__(self, grid: Any) -> Any:
+        def launched(*args: Any, **kwargs: Any) -> Kernel:
+            self.launches += 1
+            return self
+
+        return launched
+
+
+@pytest.mark.parametrize("places", [(-1, 0, 0), (0, -1, 0), (0, 1, 0)], ids=str)
+@pytest.mark.parametrize("described", [False, True])
+def test_tensors_on_several_devices(places: tuple[int, ...], described: bool) -> None:
+    """Wherever the stray one stands, and if it is only in a descriptor. Nothing is remembered of the call."""
+    args = [lying(index) for index in places]
+    if described:
+        args = [TensorDescriptor(args[0], [16, 16], [16, 1], [16, 16]), TensorDescriptor(args[1], [16, 16], [16, 1], [16, 16]), args[2]]
+    kernel = Kernel(None)
+    with pytest.raises(KernelError, match=r"a_kernel: its tensors are on .* Move the model and its inputs to one device"):
+        launch.launch(kernel, (1,), tuple(args), {})
+    assert kernel.launches == 0
+
+
+def known(gridX: int, gridY: int, gridZ: int, stream: int, function: Any, *args: Any) -> None:
+    RUN.append(args)
+
+
+def other(grid: tuple[int, ...], stream: int, arguments: Any) -> None:
+    raise AssertionError("not the call that it takes")
+
+
+RUN: list[Any] = []
+
+
+@pytest.mark.parametrize("run", [known, other])
+def test_a_triton_that_launches_otherwise_launches_by_itself(run: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch._C, "_cuda_getDevice", lambda: 0, raising=False)
+    monkeypatch.setattr(torch._C, "_cuda_getCurrentRawStream", lambda device: 0, raising=False)
+    for name in ("_COMPILED", "_SPECIALIZED", "_FAILED"):
+        monkeypatch.setattr(launch, name, {})
+    launch._warn_of_another_triton.cache_clear()
+    RUN.clear()
+    kernel, args = Kernel(run), tuple(lying(0) for _ in range(3))
+    expected = pytest.warns(FP8Warning, match="its own launch is used") if run is other else contextlib.nullcontext()
+    with expected, launch.recorded() as launches:
+        for _ in range(3):
+            launch.launch(kernel, (1,), args, {})
+    assert kernel.launches == (3 if run is other else 1)
+    assert len(launches) == (0 if run is other else 3), "a tape would call it otherwise"
+    assert len(RUN) == (0 if run is other else 2)
 
 
 def test_without_triton(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -3,14 +3,17 @@
 from __future__ import annotations
 
 import dataclasses
+import re
 from typing import Any
 
 import pytest
 import torch
 from passes.models import together
+from torch import Tensor, nn
 
 import fp8fx
 from fp8fx import pipeline
+from fp8fx.compile import _compiled
 from fp8fx.options import Options
 from fp8fx.passes.contract import SiteDecision, decision
 
@@ -44,11 +47,106 @@ def test_emulate_keeps_fp8_on_a_gpu() -> None:
     decisions = on_gpu({"extends": "hybrid", "defaults": {"when_not_faster": "emulate"}})
     assert "fp8" in {made.mode for made in decisions}
     assert not any("cost model" in made.reason for made in decisions)
+    assert all(
+        re.search(r"by (cuBLASLt|fp8fx's kernels)$", made.reason) for made in decisions if made.op == "linear" and made.mode == "fp8"
+    )
 
 
 def test_formats_that_only_an_emulation_has_are_kept_on_a_gpu() -> None:
     decisions = on_gpu({"extends": "hybrid", "defaults": {"input": {"format": "e3m4ieee"}}})
-    assert "fp8" in {made.mode for made in decisions}
+    kept = [made for made in decisions if made.mode == "fp8"]
+    assert kept
+    assert all("; emulated: kernels have e4m3fn and e5m2" in made.reason for made in kept if made.op == "linear")
+
+
+def decided(model: nn.Module, *batches: Tensor, recipe: str = "hybrid", autocast: bool = False, **gpu: Any) -> list[list[SiteDecision]]:
+    """What each graph would decide on an H200; a batch of a new size makes a graph."""
+    torch._dynamo.reset()  # what another test captured would make sizes symbols
+    fast = fp8fx.clone.runtime_of(compiled := _compiled(model, fp8fx.Recipe.load(recipe), Options(plan_only=True)))
+    with torch.autocast("cpu", torch.bfloat16, enabled=autocast):
+        for x in batches:
+            compiled(x)
+    there = {"device": "cuda", "device_name": "NVIDIA H200", "capability": (9, 0), **gpu}
+    contexts = [dataclasses.replace(record.context, **there) for record in fast.graphs]
+    runs = [pipeline.run(record.captured, context, "annotate") for record, context in zip(fast.graphs, contexts, strict=True)]
+    return [[site.decision for site in run.annotated] for run in runs]
+
+
+def layers(width: int, hidden: int, device: str = "cpu", dtype: torch.dtype = torch.bfloat16) -> nn.Module:
+    return nn.Sequential(nn.Linear(width, hidden, device=device), nn.ReLU(), nn.Linear(hidden, width, device=device)).to(dtype)
+
+
+def test_a_convolution_says_that_it_is_emulated() -> None:
+    model = nn.Sequential(nn.Conv2d(64, 128, 3), nn.ReLU(), nn.Flatten(), nn.Linear(128 * 36, 10))
+    ((conv, _),) = decided(model, torch.randn(8, 64, 8, 8))
+    assert (conv.mode, conv.reason) == ("fp8", "defaults (hybrid); emulated: convolutions have no FP8 kernel yet")
+
+
+def test_sizes_that_change_are_judged_at_those_that_were_seen() -> None:
+    first, second = decided(layers(256, 256), *(torch.randn(rows, 256).bfloat16() for rows in (16, 24)))
+    assert [made.mode for made in first + second] == ["high_precision"] * 4
+    first, second = decided(layers(4096, 4096, "meta"), *(torch.empty(m, 4096, device="meta").bfloat16() for m in (8192, 16384)))
+    assert [made.mode for made in first + second] == ["fp8"] * 4
+
+
+@pytest.mark.parametrize("cuda_graphs", [False, True])
+def test_under_autocast_the_product_is_judged_in_its_own_dtype(cuda_graphs: bool) -> None:
+    (made,) = decided(layers(1024, 4096, dtype=torch.float32), torch.randn(1024, 1024), autocast=True, cuda_graphs=cuda_graphs)
+    assert [each.mode for each in made] == ["high_precision"] * 2
+    assert all("FP8 does not pay here: 0." in each.reason for each in made)
+
+
+def test_launches_are_named_where_they_decide() -> None:
+    meta = {"device": "meta", "dtype": torch.bfloat16}
+    (made,) = decided(layers(4096, 4096, "meta"), torch.empty(2048, 4096, **meta))
+    assert [each.mode for each in made] == ["high_precision"] * 2
+    assert all(
+        "1." in each.reason and 'launches take the host longer than that saves: inner_mode="reduce-overhead"' in each.reason
+        for each in made
+    )
+    (made,) = decided(layers(4096, 4096, "meta"), torch.empty(2048, 4096, **meta), cuda_graphs=True)
+    assert [each.mode for each in made] == ["fp8"] * 2
+
+
+@pytest.mark.parametrize("where", [torch.backends, torch.backends.cuda.matmul], ids=["backends", "matmul"])
+def test_the_newer_switch_of_tf32(where: Any) -> None:
+    """torch raises where the older one is read after it."""
+    if not hasattr(where, "fp32_precision"):
+        pytest.skip("this torch has no such switch")
+    model, x, gains = layers(8192, 8192, "meta", torch.float32), torch.empty(8192, 8192, device="meta"), list[float]()
+    matmul = torch.backends.cuda.matmul
+    before, of_matmul = where.fp32_precision, matmul.fp32_precision
+    try:
+        for precision in ("ieee", "tf32"):
+            matmul.fp32_precision = "none"  # Dynamo leaves there what the general one was
+            where.fp32_precision = precision
+            ((made, _),) = decided(model, x, cuda_graphs=True)
+            gains.append(float(re.findall(r"([\d.]+) times as fast", made.reason)[0]))
+    finally:
+        where.fp32_precision, matmul.fp32_precision = before, of_matmul
+    assert gains[1] < gains[0] / 2, "over TF32 FP8 gains less than over float32"
+
+
+@pytest.mark.parametrize(
+    ("recipe", "size", "wanted"),
+    [
+        ("hybrid", (8192, 4096), "products by cuBLASLt"),
+        ("delayed", (8192, 4096), "products by cuBLASLt"),
+        ("rowwise", (8192, 4096), "products by cuBLASLt"),
+        ("blockwise", (8192, 4096), "products by cuBLASLt"),
+        ("blockwise", (8190, 4096), "products by fp8fx's kernels"),
+        ("direct", (8192, 4096), "products by fp8fx's kernels"),
+        ("hybrid", (8190, 4096), "output and grad_input by cuBLASLt, grad_weight by fp8fx's kernels"),
+        ("hybrid", (8192, 4100), "products by fp8fx's kernels"),
+    ],
+    ids=str,
+)
+def test_the_plan_says_whose_products_run(recipe: str, size: tuple[int, int], wanted: str) -> None:
+    m, k = size
+    model = nn.Linear(k, k, bias=False, device="meta", dtype=torch.bfloat16)
+    ((made,),) = decided(model, torch.empty(m, k, device="meta", dtype=torch.bfloat16), recipe=recipe, cuda_graphs=True)
+    assert made.mode == "fp8"
+    assert made.reason.endswith(f"by the cost model; {wanted}"), made.reason
 
 
 def test_the_cost_model_decides_for_the_whole_graph(monkeypatch: pytest.MonkeyPatch) -> None:
