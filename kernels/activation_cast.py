@@ -13,6 +13,8 @@ scaling), or made from an amax that `activation_amax` measured (current scaling)
 h and u can be kept for the backward in FP8 (`Kept`): forward writes their codes beside q and qT, and backward reads those. The two results
 of a gated backward can be written by two launches, so that u is free before the second: `only` dh, and then du as the forward's
 act(h) * dy, to the bit.
+
+Reference: torch's activation and `fp8fx.numerics.quantize_scaled`; of the backward, `fp8fx.ops.act_gradients`.
 """
 
 from __future__ import annotations

@@ -5,7 +5,8 @@
     backward   dh = dy * act'(h)     or dy * u * act'(h);      du = dy * act(h)
 
 Each intermediate is rounded to h's dtype where the unfused operators round it. h and u may be `Kept` instead: e4m3fn codes with a power of
-two per row of 128 columns. The dtype is that of the others then.
+two per row of 128 columns. The dtype is that of the others then. Reference: torch's activations and
+their gradients, `fp8fx.ops.act`; exponentials differ in their last bit.
 """
 
 from __future__ import annotations

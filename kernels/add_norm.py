@@ -6,7 +6,7 @@
 
 Under a given scale, one program adds a slab of 16 rows, gathering their statistics chunk by chunk (Chan's rule merges mean and squared
 distances), and walks over it again, out of the L2 cache, to cast it. Under current scaling the amax of the whole is wanted before the
-first code: then `norm_statistics` adds, and `norm_cast`'s kernel casts.
+first code: then `norm_statistics` adds, and `norm_cast`'s kernel casts. Reference: `fp8fx.ops.norms.norm_cast_reference`.
 """
 
 from __future__ import annotations

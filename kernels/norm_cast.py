@@ -8,6 +8,8 @@
 Two kernels: the statistics of each row, which backward wants anyway, then tiles in both layouts (see `quarters`); the second read of
 x comes out of the L2 cache where x fits it. Scales are given (delayed scaling), or made from the amax of y that the first kernel
 finds on the way (current scaling), or there is none. `add_norm_cast` also adds a residual to x.
+
+Reference: `fp8fx.ops.norms.norm_cast_reference`; the order of the sums differs.
 """
 
 from __future__ import annotations

@@ -7,7 +7,7 @@
     parts: partial amaxes of y, the norm's output  the first pass of current scaling (see `amax_parts`)
 
 A program holds a row at a time, in chunks of BLOCK columns if it is longer. Programs walk from the last row to the first, so that the
-kernel which casts finds the first rows in the L2 cache.
+kernel which casts finds the first rows in the L2 cache. Reference: `fp8fx.ops.norms.norm_cast_reference`; the order of the sums differs.
 """
 
 from __future__ import annotations

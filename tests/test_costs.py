@@ -90,7 +90,7 @@ def test_speedup_by_hand() -> None:
 )
 def test_each_gemm_reads_its_column(scaling: str, granularity: Any, accumulate: Any, columns: tuple[str, ...]) -> None:
     table = table_of(lambda m, k, n, column: 10.0 ** COLUMNS.index(column), cast=1e-9)
-    layer = costs.Layer(16, 256, 256, scaling=scaling, granularity=granularity, accumulate=accumulate)
+    layer = costs.Layer(32, 256, 256, scaling=scaling, granularity=granularity, accumulate=accumulate)
     assert costs.cost(layer, table).gpu_fp8 == pytest.approx(sum(10.0 ** COLUMNS.index(column) for column in columns))
 
 
@@ -148,9 +148,9 @@ def test_short_products_are_priced_as_the_kernel_that_runs() -> None:
     table = table_of(lambda m, k, n, column: {"own_precise": 1.0, "tensor_precise": 100.0}.get(column, 10.0))
     short, long = (costs.cost(costs.Layer(8192, 4096, n, True, "delayed", "tensor", torch.bfloat16), table).gpu_fp8 for n in (512, 4096))
     assert long - short > 90
-    assert costs.own_is_faster(8192, 4096, 512, "tensor")
+    assert costs.own_is_faster(8192, 4096, 512, "tensor", "precise")
     assert not any(
-        costs.own_is_faster(*size, scales)  # type: ignore[arg-type]
+        costs.own_is_faster(*size, scales, "precise")  # type: ignore[arg-type]
         for size, scales in (
             ((8192, 4096, 64), "row"),
             ((8192, 4096, 1024), "tensor"),
@@ -158,6 +158,12 @@ def test_short_products_are_priced_as_the_kernel_that_runs() -> None:
             ((65536, 128, 512), "row"),
         )
     )
+
+
+def test_few_rows_with_their_own_scales_are_priced_as_the_kernel_that_runs() -> None:
+    table = table_of(lambda m, k, n, column: {"row_fast": 100.0, "tensor_fast": 1.0}.get(column, 10.0))
+    few, more = (costs.cost(costs.Layer(m, 4096, 4096, False, granularity="row"), table).gpu_fp8 for m in (16, 17))
+    assert more - few > 90
 
 
 def test_own_products_of_another_table(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -158,8 +158,9 @@ def _kind(layer: Layer) -> str:
 def _whose(column: str, m: int, n: int, k: int) -> str:
     """The column of the kernel that computes C [m, n], contracting k."""
     scales, _, accumulate = column.partition("_")
-    ours = accumulate == "precise" and scales in ("tensor", "row") and own_is_faster(m, n, k, scales)
-    return "own_precise" if ours else column
+    if scales not in ("tensor", "row") or not own_is_faster(m, n, k, scales, accumulate):
+        return column
+    return "own_precise" if accumulate == "precise" else "tensor_fast"  # ours by rows has no column, and takes as long as that
 
 
 def _column(layer: Layer, accumulate: str) -> str:

@@ -10,6 +10,8 @@ blocks. Bars, each over all sizes: ours over torch's at least 0.97 (tensor, row)
 --configs prints another table, without bars: configurations for the products of `direct`, e5m2 x e5m2, in the sizes of a Llama block's
 forward and backward, written as they are, rounded to nearest (outputs) and stochastically (gradients); and for those of `blockwise`, whose
 second operand has blocks of 128x128 (outputs, gradients of inputs) or 1x128 (of weights).
+
+--few-rows prints a third, of the products of a token or a few at a time, whose time is that of reading W [N, K]: microseconds, and GB/s.
 """
 
 from __future__ import annotations
@@ -18,6 +20,7 @@ import math
 import os
 import sys
 from collections.abc import Sequence
+from functools import partial
 from typing import Any
 
 import torch
@@ -175,6 +178,41 @@ def configured(m: int, n: int, k: int, options: Any) -> dict[str, float]:
     return {name: 2e-12 * m * n * k / time for name, time in seconds.items()}
 
 
+FEW, WEIGHTS = (1, 4, 16, 32, 64, 128), [(4096, 4096), (14336, 4096), (4096, 14336), (6144, 4096)]  # M; (N, K)
+CACHE = 2**28  # bytes of weights that take turns, more than the L2 cache holds
+
+
+def few_rows(options: Any) -> int:
+    """Output [M, N] of M rows, against torch's FP8 product and its bf16 one."""
+    sizes = [(16, 32, 64)] if options.tiny else [(m, n, k) for n, k in WEIGHTS for m in FEW]
+    names = ("ours", "ours, rows", "torch", "torch, rows", "bf16")
+    print(f"{'M, N, K':>20}" + "".join(f"{name:>14}" for name in names) + "   us; GB/s of W, ours and torch")
+    for m, n, k in sizes:
+        count = 1 if options.tiny else max(2, CACHE // (n * k))
+        one, rows, columns = (
+            torch.ones((), device=options.device),
+            torch.ones(m, 1, device=options.device),
+            torch.ones(1, n, device=options.device),
+        )
+        x = torch.randn(m, k, device=options.device, dtype=torch.bfloat16)
+        a, weights = x.to(E4), [torch.randn(n, k, device=options.device, dtype=torch.bfloat16) for _ in range(count)]
+        codes = [w.to(E4).t() for w in weights]
+        pairs = (("ours", one, one), ("ours, rows", rows, columns), ("torch", one, one), ("torch, rows", rows, columns))
+        calls: dict[str, list[Call]] = {"bf16": [partial(torch.mm, x, w.t()) for w in weights]}
+        for name, left, right in pairs:
+            product = scaled_mm if name.startswith("ours") else _torch_product
+            calls[name] = [partial(product, a, b, left, right) for b in codes]
+        seconds = interleaved(calls, options.rounds)
+        rates = "".join(f"{n * k / seconds[name] / 1e9:8.0f}" for name in ("ours", "torch"))
+        print(f"{m}, {n}, {k}".rjust(20) + "".join(f"{1e6 * seconds[name]:14.2f}" for name in names) + rates, flush=True)
+    return 0
+
+
+def _torch_product(a: Tensor, b: Tensor, scale_a: Tensor, scale_b: Tensor) -> Tensor:
+    made: Tensor = torch._scaled_mm(a, b, scale_a, scale_b, out_dtype=torch.bfloat16, use_fast_accum=True)
+    return made
+
+
 def compare(options: Any) -> int:
     for m, n, k in TINY if options.tiny else PRODUCTS:
         print(f"M, N, K = {m}, {n}, {k}", flush=True)
@@ -187,10 +225,11 @@ def main(argv: Sequence[str] | None = None) -> int:
     made = parser(__doc__)
     made.add_argument("--rounds", type=int, default=9)
     made.add_argument("--configs", action="store_true", help="compare tile sizes for the products of `direct` instead")
+    made.add_argument("--few-rows", action="store_true", help="compare products of few rows instead")
     options = made.parse_args(argv)
     options.device = device_for(options, made)
-    if options.configs:
-        return compare(options)
+    if options.configs or options.few_rows:
+        return compare(options) if options.configs else few_rows(options)
     report = Report("gemm", options, options.device, ("m", "n", "k"))
     print(f"{'M, N, K':>20}" + "".join(f"{name:>14}" for name in (*FAST, *OTHERS)) + "   TFLOP/s")
     if report.measures:

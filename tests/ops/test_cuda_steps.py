@@ -81,20 +81,20 @@ def test_cuda_graphs_give_what_launches_give(recipe: str, rows: int, options: di
     assert recipe != "delayed" or any(float(value.max()) > 0 for key, value in state.items() if key.endswith("history"))
 
 
-@pytest.mark.filterwarnings("ignore:The CUDA Graph is empty")
+@pytest.mark.filterwarnings("ignore:The CUDA Graph is empty", "ignore:Synchronization debug mode")
 @pytest.mark.parametrize("recipe", RECIPES)
 @pytest.mark.parametrize("how", [("eager", None), ("inductor", None), ("inductor", "reduce-overhead")], ids=["eager", "inductor", "graphs"])
 def test_the_host_never_waits_for_the_gpu(recipe: str, how: tuple[str, str | None]) -> None:
     """In a step: forward, backward, optimizer, and what the next step's scales need. torch raises where one would synchronize."""
     plain = model()
-    optimizer = torch.optim.SGD(plain.parameters(), lr=1e-3)
+    optimizer = torch.optim.SGD(plain.parameters(), lr=1e-6)
     fast = fp8fx.compile(plain, {"extends": recipe, "defaults": EMULATE}, inner=how[0], inner_mode=how[1])
     batches = [batch(128, seed) for seed in range(8)]
     try:
         for i, x in enumerate(batches):
             torch.cuda.set_sync_debug_mode("error" if i >= 5 else "default")  # what compiles and records graphs may wait
             optimizer.zero_grad()
-            fast(x).float().square().mean().backward()
+            fast(x).float().square().sum().backward()
             optimizer.step()
     finally:
         torch.cuda.set_sync_debug_mode("default")

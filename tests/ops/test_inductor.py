@@ -77,6 +77,9 @@ def test_a_linear_that_cublas_does_not_have_is_a_product_without_anchors(output:
         (1024, 1024, 256, False, "precise", True),  # few tiles
         (65536, 64, 512, True, "precise", True),  # few columns
         (8192, 4096, 16, False, "precise", True),  # next to nothing to contract
+        (16, 4096, 4096, True, "fast", False),  # few rows, with scales of their own
+        (17, 4096, 4096, True, "fast", True),
+        (16, 4096, 4096, False, "fast", True),
     ],
 )
 def test_whose_product_runs(m: int, n: int, k: int, rows: bool, accumulate: str, theirs: bool) -> None:
