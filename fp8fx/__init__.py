@@ -9,6 +9,14 @@
 Read `fp8fx/pipeline.py` for the order of the passes and `docs/pipeline.md` for what each does to a graph.
 """
 
+import importlib.util as _util
+
+if _util.find_spec("fp8fx.kernels") is None:  # which lie beside this folder in a checkout, and inside of it where fp8fx is installed
+    raise ImportError(
+        f"fp8fx is imported from its sources, {__path__[0]}, which are not installed: start Python in another folder, or install them with "
+        "`pip install -e .`"
+    )
+
 from fp8fx.autocast import autocast
 from fp8fx.checkpoint import DistributedState, Restored, load, save
 from fp8fx.compile import compile, invalidate, load_state_dict, plan, state_dict, step, strip, unwrap

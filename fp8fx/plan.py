@@ -57,7 +57,7 @@ class SiteRow:
         return self.flops * sum(gemm in s.gemms and None not in operands[gemm] for gemm in operands) / 3
 
 
-def formats_of(spec: SiteSpec | None) -> str:
+def formats_of(spec: SiteSpec | None, op: str = "") -> str:
     """`e4m3fn x e4m3fn, grad e5m2`: input x weight, then what else is rounded. Scales finer than one per tensor: `e4m3fn/1x128`; made
     otherwise than from amax: `int8/row/mse`, `int8/max 6`.
 
@@ -66,14 +66,15 @@ def formats_of(spec: SiteSpec | None) -> str:
     if spec is None:
         return ""
     named = {role: _format_of(tensor) for role in ROLES if (tensor := getattr(spec, role)) is not None}
-    operands = " x ".join(named[role] for role in ("input", "weight") if role in named)
+    roles = ("weight",) if op == "embedding" else ("input", "weight")
+    operands = " x ".join(named.get(role, "high precision") for role in roles) if named.keys() & set(roles) else ""
     output = [f"output {named['output']}"] if "output" in named else []
     grad = [f"grad {named['grad_output']}"] if "grad_output" in named else []
     high = [g for g in ("output", "grad_input", "grad_weight") if g not in spec.gemms]
-    kept = [f"{', '.join(high)} GEMM in high precision"] if high and operands.count("x") else []
+    kept = [f"{', '.join(high)} GEMM in high precision"] if high and named.keys() >= {"input", "weight"} else []
     delayed = ["delayed"] if any(tensor is not None and tensor.scaling == "delayed" for tensor in map(spec.__getattribute__, ROLES)) else []
     study = [] if spec.arithmetic is None else [f"arithmetic {spec.arithmetic}"]
-    return ", ".join([operands, *output, *grad, *delayed, *kept, *study])
+    return ", ".join([*([operands] if operands else []), *output, *grad, *delayed, *kept, *study])
 
 
 def _format_of(spec: TensorSpec) -> str:
@@ -90,7 +91,7 @@ def site_rows(annotated: Iterable[Annotated]) -> list[SiteRow]:
     rows: dict[tuple[str, str, str], SiteRow] = {}
     for site in annotated:
         made = site.decision
-        row = SiteRow(made.name, made.op, site.shape, made.mode, formats_of(made.spec), made.reason, site.flops, 1, made.spec)
+        row = SiteRow(made.name, made.op, site.shape, made.mode, formats_of(made.spec, made.op), made.reason, site.flops, 1, made.spec)
         old = rows.get(row.key)
         rows[row.key] = row if old is None else replace(old, flops=old.flops + row.flops, calls=old.calls + 1)
     return list(rows.values())
@@ -211,7 +212,8 @@ class Plan:
         """`224 of 226 layers, 98.7% of FLOPs in FP8; 2 exempt; 0 fell back`."""
         fell_back, missing = len(self.of("high_precision")), len(self.not_captured)
         layers = f"{len(self.fp8)} of {len(self.rows)} layers"
-        share = f", {self.fp8_flops_share:.1%} of non-exempt FLOPs in FP8" if self.flops else " in FP8, FLOPs not known"
+        counted = "captured non-exempt" if missing else "non-exempt"  # what was not captured has no FLOPs here
+        share = f", {self.fp8_flops_share:.1%} of {counted} FLOPs in FP8" if self.flops else " in FP8, FLOPs not known"
         text = f"{layers}{share}; "
         text += f"{len(self.exempt)} exempt; {fell_back} fell back"
         return text + (f"; {missing} not captured" if missing else "")

@@ -106,6 +106,7 @@ def test_plan_lists_what_was_not_called() -> None:
     plan = fp8fx.plan(Mixed(), example_inputs=torch.arange(10).reshape(2, 5))
     assert [row.name for row in plan.not_captured] == ["unused"]
     assert "not called" in plan["unused"].reason
+    assert "of captured non-exempt FLOPs in FP8" in plan.summary, "what was not called has none"
     assert plan["q"].calls == 2
     assert [row.name for row in plan.rows if row.op == "matmul"] == ["matmul", "matmul_1"]
 
@@ -142,3 +143,17 @@ def test_recipe_as_name_path_dict_and_object(tmp_path: Path) -> None:
     outputs.append(fp8fx.compile(make(), "hybrid", exempt=["head"])(rows()))
     assert all(torch.equal(outputs[0], other) for other in outputs[1:])
     assert torch.equal(fp8fx.compile(make())(rows()), fp8fx.compile(make(), "hybrid")(rows()))
+
+
+def test_formats_name_operands_in_high_precision() -> None:
+    model = nn.Sequential(nn.Embedding(10, 16), nn.Linear(16, 16))
+    indices = torch.zeros(4, dtype=torch.long)
+
+    def formats(**defaults: str) -> list[str]:
+        plan = fp8fx.plan(model, {"extends": "hybrid", "defaults": defaults}, example_inputs=(indices,))
+        return [row.formats for row in plan.rows]
+
+    assert formats() == ["e4m3fn, grad e5m2", "e4m3fn x e4m3fn, grad e5m2"]
+    assert formats(input="none")[1] == "high precision x e4m3fn, grad e5m2"
+    assert formats(weight="none")[1] == "e4m3fn x high precision, grad e5m2"
+    assert formats(input="none", weight="none") == ["grad e5m2"] * 2

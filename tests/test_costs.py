@@ -211,3 +211,26 @@ def test_a_kernel_that_fails_counts_as_the_slowest(monkeypatch: pytest.MonkeyPat
     monkeypatch.setattr(measure_costs, "products", lambda a, b, width: ((column, lambda column=column: column) for column in COLUMNS))
     assert measure_costs.gemm_point(16, 32, 48, "cpu") == 2 * [10.0, 11.0, 12.0, 16.0, 14.0, 15.0, 16.0]
     assert "row_fast at (16, 48, 32): RuntimeError: no kernel of this size" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
+    ("changes", "said"),
+    [
+        ({"scaling": "dlayed"}, "scaling is one of current, delayed, fixed, none, got 'dlayed'"),
+        ({"granularity": "rows"}, "granularity is tensor, row, or a block .* S one of 32, 64, 128, got 'rows'"),
+        ({"granularity": (7, 9)}, r"got \(7, 9\)"),
+        ({"granularity": (32, 64)}, r"got \(32, 64\)"),
+        ({"m": -8192}, "numbers above 0, got"),
+    ],
+    ids=str,
+)
+def test_what_is_no_layer(changes: dict[str, Any], said: str) -> None:
+    with pytest.raises(ValueError, match=said):
+        costs.speedup(**({"m": 8192, "k": 4096, "n": 4096} | changes))
+    for block in ((1, 128), (128, 1), (64, 64)):
+        costs.Layer(8192, 4096, 4096, granularity=block)
+
+
+def test_a_table_is_loaded_first() -> None:
+    with pytest.raises(TypeError, match=r"as costs\.load gives it, not 'h200'"):
+        costs.speedup(8192, 4096, 4096, table="h200")  # type: ignore[arg-type]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -187,6 +188,14 @@ def test_the_package_runs_as_a_module(tmp_path: Path) -> None:
     assert done.returncode == 2
     assert "Did you mean 'hybrid'?" in done.stderr
     assert "Traceback" not in done.stderr
+
+
+def test_sources_that_are_not_installed_say_so(tmp_path: Path) -> None:
+    """As in a checkout after `pip install .`: its own folder hides the copy that was installed."""
+    shutil.copytree(Path(fp8fx.__file__).parent, tmp_path / "fp8fx", ignore=shutil.ignore_patterns("__pycache__"))
+    done = subprocess.run([sys.executable, "-S", "-c", "import fp8fx"], cwd=tmp_path, capture_output=True, text=True, check=False)
+    assert "ImportError: fp8fx is imported from its sources" in done.stderr
+    assert "`pip install -e .`" in done.stderr
 
 
 def test_the_sensitivity_command_repeats_with_its_seed(tmp_path: Path) -> None:

@@ -13,7 +13,9 @@ import torch
 
 from fp8fx.costs.own import own_is_faster
 from fp8fx.costs.table import Table, load
+from fp8fx.spec import SIDES
 
+SCALINGS = ("current", "delayed", "fixed", "none")
 FAST_FORWARD = ("fast", "precise", "precise")  # of output, grad_input, grad_weight: the recipes' default
 # (scaling, granularity) -> casts of X, of W in forward, of W once more in backward, of dY; in inference W is kept in FP8.
 _TRAINING = {
@@ -46,6 +48,19 @@ class Layer:
     x_dtype: torch.dtype | None = None
     w_dtype: torch.dtype | None = None
 
+    def __post_init__(self) -> None:
+        if not all(isinstance(size, int) and size > 0 for size in (self.m, self.k, self.n, self.shared)):
+            raise ValueError(f"costs.Layer: m, k, n and shared are numbers above 0, got {(self.m, self.k, self.n, self.shared)}")
+        if self.scaling not in SCALINGS:
+            raise ValueError(f"costs.Layer: scaling is one of {', '.join(SCALINGS)}, got {self.scaling!r}")
+        block = self.granularity
+        sides = set(block) - {1} if isinstance(block, tuple) and len(block) == 2 else set()
+        if block not in ("tensor", "row") and (len(sides) != 1 or not sides <= set(SIDES)):
+            raise ValueError(
+                f"costs.Layer: granularity is tensor, row, or a block (1, S), (S, 1) or (S, S) with S one of "
+                f"{', '.join(map(str, sorted(SIDES)))}, got {block!r}"
+            )
+
     def bytes(self, dtype: torch.dtype | None) -> float:
         """Of an element, over those of bf16, which the table's casts read: casts move bytes."""
         return (dtype or self.dtype).itemsize / 2
@@ -73,8 +88,10 @@ class Cost:
 
 
 def cost(layer: Layer, table: Table | None = None) -> Cost:
-    """The layer's cost by `table`, that of the H100 by default."""
+    """The layer's cost by `table`, that of the H100 by default (`costs.load(torch.cuda.get_device_name())` is that of a GPU)."""
     table = load() if table is None else table
+    if not isinstance(table, Table):
+        raise TypeError(f"costs: table is a Table, as costs.load gives it, not {table!r}")
     host = table.host["training" if layer.training else "inference"]
     return Cost(_gpu_bf16(layer, table), _gpu_fp8(layer, table), host["bf16"], host["fp8"], host["fixed"])
 
