@@ -7,10 +7,13 @@ float64 tensors of any shape, empty and non-contiguous ones included; an integer
 
 from __future__ import annotations
 
+import math
+
 import torch
 from torch import Tensor
 
 from fp8fx import formats
+from fp8fx.errors import ModelError
 from fp8fx.formats import Format
 from fp8fx.numerics import rounding as rounding_to_format
 from fp8fx.numerics import scaling
@@ -37,7 +40,7 @@ def quantize(
 
     scale: float32, () or any shape that broadcasts against x; one per block [..., ceil(M/r), ceil(K/c)] for granularity (r, c);
     None: 1. seed, step: for `stochastic`; without a seed one is drawn from torch's default generator.
-    Raises FormatError for an unknown format, rounding or overflow policy, ModelError for an integer x.
+    Raises FormatError for an unknown format, rounding or overflow policy, ModelError for an integer x or a number that is no scale.
     """
     format = formats.get(format)
     bits = _random_bits(x, rounding, seed, step)
@@ -120,7 +123,11 @@ def _check(x: Tensor, format: Format, rounding_: str, overflow: str, bits: Tenso
 def _as_scale(scale: Tensor | float | None, x: Tensor) -> Tensor | None:
     if scale is None:
         return None
-    return scale.detach().float() if isinstance(scale, Tensor) else torch.full((), scale, dtype=torch.float32, device=x.device)
+    if isinstance(scale, Tensor):  # whose values are not looked at: on a GPU that would wait for them
+        return scale.detach().float()
+    if not 0 < scale < math.inf:
+        raise ModelError(f"a scale is finite and above 0, got {scale}: it multiplies codes to give values, as compute_scale makes it")
+    return torch.full((), scale, dtype=torch.float32, device=x.device)
 
 
 def _random_bits(x: Tensor, rounding_: str, seed: Word | None, step: Word) -> Tensor | None:

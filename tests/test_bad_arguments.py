@@ -126,3 +126,12 @@ def test_a_pattern_only_capture_can_judge_fails_at_the_first_call() -> None:
 def test_recipe_of_a_wrong_type(recipe: Any) -> None:
     with pytest.raises(fp8fx.RecipeError, match="a recipe is a shipped name, a path, a dict or a Recipe"):
         fp8fx.compile(net(), recipe)
+
+
+@pytest.mark.parametrize("scale", [0, -1.0, float("inf"), float("nan")])
+@pytest.mark.parametrize("function", [fp8fx.quantize, fp8fx.fake_quantize])
+def test_a_number_that_is_no_scale(function: Any, scale: float) -> None:
+    with pytest.raises(fp8fx.ModelError, match="a scale is finite and above 0, got"):
+        function(torch.ones(3), "e4m3fn", scale)
+    with pytest.raises(fp8fx.ModelError, match="a scale is finite and above 0, got"):
+        fp8fx.dequantize(fp8fx.quantize(torch.ones(3), "e4m3fn"), scale)

@@ -126,6 +126,15 @@ def test_half_written_yaml_says_where_the_open_part_began(tmp_path: Path, text: 
         fp8fx.compile(net(), tmp_path / "mine.yaml")
 
 
+def test_the_name_of_a_file_without_its_ending(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    Path("mine.yaml").write_text("extends: hybrid\n")
+    with pytest.raises(fp8fx.RecipeError, match=r"no shipped recipe is called 'mine'.* Did you mean 'mine\.yaml'\?"):
+        fp8fx.Recipe.load("mine")
+    with pytest.raises(fp8fx.RecipeError, match=r"Did you mean 'hybrid'\?"):
+        fp8fx.Recipe.load("HYBRID")
+
+
 def test_a_pattern_unlike_any_name_is_answered_with_the_names() -> None:
     with pytest.raises(fp8fx.RecipeError, match=r"no module matches 'fc'. The modules are '0', '1', '2'$"):
         fp8fx.compile(net(), "hybrid", exempt=["fc"])

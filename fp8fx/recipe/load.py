@@ -59,7 +59,8 @@ def find(name: object, folder: Path) -> Source:
     if is_path(name):
         return sources.from_file(folder / os.path.expanduser(name))
     if name not in shipped():
-        close = nearest(name, shipped())
+        files = [f"{name}{ending}" for ending in (".yaml", ".yml") if (folder / f"{name}{ending}").is_file()]
+        close = f" Did you mean {files[0]!r}?" if files else nearest(name.lower(), shipped())
         raise RecipeError(f"no shipped recipe is called {name!r}; allowed: {', '.join(shipped())}, or a path that ends in .yaml.{close}")
     text = (SHIPPED / f"{name}.yaml").read_text(encoding="utf-8")
     return sources.from_text(text, f"recipes/{name}.yaml", Path())
