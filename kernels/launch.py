@@ -32,6 +32,7 @@ _FAILED: dict[tuple[Any, ...], str] = {}  # key -> what went wrong: compiling ta
 # kernel -> for each run-time argument, whether Triton compiles for its value (of a pointer: its alignment).
 _SPECIALIZED: dict[int, tuple[bool, ...]] = {}
 
+NO_GPU = "its tensors are not on a GPU, and kernels run on CUDA GPUs only: fp8fx.quantize, torch.ops.fp8fx and compiled models run anywhere"
 _RECORDING = threading.local()
 
 _ONE, _WHOLE, _ANY = 1, 16, 0  # what an integer is: 1, a multiple of 16, neither
@@ -73,8 +74,8 @@ def launch(
     if maxnreg is not None:
         options["maxnreg"] = maxnreg
     key, device = _key(kernel, args, constexprs, options)
-    if device < 0:  # no GPU: a test that compiles for one
-        kernel[grid](*args, **constexprs, **options)
+    if device < 0:
+        _without_a_gpu(kernel, grid, args, constexprs, options)
         return
     if device != torch._C._cuda_getDevice():
         with torch.cuda.device(device):
@@ -142,6 +143,11 @@ def _key(kernel: Any, args: tuple[Any, ...], constexprs: Mapping[str, Any], opti
             classes.append((value.base.dtype, tuple(value.block_shape)))
     device = -1 if device is None else device
     return (id(kernel), device, *options.values(), len(options), *constexprs.values(), *classes), device
+
+
+def _without_a_gpu(kernel: Any, *_: Any) -> None:
+    """Tests put a compilation for Hopper here."""
+    raise KernelError(f"{kernel.__name__}: {NO_GPU}")
 
 
 def _describe(kernel: Any, count: int) -> tuple[bool, ...]:
@@ -212,7 +218,9 @@ def _warn_of_another_triton() -> None:
 
 
 def _failed(kernel: Any, error: Exception) -> str:
-    first = str(error).strip().splitlines()[0].rstrip(".") if str(error).strip() else type(error).__name__
+    lines = str(error).strip().splitlines() or [type(error).__name__]
+    # Triton's own errors begin with a place in the kernel, and end with the reason.
+    first = (lines[-1] if lines[0].startswith("at ") else lines[0]).strip().rstrip(".")
     return (
         f"{kernel.__name__} does not compile here (Triton {triton.__version__}, {torch.cuda.get_device_name()}): {first}. "
         "The reference runs instead, slower; versions that are known to work are in constraints.txt"

@@ -7,7 +7,9 @@ from dataclasses import dataclass
 
 import torch
 
+from fp8fx.errors import KernelError
 from fp8fx.kernels.interpret import INTERPRET
+from fp8fx.kernels.launch import NO_GPU
 from fp8fx.kernels.layout import cdiv
 
 SHARED_MEMORY = 226 * 1024  # bytes of a multiprocessor that programs can have, less what barriers take
@@ -80,4 +82,6 @@ def choose(m: int, n: int, batches: int, sums: str, programs: int, stochastic: b
 
 @functools.cache
 def multiprocessors(device: torch.device) -> int:
+    if device.type != "cuda" and not INTERPRET.value:
+        raise KernelError(f"scaled_mm: {NO_GPU}")
     return 4 if INTERPRET.value else torch.cuda.get_device_properties(device).multi_processor_count

@@ -13,9 +13,8 @@ import torch
 
 from fp8fx.costs.own import own_is_faster
 from fp8fx.costs.table import Table, load
-from fp8fx.spec import SIDES
 
-SCALINGS = ("current", "delayed", "fixed", "none")
+SCALINGS, SIDES = ("current", "delayed", "fixed", "none"), (32, 64, 128)  # the recipe's words, and the blocks that kernels have
 FAST_FORWARD = ("fast", "precise", "precise")  # of output, grad_input, grad_weight: the recipes' default
 # (scaling, granularity) -> casts of X, of W in forward, of W once more in backward, of dY; in inference W is kept in FP8.
 _TRAINING = {

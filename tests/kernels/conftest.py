@@ -44,6 +44,7 @@ def compiled(monkeypatch: pytest.MonkeyPatch) -> Callable[[], list[Any]]:
     from triton.compiler import ASTSource
     from triton.runtime.jit import JITFunction, mangle_type
 
+    from fp8fx.kernels import launch
     from fp8fx.kernels.gluon import DESCRIPTORS, SPECIALIZED
 
     if SPECIALIZED is not None:
@@ -68,6 +69,9 @@ def compiled(monkeypatch: pytest.MonkeyPatch) -> Callable[[], list[Any]]:
         done.append(triton.compile(source, target=GPUTarget("cuda", 90, 32), options=options))
 
     monkeypatch.setattr(JITFunction, "run", run)
+    monkeypatch.setattr(
+        launch, "_without_a_gpu", lambda kernel, grid, args, constants, options: kernel[grid](*args, **constants, **options)
+    )
 
     def take() -> list[Any]:
         taken, done[:] = list(done), []

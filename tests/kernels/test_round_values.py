@@ -6,7 +6,7 @@ import itertools
 
 import pytest
 import torch
-from kernel_checks import random_bits, same_floats, specials
+from kernel_checks import every_16_bits, random_bits, same_floats, specials
 from torch import Tensor
 
 from fp8fx import formats, numerics
@@ -50,6 +50,21 @@ def test_equals_the_reference(device: str, dtype: torch.dtype, shape: tuple[int,
                 scale = numerics.compute_scale(numerics.amax(x), format, dtype == torch.bfloat16)
             assert out.dtype == dtype
             torch.testing.assert_close(out.cpu(), wanted(x, format, scale, rounding, overflow), rtol=0, atol=0, equal_nan=True)
+
+
+@pytest.mark.parametrize("overflow", ["saturate", "nonfinite"])
+@pytest.mark.parametrize("format", ["e4m3fn", "e5m2"])
+def test_all_bfloat16_inputs(device: str, format: str, overflow: str) -> None:
+    """Powers of two in the interpreter, as above."""
+    x = every_16_bits(torch.bfloat16)
+    scales = (None, 0.125) if device == "cpu" else (None, 0.125, 0.0123, 2.0**-100, 3e20)
+    for rounding, scale in itertools.product(("nearest_even", "stochastic"), scales):
+        how, given = Rounding(rounding, overflow, RNG.to(device), KEY), None if scale is None else torch.tensor(scale)
+        out = round_values(x.to(device), format, None if given is None else given.to(device), how).cpu()
+        expected = wanted(x, format, given, rounding, overflow)
+        torch.testing.assert_close(out, expected, rtol=0, atol=0, equal_nan=True)
+        numbers = ~expected.isnan()
+        assert torch.equal(out.signbit()[numbers], expected.signbit()[numbers])
 
 
 def test_any_strides(device: str) -> None:

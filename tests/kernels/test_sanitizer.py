@@ -21,7 +21,7 @@ import pytest
 pytest.importorskip("triton")
 
 RUNS = [("memcheck", "casts"), ("memcheck", "joins"), ("memcheck", "products"), ("racecheck", "casts"), ("racecheck", "products"),
-        ("memcheck", "specialized"), ("racecheck", "specialized")]  # fmt: skip
+        ("memcheck", "specialized"), ("racecheck", "specialized"), ("memcheck", "forms")]  # fmt: skip
 
 
 @pytest.mark.gpu
