@@ -8,6 +8,7 @@ The network is trained in float32. Then the same weights run in E4M3 with other 
 
 from __future__ import annotations
 
+import argparse
 from typing import Any
 
 import torch
@@ -81,4 +82,5 @@ def main() -> None:
 
 
 if __name__ == "__main__":
+    argparse.ArgumentParser(description=(__doc__ or "").partition("\n")[0]).parse_args()
     main()

@@ -5,7 +5,7 @@ python examples/checkpoint.py [recipe]        recipe: delayed (default), hybrid,
 
 from __future__ import annotations
 
-import sys
+import argparse
 import tempfile
 from pathlib import Path
 
@@ -83,4 +83,6 @@ def main(recipe: str = "delayed") -> None:
 
 
 if __name__ == "__main__":
-    main(*sys.argv[1:])
+    parser = argparse.ArgumentParser(description=(__doc__ or "").partition("\n")[0])
+    parser.add_argument("recipe", nargs="?", default="delayed", help="a shipped recipe's name, or the path of a YAML file")
+    main(**vars(parser.parse_args()))

@@ -17,6 +17,7 @@ neighbour    how many sentences keep their nearest neighbour
 
 from __future__ import annotations
 
+import argparse
 import sys
 from dataclasses import dataclass
 from pathlib import Path
@@ -206,4 +207,6 @@ def main(tiny: bool = False) -> list[Row]:
 
 
 if __name__ == "__main__":
-    main(tiny="--tiny" in sys.argv[1:])
+    parser = argparse.ArgumentParser(description=(__doc__ or "").partition("\n")[0])
+    parser.add_argument("--tiny", action="store_true", help="24 sentences and two formats")
+    main(**vars(parser.parse_args()))

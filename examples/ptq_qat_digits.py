@@ -11,7 +11,7 @@ through fp8fx.compile, from recipes. Printed: held-out accuracy and loss, and ho
 
 from __future__ import annotations
 
-import sys
+import argparse
 import time
 from typing import Any
 
@@ -94,4 +94,6 @@ def main(tiny: bool = False) -> None:
 
 
 if __name__ == "__main__":
-    main(tiny="--tiny" in sys.argv[1:])
+    parser = argparse.ArgumentParser(description=(__doc__ or "").partition("\n")[0])
+    parser.add_argument("--tiny", action="store_true", help="two formats, for a few steps")
+    main(**vars(parser.parse_args()))

@@ -5,7 +5,7 @@ python examples/quickstart.py [recipe]        recipe: hybrid (default), direct, 
 
 from __future__ import annotations
 
-import sys
+import argparse
 
 import torch
 import torch.nn.functional as F
@@ -40,4 +40,6 @@ def main(recipe: str = "hybrid") -> None:
 
 
 if __name__ == "__main__":
-    main(*sys.argv[1:])
+    parser = argparse.ArgumentParser(description=(__doc__ or "").partition("\n")[0])
+    parser.add_argument("recipe", nargs="?", default="hybrid", help="a shipped recipe's name, or the path of a YAML file")
+    main(**vars(parser.parse_args()))

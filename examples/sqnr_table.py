@@ -11,6 +11,7 @@ range with coarser steps, and the heavier the tails, the more exponent it takes.
 
 from __future__ import annotations
 
+import argparse
 import math
 import sys
 from collections.abc import Callable
@@ -99,4 +100,6 @@ def main(tiny: bool = False) -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(main(tiny="--tiny" in sys.argv[1:]))
+    parser = argparse.ArgumentParser(description=(__doc__ or "").partition("\n")[0])
+    parser.add_argument("--tiny", action="store_true", help="a coarser quadrature")
+    sys.exit(main(**vars(parser.parse_args())))

@@ -5,7 +5,7 @@ python examples/train_gpt.py [recipe] [steps]        recipe: none, hybrid (defau
 
 from __future__ import annotations
 
-import sys
+import argparse
 
 import torch
 import torch.nn.functional as F
@@ -15,7 +15,7 @@ from fp8fx.demo.data import python_source, text_batches
 from fp8fx.demo.models import GPT
 
 
-def main(recipe: str = "hybrid", steps: str = "200") -> None:
+def main(recipe: str = "hybrid", steps: int = 200) -> None:
     torch.manual_seed(0)
     device = "cuda" if torch.cuda.is_available() else "cpu"
     model = GPT(width=128, layers=2, context=64).to(device)
@@ -24,7 +24,7 @@ def main(recipe: str = "hybrid", steps: str = "200") -> None:
     scaler = fp8fx.GradScaler(recipe=recipe, device=device)  # passes everything through where the recipe needs no scaling
 
     optimizer = torch.optim.AdamW(model.parameters(), lr=3e-3)
-    for step, (inputs, targets) in enumerate(text_batches(python_source().train, 8, 64, int(steps), seed=0)):
+    for step, (inputs, targets) in enumerate(text_batches(python_source().train, 8, 64, steps, seed=0)):
         logits = fast(inputs.to(device))
         loss = F.cross_entropy(logits.flatten(0, 1), targets.to(device).flatten())
         optimizer.zero_grad()
@@ -36,5 +36,14 @@ def main(recipe: str = "hybrid", steps: str = "200") -> None:
     print(fast.plan())
 
 
+def count(text: str) -> int:
+    if not text.isdecimal() or int(text) < 1:
+        raise argparse.ArgumentTypeError(f"{text!r} is no number from 1 on")
+    return int(text)
+
+
 if __name__ == "__main__":
-    main(*sys.argv[1:])
+    parser = argparse.ArgumentParser(description=(__doc__ or "").partition("\n")[0])
+    parser.add_argument("recipe", nargs="?", default="hybrid", help="a shipped recipe's name, or the path of a YAML file")
+    parser.add_argument("steps", nargs="?", type=count, default=200, help="how many, from 1 on")
+    main(**vars(parser.parse_args()))

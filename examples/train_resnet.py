@@ -5,7 +5,7 @@ python examples/train_resnet.py [recipe] [steps]        needs scikit-learn: pip 
 
 from __future__ import annotations
 
-import sys
+import argparse
 
 import torch
 import torch.nn.functional as F
@@ -15,7 +15,7 @@ from fp8fx.demo.data import digits, picture_batches
 from fp8fx.demo.models import DigitsResNet
 
 
-def main(recipe: str = "hybrid", steps: str = "100") -> None:
+def main(recipe: str = "hybrid", steps: int = 100) -> None:
     torch.manual_seed(0)
     device = "cuda" if torch.cuda.is_available() else "cpu"
     pictures = digits()
@@ -25,7 +25,7 @@ def main(recipe: str = "hybrid", steps: str = "100") -> None:
     scaler = fp8fx.GradScaler(recipe=recipe, device=device)
 
     optimizer = torch.optim.AdamW(model.parameters(), lr=3e-3)
-    for step, (inputs, labels) in enumerate(picture_batches(pictures, 64, int(steps), seed=0)):
+    for step, (inputs, labels) in enumerate(picture_batches(pictures, 64, steps, seed=0)):
         loss = F.cross_entropy(fast(inputs.to(device)), labels.to(device))
         optimizer.zero_grad()
         scaler.scale(loss).backward()
@@ -41,5 +41,14 @@ def main(recipe: str = "hybrid", steps: str = "100") -> None:
     print(fast.plan())
 
 
+def count(text: str) -> int:
+    if not text.isdecimal() or int(text) < 1:
+        raise argparse.ArgumentTypeError(f"{text!r} is no number from 1 on")
+    return int(text)
+
+
 if __name__ == "__main__":
-    main(*sys.argv[1:])
+    parser = argparse.ArgumentParser(description=(__doc__ or "").partition("\n")[0])
+    parser.add_argument("recipe", nargs="?", default="hybrid", help="a shipped recipe's name, or the path of a YAML file")
+    parser.add_argument("steps", nargs="?", type=count, default=100, help="how many, from 1 on")
+    main(**vars(parser.parse_args()))

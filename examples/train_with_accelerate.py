@@ -8,7 +8,9 @@ on several processes: accelerate launch examples/train_with_accelerate.py.
 
 from __future__ import annotations
 
+import argparse
 import asyncio
+import importlib.util
 import shutil
 import sys
 from pathlib import Path
@@ -23,6 +25,8 @@ from fp8fx.demo.data import python_source
 from fp8fx.demo.environment import mend_torchvision
 from fp8fx.demo.models import GPT
 
+if missing := [name for name in ("accelerate",) if importlib.util.find_spec(name) is None]:
+    sys.exit(f"this example needs what is not installed: {', '.join(missing)}. Install it with  pip install '.[trainers]'")
 mend_torchvision()
 from accelerate import Accelerator  # noqa: E402
 from accelerate.utils import DataLoaderConfiguration, set_seed  # noqa: E402
@@ -91,4 +95,7 @@ def main(recipe: str = "delayed", folder: str = "trainer-out/accelerate") -> Non
 
 
 if __name__ == "__main__":
-    main(*sys.argv[1:])
+    parser = argparse.ArgumentParser(description=(__doc__ or "").partition("\n")[0])
+    parser.add_argument("recipe", nargs="?", default="delayed", help="a shipped recipe's name, or the path of a YAML file")
+    parser.add_argument("folder", nargs="?", default="trainer-out/accelerate", help="where it writes; emptied first")
+    main(**vars(parser.parse_args()))

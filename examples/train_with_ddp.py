@@ -8,8 +8,8 @@ follow one amax, so that their scales are those of the one process; under curren
 
 from __future__ import annotations
 
+import argparse
 import asyncio
-import sys
 import tempfile
 from pathlib import Path
 
@@ -66,4 +66,6 @@ def main(recipe: str = "delayed") -> None:
 
 
 if __name__ == "__main__":
-    main(*sys.argv[1:])
+    parser = argparse.ArgumentParser(description=(__doc__ or "").partition("\n")[0])
+    parser.add_argument("recipe", nargs="?", default="delayed", help="a shipped recipe's name, or the path of a YAML file")
+    main(**vars(parser.parse_args()))

@@ -7,7 +7,9 @@ Needs `pip install '.[trainers]'`. Takes half a minute on a CPU; everything it w
 
 from __future__ import annotations
 
+import argparse
 import asyncio
+import importlib.util
 import shutil
 import sys
 from collections.abc import Iterator
@@ -22,6 +24,8 @@ from fp8fx.demo.data import python_source, text_batches
 from fp8fx.demo.environment import mend_torchvision
 from fp8fx.demo.models import GPT
 
+if missing := [name for name in ("lightning", "tensorboard") if importlib.util.find_spec(name) is None]:
+    sys.exit(f"this example needs what is not installed: {', '.join(missing)}. Install it with  pip install '.[trainers]'")
 mend_torchvision()
 import lightning.pytorch as pl  # noqa: E402
 
@@ -97,4 +101,7 @@ def main(recipe: str = "delayed", folder: str = "trainer-out/lightning") -> None
 
 
 if __name__ == "__main__":
-    main(*sys.argv[1:])
+    parser = argparse.ArgumentParser(description=(__doc__ or "").partition("\n")[0])
+    parser.add_argument("recipe", nargs="?", default="delayed", help="a shipped recipe's name, or the path of a YAML file")
+    parser.add_argument("folder", nargs="?", default="trainer-out/lightning", help="where it writes; emptied first")
+    main(**vars(parser.parse_args()))

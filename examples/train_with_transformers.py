@@ -7,7 +7,9 @@ Needs `pip install '.[trainers]'`. Takes half a minute on a CPU; everything it w
 
 from __future__ import annotations
 
+import argparse
 import asyncio
+import importlib.util
 import shutil
 import sys
 from pathlib import Path
@@ -20,6 +22,8 @@ import fp8fx
 from fp8fx.demo.data import python_source
 from fp8fx.demo.environment import mend_torchvision
 
+if missing := [name for name in ("transformers", "accelerate", "tensorboard") if importlib.util.find_spec(name) is None]:
+    sys.exit(f"this example needs what is not installed: {', '.join(missing)}. Install it with  pip install '.[trainers]'")
 mend_torchvision()
 from transformers import LlamaConfig, LlamaForCausalLM, Trainer, TrainingArguments, set_seed  # noqa: E402
 
@@ -75,4 +79,7 @@ def main(recipe: str = "delayed", folder: str = "trainer-out/transformers") -> N
 
 
 if __name__ == "__main__":
-    main(*sys.argv[1:])
+    parser = argparse.ArgumentParser(description=(__doc__ or "").partition("\n")[0])
+    parser.add_argument("recipe", nargs="?", default="delayed", help="a shipped recipe's name, or the path of a YAML file")
+    parser.add_argument("folder", nargs="?", default="trainer-out/transformers", help="where it writes; emptied first")
+    main(**vars(parser.parse_args()))

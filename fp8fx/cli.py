@@ -23,6 +23,7 @@ from rich.console import Console
 from rich.table import Table
 from typer.core import TyperGroup
 
+from fp8fx.commands.mistakes import advice, check_folder, running
 from fp8fx.commands.sensitivity import sensitivity
 from fp8fx.errors import FP8Error, FP8Warning, ModelError
 from fp8fx.targets import load_model, sample_inputs
@@ -55,7 +56,7 @@ class _Group(TyperGroup):
             except FP8Error as error:
                 if ctx.params.get("debug"):
                     raise
-                _stderr().print(f"error: {error}", style="red", markup=False, highlight=False, soft_wrap=True)
+                _stderr().print(f"error: {error}{advice(error)}", style="red", markup=False, highlight=False, soft_wrap=True)
                 raise typer.Exit(2) from None
 
 
@@ -160,16 +161,19 @@ def plan(
         check_stage(graph)
     if (graph or save_graphs) and not inputs:
         raise ModelError("--graph and --save-graphs show captured graphs, which need inputs: give --input, e.g. --input 2x3x224x224")
+    if save_graphs is not None:
+        check_folder("--save-graphs", save_graphs)
     model = load_model(target)
     front_end = capture.value if capture is not None else None
     changes: dict[str, Any] = {"exempt": exempt or (), "output_fused": output_fused or ()}
     given = sample_inputs(inputs, model, high, seed) if inputs else None
-    if given is None or not (graph or save_graphs):
-        made = fp8fx.plan(model, recipe, example_inputs=given, capture=front_end, **changes)
-        runtime = None
-    else:
-        runtime = _run_once(fp8fx.compile(model, recipe, capture=front_end or "dynamo", **changes), given)
-        made = runtime.plan()
+    with running(model, given):
+        if given is None or not (graph or save_graphs):
+            made = fp8fx.plan(model, recipe, example_inputs=given, capture=front_end, **changes)
+            runtime = None
+        else:
+            runtime = _run_once(fp8fx.compile(model, recipe, capture=front_end or "dynamo", **changes), given)
+            made = runtime.plan()
     _print_plan(made)
     if json_file is not None:
         with _writing(json_file):

@@ -61,6 +61,19 @@ def convolution():
 def broken():
     raise OSError("no weights here")
 
+class Odd(nn.Linear):
+    def forward(self, x):
+        raise KeyError("odd")
+
+def without_torchvision():
+    raise ModuleNotFoundError("No module named 'torchvision'", name="torchvision")
+
+def other_torchvision():
+    raise RuntimeError("operator torchvision::nms does not exist")
+
+def odd():
+    return Odd(8, 8)
+
 def wide(width):
     return nn.Linear(width, width)
 
@@ -202,7 +215,20 @@ def test_every_graph_of_a_broken_capture_is_shown(models: str, tmp_path: Path) -
         (["{models}:Net", "-i", "2x8:flaot32"], "there is no dtype 'flaot32'"),
         (["{models}:Net", "-i", "y=2x8"], "--input does not fit Net.forward(x, mask=None)"),
         (["{models}:Net", "-i", "x=2x8", "-i", "x=2x8"], "--input x is given twice"),
-        (["{models}:Net", "-i", "2x9"], "same reduction dim"),
+        (["{models}:Net", "-i", "2x9"], "Net.forward fails on the inputs float32 [2, 9]: RuntimeError: mat1 and mat2 shapes cannot be"),
+        (
+            ["{models}:Tokens", "-i", "2x5:int64", "-i", "3"],
+            "fails on the inputs int64 [2, 5] of 0 to 9, float32 [3]: TypeError: Tokens.forward() takes 2",
+        ),
+        (["{models}:Tokens", "-i", "index=50:int64", "--high", "99"], " to 99: IndexError: index out of range"),
+        (["{models}:Tokens", "-i", "50:int64", "--high", "99", "--graph", "lower"], " to 99: IndexError: index out of range"),
+        (["{models}:Tokens", "-i", "50:int64", "--high", "99", "--capture", "symbolic"], " to 99: IndexError: index out of range"),
+        (["{models}:odd", "-i", "2x8"], "Odd.forward fails on the inputs float32 [2, 8]: KeyError: 'odd'"),
+        (["{models}:without_torchvision"], "The package torchvision is not installed: pip install torchvision"),
+        (["{models}:other_torchvision"], "The installed torchvision is built for another build of torch than"),
+        (["nowhere:Net"], "No package 'nowhere' is installed, and nowhere.py is not in this folder either"),
+        (["{models}:Net", "-i", "2x8", "--save-graphs", "{models}"], "tiny_models.py is a file; a folder is wanted"),
+        (["{models}:Net", "-i", "2x8", "--save-graphs", "{models}/graphs"], "tiny_models.py is a file; a folder is wanted"),
         (["{models}:Branch"], "cannot be traced symbolically"),
         (["{models}:Net", "--capture", "dynamo"], "needs example_inputs"),
         (["{models}:Net", "--graph", "lower"], "give --input"),
@@ -213,6 +239,15 @@ def test_every_graph_of_a_broken_capture_is_shown(models: str, tmp_path: Path) -
 )
 def test_mistakes(models: str, arguments: list[str], message: str) -> None:
     assert message in refused("plan", *(argument.format(models=models) for argument in arguments))
+
+
+def test_a_failure_that_is_not_the_model_s_shows_its_traceback(models: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    def fail(*args: Any, **kwargs: Any) -> None:
+        raise KeyError("a bug")
+
+    monkeypatch.setattr(fp8fx, "plan", fail)
+    result = CliRunner().invoke(cli.app, ["plan", f"{models}:Net", "-i", "2x8"])
+    assert isinstance(result.exception, KeyError)
 
 
 def test_integer_inputs_stay_small() -> None:

@@ -23,7 +23,7 @@ from typing import Any
 
 import torch
 from benchmark_report import Bar, Report, Row, device_for, error_text, parser
-from candidates import Compiled, compiled
+from candidates import Compiled, candidate, compiled
 from torch import Tensor, nn
 from transformer_blocks import LLAMA, TINY, Blocks, make, tokens
 
@@ -153,7 +153,7 @@ def draw(figure: Any, rows: list[Row]) -> None:
 
 def main(argv: Sequence[str] | None = None) -> int:
     made = parser(__doc__)
-    made.add_argument("--candidates", nargs="+", default=list(CANDIDATES))
+    made.add_argument("--candidates", nargs="+", type=candidate, default=list(CANDIDATES), help="names of candidates.py")
     made.add_argument("--inner", help="what compiles: inductor, on a CPU eager")
     options = made.parse_args(argv)
     options.device = device_for(options, made)

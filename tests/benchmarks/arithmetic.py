@@ -20,9 +20,9 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable
-from pathlib import Path
 
 import torch
+from benchmark_report import writable
 from torch import Tensor
 
 from fp8fx.arithmetic.product import form_of, product
@@ -121,7 +121,7 @@ def show(row: dict[str, object]) -> str:
 def main(arguments: list[str]) -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--large", action="store_true")
-    parser.add_argument("--json", type=Path)
+    parser.add_argument("--json", type=writable)
     parser.add_argument("--tiny", action="store_true")
     parser.add_argument("--no-compile", action="store_true", help="leave Inductor out (a minute per arithmetic on a slow machine)")
     parser.add_argument("--no-eager", action="store_true", help="compiled tiles only")

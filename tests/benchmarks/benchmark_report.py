@@ -11,13 +11,15 @@ from __future__ import annotations
 import argparse
 import datetime
 import importlib.metadata
+import importlib.util
 import json
 import math
 import platform
+import sys
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
 
 import torch
 
@@ -63,17 +65,65 @@ def machine(device: str) -> dict[str, Any]:
 def parser(doc: str | None) -> argparse.ArgumentParser:
     """A parser with the options every benchmark has."""
     made = argparse.ArgumentParser(description=doc, formatter_class=argparse.RawDescriptionHelpFormatter)
-    made.add_argument("--json", type=Path, help="write the figures here, after every row")
-    made.add_argument("--picture", type=Path, help="draw the figures here: .png or .svg")
-    made.add_argument("--from-json", type=Path, nargs="+", help="measure nothing: print and draw these figures")
+    made.add_argument("--json", type=writable, help="write the figures here, after every row")
+    made.add_argument("--picture", type=drawable, help="draw the figures here: .png or .svg")
+    made.add_argument("--from-json", type=figures, nargs="+", help="measure nothing: print and draw these figures")
     made.add_argument("--tiny", action="store_true", help="small sizes on any device: only whether the program runs")
     return made
 
 
+def writable(text: str) -> Path:
+    """An argument: a file that can be written, which is known before anything is measured."""
+    path = Path(text)
+    if path.is_dir():
+        raise argparse.ArgumentTypeError(f"{text} is a folder: name a file")
+    if not path.parent.is_dir():
+        raise argparse.ArgumentTypeError(f"{text}: there is no folder {path.parent}")
+    return path
+
+
+def drawable(text: str) -> Path:
+    """An argument: a picture that can be written."""
+    if Path(text).suffix not in (".png", ".svg"):
+        raise argparse.ArgumentTypeError(f"{text}: pictures are .png or .svg")
+    if importlib.util.find_spec("matplotlib") is None:
+        raise argparse.ArgumentTypeError("pictures need matplotlib: pip install matplotlib")
+    return writable(text)
+
+
+def figures(text: str) -> Path:
+    """An argument: a file that an earlier run wrote with --json."""
+    try:
+        data = json.loads(Path(text).read_text(encoding="utf-8"))
+    except OSError as error:
+        raise argparse.ArgumentTypeError(f"{text} cannot be read: {error.strerror}") from error
+    except ValueError as error:
+        raise argparse.ArgumentTypeError(f"{text} is not JSON: {error}") from error
+    if not isinstance(data, dict) or not data.keys() >= {"benchmark", "machines", "rows"}:
+        raise argparse.ArgumentTypeError(f"{text} holds no figures of a benchmark, which --json writes")
+    return Path(text)
+
+
+def refuse(text: str) -> NoReturn:
+    """As argparse refuses an argument: one line on stderr, exit status 2."""
+    print(f"{Path(sys.argv[0]).name}: error: {text}", file=sys.stderr)
+    raise SystemExit(2)
+
+
+def need_triton() -> None:
+    """For scripts that time kernels, before they import them."""
+    if importlib.util.find_spec("triton") is None:
+        refuse("Triton is needed and not installed, for --tiny too: pip install '.[triton]' in the checkout, or pip install 'triton>=3.6'")
+
+
 def sliced(items: Sequence[Any], text: str) -> Sequence[Any]:
-    """The slice of `items` that an option names: `0:20`, `27:`."""
+    """The slice of `items` that the option --shapes names: `0:20`, `27:`. Refused if it is none, or empty."""
     first, _, last = text.partition(":")
-    return items[int(first or 0) : int(last) if last else None]
+    try:
+        found = items[int(first or 0) : int(last) if last else None]
+    except ValueError:
+        refuse(f"argument --shapes: {text!r} is no slice such as 0:1 or 2: of the {len(items)} sizes there are")
+    return found or refuse(f"argument --shapes: {text!r} holds none of the {len(items)} sizes there are")
 
 
 def device_for(options: argparse.Namespace, made: argparse.ArgumentParser) -> str:
@@ -101,7 +151,7 @@ class Report:
         files = [json.loads(path.read_text(encoding="utf-8")) for path in paths]
         for path, file in zip(paths, files, strict=True):
             if file["benchmark"] != self.benchmark:
-                raise SystemExit(f"{path} holds figures of {file['benchmark']}, not of {self.benchmark}")
+                refuse(f"{path} holds figures of {file['benchmark']}, not of {self.benchmark}")
         rows = {tuple(str(row.get(name)) for name in self.key): row for file in files for row in file["rows"]}
         self.rows = list(rows.values())
         named = {json.dumps(made): made for file in files for made in file["machines"]}

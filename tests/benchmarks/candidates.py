@@ -14,6 +14,7 @@ torchao-RECIPE             convert_to_float8_training (tensorwise, rowwise, roww
 
 from __future__ import annotations
 
+import argparse
 import warnings
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -25,6 +26,7 @@ from torch import Tensor, nn
 import fp8fx
 
 BF16, BF16_EAGER, TORCHAO, GRAPHS = "bf16", "bf16-eager", "torchao-", "-graphs"
+TORCHAO_RECIPES = ("tensorwise", "rowwise", "rowwise_with_gw_hp")
 CHANGES: dict[str, dict[str, Any]] = {
     "fast": {"accumulate": {"output": "fast", "grad_input": "fast", "grad_weight": "fast"}},
     "saved": {"save_activation_inputs": "fp8"},
@@ -41,6 +43,20 @@ class Compiled:
     run: Callable[[Tensor], Tensor]
     step: Callable[[], None]
     loss_scale: float = 1.0
+
+
+def candidate(name: str) -> str:
+    """An argument: a name that `compiled` knows."""
+    recipes = [recipe for recipe in fp8fx.Recipe.shipped() if "-" not in recipe]
+    plain = [BF16, BF16_EAGER, BF16 + GRAPHS, *(TORCHAO + recipe for recipe in TORCHAO_RECIPES)]
+    base, *changes = name.split("-")
+    known = base in recipes and (changes == ["eager"] or {*changes} <= {*CHANGES, "graphs"})
+    if not known and name not in plain:
+        endings = ", ".join(f"-{change}" for change in (*CHANGES, "graphs"))
+        raise argparse.ArgumentTypeError(
+            f"no candidate {name!r}; there are {', '.join(plain)}, and {', '.join(recipes)}, these also with -eager or any of {endings}"
+        )
+    return name
 
 
 def recipe_of(name: str) -> Any:

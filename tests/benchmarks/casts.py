@@ -17,13 +17,15 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
-from benchmark_report import Bar, Report, Row, device_for, error_text, parser, sliced
+from benchmark_report import Bar, Report, Row, device_for, error_text, need_triton, parser, sliced
 from gpu_timing import interleaved
 from torch import Tensor
 from torch.nn import functional as F
 
-if __name__ == "__main__" and not torch.cuda.is_available():
-    os.environ.setdefault("TRITON_INTERPRET", "1")  # for --tiny; Triton reads it when a kernel is defined
+if __name__ == "__main__":
+    need_triton()
+    if not torch.cuda.is_available():
+        os.environ.setdefault("TRITON_INTERPRET", "1")  # for --tiny; Triton reads it when a kernel is defined
 
 from fp8fx.kernels.activation_cast import activation_backward_cast, activation_cast
 from fp8fx.kernels.amax import amax, amax_each
@@ -161,9 +163,10 @@ def main(argv: Sequence[str] | None = None) -> int:
     made.add_argument("--shapes", default=":", help="a slice of the list of sizes, as 0:1")
     options = made.parse_args(argv)
     options.device = device_for(options, made)
+    shapes = sliced(TINY if options.tiny else SHAPES, options.shapes)
     report = Report("casts", options, options.device, ("m", "k"))
     if report.measures:
-        for shape in sliced(TINY if options.tiny else SHAPES, options.shapes):
+        for shape in shapes:
             report.add(measure(shape, options))
         report.add({"update_us": update_time(options)})
     print_table(report.rows)

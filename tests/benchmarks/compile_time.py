@@ -43,6 +43,7 @@ ROOT = Path(__file__).resolve().parents[2]
 sys.path.insert(0, str(ROOT / "tests"))
 
 import torch  # noqa: E402
+from benchmark_report import writable  # noqa: E402
 from conftest import _import_torchvision  # noqa: E402
 from torch import nn  # noqa: E402
 
@@ -208,7 +209,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--inner", nargs="+", default=["eager", "aot_eager", "inductor"])
     parser.add_argument("--recipe", default="hybrid")
     parser.add_argument("--repeat", type=int, default=3)
-    parser.add_argument("--json", type=Path, help="write the figures here")
+    parser.add_argument("--json", type=writable, help="write the figures here")
     options = parser.parse_args(argv)
     torch.set_num_threads(1)
     print(f"LlamaForCausalLM, forward and backward, recipe {options.recipe}, torch {torch.__version__}, {platform.machine()}\n")

@@ -26,6 +26,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from benchmark_report import writable
 from torch import Tensor
 from torch.utils.cpp_extension import load
 
@@ -123,7 +124,7 @@ def bars(ms: dict[str, float]) -> list[tuple[str, float, str, bool]]:
 
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--json", type=Path, help="write the figures here")
+    parser.add_argument("--json", type=writable, help="write the figures here")
     parser.add_argument("--count", type=int, default=2**24, help="elements (default 2^24)")
     parser.add_argument("--repeats", type=int, default=15)
     arguments = parser.parse_args()

@@ -24,12 +24,14 @@ from functools import partial
 from typing import Any
 
 import torch
-from benchmark_report import Bar, Report, Row, device_for, error_text, parser
+from benchmark_report import Bar, Report, Row, device_for, error_text, need_triton, parser
 from gpu_timing import Call, interleaved
 from torch import Tensor
 
-if __name__ == "__main__" and not torch.cuda.is_available():
-    os.environ.setdefault("TRITON_INTERPRET", "1")  # for --tiny; Triton reads it when a kernel is defined
+if __name__ == "__main__":
+    need_triton()
+    if not torch.cuda.is_available():
+        os.environ.setdefault("TRITON_INTERPRET", "1")  # for --tiny; Triton reads it when a kernel is defined
 
 from fp8fx.kernels.cast import Rounding
 from fp8fx.kernels.scaled_mm import scaled_mm

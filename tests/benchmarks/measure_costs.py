@@ -23,7 +23,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from benchmark_report import error_text, machine
+from benchmark_report import error_text, machine, need_triton, writable
 from gpu_timing import Call, captured
 from torch import Tensor, nn
 
@@ -299,11 +299,12 @@ def dump(data: dict[str, Any]) -> str:
 def main(argv: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--write", action="store_true", help="into fp8fx/costs, as the table of this device")
-    parser.add_argument("--json", type=Path, help="write the table here")
+    parser.add_argument("--json", type=writable, help="write the table here")
     parser.add_argument("--estimate", action="store_true", help="measure nothing")
     parser.add_argument("--tiny", action="store_true", help="a few small points on any device: only whether the program runs")
-    names = ("FROM", "INTO")
-    parser.add_argument("--transfer", nargs=2, metavar=names, help="tables in fp8fx/costs: measure nothing, write INTO anew")
+    tables, names = sorted(path.stem for path in FOLDER.glob("*.json")), ("FROM", "INTO")
+    what = f"tables in fp8fx/costs ({', '.join(tables)}): measure nothing, write INTO anew"
+    parser.add_argument("--transfer", nargs=2, metavar=names, choices=tables, help=what)
     options = parser.parse_args(argv)
     if options.transfer:
         other, data = (json.loads((FOLDER / f"{name}.json").read_text(encoding="utf-8")) for name in options.transfer)
@@ -316,6 +317,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         parser.error("--tiny measures nothing worth shipping: give --json a path instead of --write")
     if device == "cpu" and not options.tiny and not options.estimate:
         parser.error("there is no CUDA GPU: only --tiny and --estimate run here")
+    if not options.estimate:
+        need_triton()
     data = estimated() if options.estimate else measured(device, options.tiny)
     Table.of(data)  # it loads
     path = options.json or (FOLDER / f"{table_name(data['machine']['device'])}.json" if options.write else None)

@@ -21,10 +21,10 @@ import sys
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
-from pathlib import Path
 from typing import Any
 
 import torch
+from benchmark_report import writable
 from torch import Tensor, nn
 from torch.nn import functional as F
 
@@ -120,7 +120,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--layers", type=int, nargs="+", default=[50, 200, 800, 1600])
     parser.add_argument("--recipe", default="hybrid")
     parser.add_argument("--repeat", type=int, default=7)
-    parser.add_argument("--json", type=Path, help="write the figures here")
+    parser.add_argument("--json", type=writable, help="write the figures here")
     options = parser.parse_args(argv)
     measure(16, options.recipe, 1)  # imports and first-use caches of torch are not the passes'
     rows = [measure(layers, options.recipe, options.repeat) for layers in options.layers]

@@ -19,12 +19,14 @@ from multiprocessing import get_context
 from typing import Any
 
 import torch
-from benchmark_report import Report, Row, device_for, error_text, parser
+from benchmark_report import Report, Row, device_for, error_text, need_triton, parser, refuse
 from gpu_timing import interleaved
 from torch import Tensor
 
-if __name__ == "__main__" and not torch.cuda.is_available():
-    os.environ.setdefault("TRITON_INTERPRET", "1")  # for --tiny; Triton reads it when a kernel is defined
+if __name__ == "__main__":
+    need_triton()
+    if not torch.cuda.is_available():
+        os.environ.setdefault("TRITON_INTERPRET", "1")  # for --tiny; Triton reads it when a kernel is defined
 
 from fp8fx.kernels import activation_amax, activation_cast, amax, cast
 from fp8fx.kernels.rounding import Rounding
@@ -208,7 +210,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 def run(options: Any, report: Report) -> None:
     table = {name: case for name, case in cases(options.device).items() if any(fnmatch.fnmatch(name, p) for p in options.cases)}
     if not table:
-        raise SystemExit(f"no case {' '.join(options.cases)}; there are {'; '.join(cases(options.device))}")
+        refuse(f"argument --cases: no case {' '.join(options.cases)}; there are {'; '.join(cases(options.device))}")
     if options.device == "cuda":
         wanted = [(name, i) for name, case in table.items() for i in range(len(case.tiles))]
         shares = [wanted[i :: options.workers] for i in range(options.workers)]

@@ -24,7 +24,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from benchmark_report import Bar, Report, Row, device_for, error_text, parser
+from benchmark_report import Bar, Report, Row, device_for, error_text, parser, refuse
 from candidates import GRAPHS, compiled
 from step_profile import print_profile, profiled, synchronize
 from torch import Tensor, nn
@@ -207,7 +207,7 @@ def selected(patterns: Sequence[str] | None) -> dict[str, list[str]]:
     for pattern in patterns or ["*"]:
         hits = [name for name in names if fnmatch.fnmatch(name, pattern if "/" in pattern or pattern == "*" else f"{pattern}/*")]
         if not hits:
-            raise SystemExit(f"no row {pattern!r}; there are {', '.join(names)}")
+            refuse(f"no row {pattern!r}; there are {', '.join(names)}")
         for name in hits:
             group, candidate = name.split("/")
             if candidate not in found.setdefault(group, []):

@@ -161,6 +161,16 @@ def test_backward_hooks_around_layers_leave_them_in_fp8() -> None:
     assert {row.name: row.decision for row in plan.rows} == dict.fromkeys(("inp", "feed.up", "feed.down", "head"), "fp8")
 
 
+@pytest.mark.parametrize("child", ["0", "1", "2"])
+def test_a_backward_hook_in_a_loop_takes_the_loop_along(child: str) -> None:
+    model = nn.Sequential(nn.Linear(16, 16), nn.ReLU(), Feed(), nn.Linear(16, 8))
+    model.get_submodule(child).register_full_backward_hook(lambda m, inputs, outputs: None)
+    fast = fp8fx.compile(model, "hybrid")
+    fast(torch.randn(4, 16, requires_grad=True)).sum().backward()
+    decisions = {row.name: row.decision for row in fp8fx.plan(fast).rows}
+    assert decisions == {"0": "not_captured", "2.up": "fp8", "2.down": "fp8", "3": "not_captured"}
+
+
 def test_hooks_of_the_original_registered_later_are_not_the_clones() -> None:
     """The clone has the hooks that were there when it was made; each side may change its own afterwards."""
     model = seeded(Mlp)
