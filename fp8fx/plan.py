@@ -13,15 +13,11 @@ from rich.console import Console
 from rich.table import Table
 from torch import nn
 
+from fp8fx.hooked import HOOKED, QUANTIZABLE
 from fp8fx.passes.contract import Skip
 from fp8fx.pipeline import Annotated
 from fp8fx.recipe import Recipe, Unmatched
 from fp8fx.spec import ROLES, SiteSpec, TensorSpec
-
-QUANTIZABLE = (
-    nn.Linear, nn.Conv1d, nn.Conv2d, nn.Conv3d, nn.ConvTranspose1d, nn.ConvTranspose2d, nn.ConvTranspose3d, nn.Embedding,
-    nn.MultiheadAttention,
-)  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -97,18 +93,6 @@ def site_rows(annotated: Iterable[Annotated]) -> list[SiteRow]:
     return list(rows.values())
 
 
-_HOOKED = "TorchDynamo captures no layer of torch.nn that has a backward hook"
-
-
-def backward_hooked(root: nn.Module) -> set[str]:
-    """Layers inside `root` that Dynamo leaves out for their backward hooks; a user's own module there is captured for itself."""
-    return {
-        name
-        for name, module in root.named_modules()
-        if name and isinstance(module, QUANTIZABLE) and (module._backward_hooks or module._backward_pre_hooks)
-    }
-
-
 def build_plan(
     graphs: Sequence[list[SiteRow]],
     skips: Sequence[list[Skip]],
@@ -125,7 +109,7 @@ def build_plan(
     for graph in graphs:
         for row in graph:
             if row.name in hooked:
-                row = replace(row, decision="not_captured", formats="", reason=_HOOKED, spec=None)
+                row = replace(row, decision="not_captured", formats="", reason=HOOKED, spec=None)
             rows.setdefault(row.key, row)
     said = [[skip.reason for skip in group if skip.rule == "recipe"] for group in skips]
     of_graphs = [note for group in said for note in group if not isinstance(note, Unmatched) or all(note in other for other in said)]
@@ -151,7 +135,7 @@ def _not_captured(root: nn.Module, rows: set[str], hooked: Collection[str]) -> l
         of_attention = any(isinstance(modules[name.rpartition(".")[0]], nn.MultiheadAttention) for name in aliases)
         if not inside and not of_attention:
             module = modules[aliases[0]]
-            reason = _HOOKED if aliases[0] in hooked else f"not called so far, or called outside every captured graph{recurrent}"
+            reason = HOOKED if aliases[0] in hooked else f"not called so far, or called outside every captured graph{recurrent}"
             found.append(SiteRow(aliases[0], type(module).__name__, "", "not_captured", "", reason, 0))
     return found
 

@@ -29,12 +29,13 @@ from fp8fx.entries import unmatched
 from fp8fx.errors import CaptureError, FP8Warning, RecipeError
 from fp8fx.fastpath import WITHOUT_FASTPATH, hides_layers
 from fp8fx.graph_call import GraphCall, GraphRecord, SharedGraph, Version, alive
+from fp8fx.hooked import Hooks
 from fp8fx.inner import compiled_inner
 from fp8fx.monitor import UnderflowMonitor
 from fp8fx.options import Options
 from fp8fx.passes.contract import Context
 from fp8fx.passes.lower import WeightInput
-from fp8fx.plan import Plan, backward_hooked, build_plan, site_rows
+from fp8fx.plan import Plan, build_plan, site_rows
 from fp8fx.recipe import Recipe
 from fp8fx.records import Records
 from fp8fx.scaling import ScalingState, is_scaling, other_recipe
@@ -74,9 +75,8 @@ class Runtime:
         self.monitor = UnderflowMonitor({}, underflow_advice(self.recipe))
         self._first_layer: str | None = None
         self._hides_layers = False
-        self._hooked: set[str] = set()  # layers outside the graphs because of a backward hook
-        self._stepped = False
-        self._reported = False  # the one line after the first call
+        self._hooks = Hooks()
+        self._stepped = self._reported = False  # reported: the one line after the first call
         self._root: weakref.ref[nn.Module] | None = None
         self._forward: Callable[..., Any] | None = None
 
@@ -158,7 +158,7 @@ class Runtime:
             return captured.module
         call = self._graph_call(compiled.module, example_inputs, example_inputs)
         self.graphs.append(record)  # only now: Dynamo may interrupt the inner compiler, and capture anew
-        self._hooked = self._hooked - {row.name for row in record.rows} | backward_hooked(self.root)
+        self._hooks.captured(self.root, (row.name for row in record.rows))
         self.monitor.formats.update({row.name: row.grad_format for row in record.rows if row.grad_format})
         return Version(self, record, call)
 
@@ -334,10 +334,10 @@ class Runtime:
         return not torch.is_grad_enabled() or not self.root.training or wanted.cache == "step"
 
     def plan(self) -> Plan:
-        rows = [record.rows for record in self.graphs]
-        layered = [record.captured for record in self.graphs if record.layered]
-        notes = [_NO_LAST] if self.recipe.boundary.last and layered and not any(captured.ends for captured in layered) else []
-        return build_plan(rows, [record.compiled.skips for record in self.graphs], self.root, self.recipe, notes, self._hooked)
+        rows, skips = [record.rows for record in self.graphs], [record.compiled.skips for record in self.graphs]
+        ends = [record.captured.ends for record in self.graphs if record.layered]
+        notes = [_NO_LAST] if self.recipe.boundary.last and ends and not any(ends) else []
+        return build_plan(rows, skips, self.root, self.recipe, notes, self._hooks.now(self.root))
 
     def stage(self, stage: str, index: int = 0) -> fx.GraphModule:
         """Graph `index` of the model after `stage`, made again from what was captured."""

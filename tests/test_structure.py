@@ -20,7 +20,7 @@ arithmetic
 recipe ops functional
 capture
 passes
-pipeline show
+pipeline show hooked
 plan state scaling monitor autocast watch
 entries distributed shards
 records

@@ -22,7 +22,8 @@ from oracle import EXACT, Gradient, Oracle, compare_gradients, margin, plain, sq
 from torch import nn
 
 import fp8fx
-from fp8fx.plan import QUANTIZABLE, Plan
+from fp8fx.hooked import QUANTIZABLE
+from fp8fx.plan import Plan
 
 NEAREST = {"rounding": "nearest_even"}
 # `direct` with gradients rounded to nearest, so that there is one right answer to compare with.

@@ -171,6 +171,34 @@ def test_a_backward_hook_in_a_loop_takes_the_loop_along(child: str) -> None:
     assert decisions == {"0": "not_captured", "2.up": "fp8", "2.down": "fp8", "3": "not_captured"}
 
 
+class Nested(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        inner = nn.Sequential(nn.Linear(16, 16), Feed())
+        self.a, self.seq, self.b = nn.Linear(16, 16), nn.Sequential(nn.Linear(16, 16), inner, nn.Linear(16, 16)), nn.Linear(16, 16)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.b(self.seq(self.a(x)))
+
+
+@pytest.mark.filterwarnings("ignore:fp8fx. no layer runs in FP8")
+@pytest.mark.parametrize("late", [False, True])
+@pytest.mark.parametrize("hooked", ["seq.1.1.up", "seq.1.1", "seq.1.0", "seq.1", "seq", "a"])
+def test_the_plan_follows_a_hook_inside_of_a_sequential(hooked: str, late: bool) -> None:
+    """Also one that came after the first call, when no graph is captured any more; what it says runs in high precision, does."""
+    model = Nested()
+    fast, alone = fp8fx.compile(model, "hybrid"), fp8fx.compile(model, "hybrid", exempt=["a", "b", "seq.1.1"])
+    x = torch.randn(4, 16, requires_grad=True)
+    for each in (fast, alone):
+        if late:
+            each(x).sum().backward()
+        each.get_submodule(hooked).register_full_backward_hook(lambda m, inputs, outputs: None)
+        each(x).sum().backward()
+    left = {row.name for row in fp8fx.plan(fast).rows if row.decision == "not_captured"}
+    assert left == ({"a"} if hooked == "a" else {"seq.0", "seq.1.0", "seq.2"} | {hooked} & {"seq.1.1.up"})
+    assert torch.equal(alone(x), model(x)) == (hooked != "a")
+
+
 def test_hooks_of_the_original_registered_later_are_not_the_clones() -> None:
     """The clone has the hooks that were there when it was made; each side may change its own afterwards."""
     model = seeded(Mlp)
