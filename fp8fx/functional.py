@@ -7,8 +7,6 @@ float64 tensors of any shape, empty and non-contiguous ones included; an integer
 
 from __future__ import annotations
 
-import math
-
 import torch
 from torch import Tensor
 
@@ -23,6 +21,7 @@ from fp8fx.spec import Granularity
 
 # Both public roundings share one producer: the same seed and step give the same decision in `quantize` and `fake_quantize`.
 _KEY = producer_key("fp8fx.functional", "x")
+_LEAST, _MOST = 2.0**-149, torch.finfo(torch.float32).max
 
 
 def quantize(
@@ -125,8 +124,11 @@ def _as_scale(scale: Tensor | float | None, x: Tensor) -> Tensor | None:
         return None
     if isinstance(scale, Tensor):  # whose values are not looked at: on a GPU that would wait for them
         return scale.detach().float()
-    if not 0 < scale < math.inf:
-        raise ModelError(f"a scale is finite and above 0, got {scale}: it multiplies codes to give values, as compute_scale makes it")
+    if not hasattr(scale, "__float__") or not _LEAST <= scale <= _MOST:
+        # The value is not named: Dynamo has a symbol there.
+        raise ModelError(
+            "a scale is a finite number above 0 that float32 holds: it multiplies codes to give values, as compute_scale makes it"
+        )
     return torch.full((), scale, dtype=torch.float32, device=x.device)
 
 

@@ -6,6 +6,8 @@ from collections.abc import Iterable
 
 from torch import nn
 
+from fp8fx.clone import base_class
+
 QUANTIZABLE = (
     nn.Linear, nn.Conv1d, nn.Conv2d, nn.Conv3d, nn.ConvTranspose1d, nn.ConvTranspose2d, nn.ConvTranspose3d, nn.Embedding,
     nn.MultiheadAttention,
@@ -16,7 +18,8 @@ HOOKED = "TorchDynamo captures no layer of torch.nn that has a backward hook, or
 class Hooks:
     """Layers of one model that its graphs lack because of a backward hook."""
 
-    def __init__(self) -> None:
+    def __init__(self, capture: str) -> None:
+        self._follows = capture == "dynamo"  # symbolic tracing leaves hooks out, not layers
         self._left: set[str] = set()
         self._then: set[str] = set()  # what hooks kept out when the last graph was captured
 
@@ -27,7 +30,7 @@ class Hooks:
 
     def now(self, root: nn.Module) -> set[str]:
         """Those left out: also by a hook that came since, after which no graph may have been captured."""
-        return self._left | (backward_hooked(root) - self._then)
+        return self._left | (backward_hooked(root) - self._then) if self._follows else set()
 
 
 def backward_hooked(root: nn.Module) -> set[str]:
@@ -39,14 +42,14 @@ def backward_hooked(root: nn.Module) -> set[str]:
     hooked = [name for name, module in modules.items() if name and (module._backward_hooks or module._backward_pre_hooks)]
     found = {name for name in hooked if isinstance(modules[name], QUANTIZABLE)}
     for name, module in modules.items():
-        if _loops(module, name) and any(not name or hook == name or hook.startswith(f"{name}.") for hook in hooked):
+        if _loops(module) and any(not name or hook == name or hook.startswith(f"{name}.") for hook in hooked):
             found |= _called_by(module, name)
     return found
 
 
-def _loops(module: nn.Module, name: str) -> bool:
-    """An nn.Sequential, with its own forward; the root has that of the compiled model."""
-    return isinstance(module, nn.Sequential) and (not name or type(module).forward is nn.Sequential.forward)
+def _loops(module: nn.Module) -> bool:
+    """An nn.Sequential, with the forward of one."""
+    return isinstance(module, nn.Sequential) and base_class(module).forward is nn.Sequential.forward
 
 
 def _called_by(sequential: nn.Module, name: str) -> set[str]:
@@ -54,7 +57,7 @@ def _called_by(sequential: nn.Module, name: str) -> set[str]:
     found: set[str] = set()
     for part, child in sequential.named_children():
         inside = f"{name}.{part}" if name else part
-        if _loops(child, inside):
+        if _loops(child):
             found |= _called_by(child, inside)
         elif isinstance(child, QUANTIZABLE):
             found.add(inside)

@@ -75,7 +75,7 @@ class Runtime:
         self.monitor = UnderflowMonitor({}, underflow_advice(self.recipe))
         self._first_layer: str | None = None
         self._hides_layers = False
-        self._hooks = Hooks()
+        self._hooks = Hooks(self.options.capture)
         self._stepped = self._reported = False  # reported: the one line after the first call
         self._root: weakref.ref[nn.Module] | None = None
         self._forward: Callable[..., Any] | None = None
@@ -153,12 +153,12 @@ class Runtime:
         context = context.on(where, self.trains())
         compiled = pipeline.run(captured, context, "annotate" if self.options.plan_only else "lower")
         record = GraphRecord(captured, context, compiled, site_rows(compiled.annotated), bool(layers))
+        self._hooks.captured(self.root, (row.name for row in record.rows))
         if self.options.plan_only:
             self.graphs.append(record)
             return captured.module
         call = self._graph_call(compiled.module, example_inputs, example_inputs)
         self.graphs.append(record)  # only now: Dynamo may interrupt the inner compiler, and capture anew
-        self._hooks.captured(self.root, (row.name for row in record.rows))
         self.monitor.formats.update({row.name: row.grad_format for row in record.rows if row.grad_format})
         return Version(self, record, call)
 

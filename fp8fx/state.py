@@ -16,6 +16,7 @@ import torch
 from torch import Tensor
 from torch.optim.optimizer import register_optimizer_step_post_hook
 
+from fp8fx.errors import ModelError
 from fp8fx.passes.lower import WeightInput
 
 Parts = tuple[Tensor, Tensor, Tensor]  # codes, scale, amax of a quantized weight
@@ -35,6 +36,11 @@ class Stream:
         values = [self.seed, self.step, self.call + (self.process << 20)]
         if device.type != "cuda":
             return torch.tensor(values, dtype=torch.int64, device=device)
+        if torch.cuda.is_current_stream_capturing():
+            raise ModelError(
+                "stochastic rounding inside of torch.cuda.graph: every replay would draw the same bits. Leave the capture of CUDA graphs "
+                'to fp8fx.compile(model, inner_mode="reduce-overhead"), or round to nearest'
+            )
         # From pageable memory the host would wait for the GPU.
         return torch.tensor(values, dtype=torch.int64, device="cpu", pin_memory=True).to(device, non_blocking=True)
 

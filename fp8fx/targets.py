@@ -136,10 +136,17 @@ def sample_inputs(texts: Iterable[str], model: nn.Module, high: int = 9, seed: i
             positional.append(value)
     if not named:
         return tuple(positional)
+    signature = inspect.signature(model.forward)
     try:
-        return dict(inspect.signature(model.forward).bind_partial(*positional, **named).arguments)
+        bound = dict(signature.bind_partial(*positional, **named).arguments)
     except TypeError as error:
-        raise ModelError(f"--input does not fit {type(model).__name__}.forward{inspect.signature(model.forward)}: {error}") from error
+        raise ModelError(f"--input does not fit {type(model).__name__}.forward{signature}: {error}") from error
+    for name, parameter in signature.parameters.items():
+        if parameter.kind is parameter.VAR_KEYWORD:
+            bound |= bound.pop(name, {})
+        elif parameter.kind is parameter.VAR_POSITIONAL and name in bound:
+            raise ModelError(f"--input: {type(model).__name__}.forward{signature} takes *{name}: name none of the inputs")
+    return bound
 
 
 def _dtype(name: str) -> torch.dtype:

@@ -22,6 +22,7 @@ from typing import Any, NamedTuple
 import torch
 import triton
 from torch import Tensor
+from triton.compiler.errors import CompilationError
 
 from fp8fx.errors import FP8Warning, KernelError
 from fp8fx.kernels.interpret import INTERPRET
@@ -218,9 +219,11 @@ def _warn_of_another_triton() -> None:
 
 
 def _failed(kernel: Any, error: Exception) -> str:
-    lines = str(error).strip().splitlines() or [type(error).__name__]
-    # Triton's own errors begin with a place in the kernel, and end with the reason.
-    first = (lines[-1] if lines[0].startswith("at ") else lines[0]).strip().rstrip(".")
+    while isinstance(error.__cause__, CompilationError):  # in a function that the kernel calls
+        error = error.__cause__
+    lines = [line.strip() for line in str(error).splitlines() if line.strip(" ^")] or [type(error).__name__]
+    # Triton's own errors begin with a place in the kernel, and end with the reason, or with the line.
+    first = (lines[-1] if lines[0].startswith("at ") else lines[0]).rstrip(".")
     return (
         f"{kernel.__name__} does not compile here (Triton {triton.__version__}, {torch.cuda.get_device_name()}): {first}. "
         "The reference runs instead, slower; versions that are known to work are in constraints.txt"

@@ -216,7 +216,7 @@ def test_a_kernel_that_fails_counts_as_the_slowest(monkeypatch: pytest.MonkeyPat
 @pytest.mark.parametrize(
     ("changes", "said"),
     [
-        ({"scaling": "dlayed"}, "scaling is one of current, delayed, fixed, none, got 'dlayed'"),
+        ({"scaling": "dlayed"}, "scaling is one of none, current, delayed, fixed, got 'dlayed'"),
         ({"granularity": "rows"}, "granularity is tensor, row, or a block .* S one of 32, 64, 128, got 'rows'"),
         ({"granularity": (7, 9)}, r"got \(7, 9\)"),
         ({"granularity": (32, 64)}, r"got \(32, 64\)"),

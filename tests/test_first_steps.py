@@ -133,6 +133,8 @@ def test_the_name_of_a_file_without_its_ending(tmp_path: Path, monkeypatch: pyte
         fp8fx.Recipe.load("mine")
     with pytest.raises(fp8fx.RecipeError, match=r"Did you mean 'hybrid'\?"):
         fp8fx.Recipe.load("HYBRID")
+    with pytest.raises(fp8fx.RecipeError, match="no shipped recipe is called 'xxx"):
+        fp8fx.Recipe.load("x" * 300)
 
 
 def test_a_pattern_unlike_any_name_is_answered_with_the_names() -> None:

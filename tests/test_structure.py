@@ -13,7 +13,8 @@ SOURCES = sorted([*(ROOT / "fp8fx").rglob("*.py"), *(ROOT / "kernels").rglob("*.
 # Each may import those on the lines above, and those on its own line where the line is in PEERS.
 LAYERS = """
 errors
-formats spec clone fastpath options costs
+formats spec clone fastpath options
+costs
 kernels
 numerics
 arithmetic

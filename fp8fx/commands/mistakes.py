@@ -48,7 +48,9 @@ def _described(given: Given) -> str:
     return ", ".join(map(_one, given))
 
 
-def _one(value: Tensor) -> str:
+def _one(value: Any) -> str:
+    if not isinstance(value, Tensor):
+        return repr(value)
     text = f"{str(value.dtype).removeprefix('torch.')} {list(value.shape)}"
     if value.is_floating_point() or value.is_complex() or value.dtype is torch.bool or not value.numel():
         return text

@@ -6,6 +6,7 @@ the sums matter:    time = max(sum of GPU times, fixed + sum of host times)
 
 from __future__ import annotations
 
+import operator
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -13,8 +14,8 @@ import torch
 
 from fp8fx.costs.own import own_is_faster
 from fp8fx.costs.table import Table, load
+from fp8fx.spec import SCALINGS, SIDES
 
-SCALINGS, SIDES = ("current", "delayed", "fixed", "none"), (32, 64, 128)  # the recipe's words, and the blocks that kernels have
 FAST_FORWARD = ("fast", "precise", "precise")  # of output, grad_input, grad_weight: the recipes' default
 # (scaling, granularity) -> casts of X, of W in forward, of W once more in backward, of dY; in inference W is kept in FP8.
 _TRAINING = {
@@ -48,7 +49,7 @@ class Layer:
     w_dtype: torch.dtype | None = None
 
     def __post_init__(self) -> None:
-        if not all(isinstance(size, int) and size > 0 for size in (self.m, self.k, self.n, self.shared)):
+        if any(operator.index(size) < 1 for size in (self.m, self.k, self.n, self.shared)):
             raise ValueError(f"costs.Layer: m, k, n and shared are numbers above 0, got {(self.m, self.k, self.n, self.shared)}")
         if self.scaling not in SCALINGS:
             raise ValueError(f"costs.Layer: scaling is one of {', '.join(SCALINGS)}, got {self.scaling!r}")
@@ -60,7 +61,7 @@ class Layer:
                 f"{', '.join(map(str, sorted(SIDES)))}, got {block!r}"
             )
 
-    def bytes(self, dtype: torch.dtype | None) -> float:
+    def width(self, dtype: torch.dtype | None) -> float:
         """Of an element, over those of bf16, which the table's casts read: casts move bytes."""
         return (dtype or self.dtype).itemsize / 2
 
@@ -140,7 +141,7 @@ def _gpu_bf16(layer: Layer, table: Table) -> float:
         return sum(max(us, flops / rate) for us in times[: 3 if layer.training else 1])  # latency and memory bound it too
     forward = table.forward(m, k, n, "bf16")
     if layer.w_dtype is not None and layer.w_dtype != layer.dtype:  # autocast's own cast, kept from forward for backward
-        forward += layer.bytes(layer.w_dtype) * table.cast("rows", n * k)
+        forward += layer.width(layer.w_dtype) * table.cast("rows", n * k)
     return forward + table.forward(m, n, k, "bf16") + table.weight(m, k, n, "bf16") if layer.training else forward
 
 
@@ -153,7 +154,7 @@ def _tf32() -> bool:
 def _gpu_fp8(layer: Layer, table: Table) -> float:
     m, k, n = layer.m, layer.k, layer.n
     kind = _kind(layer)
-    of_x_bytes, of_w_bytes, of_dy_bytes = (layer.bytes(dtype) for dtype in (layer.x_dtype, layer.w_dtype, None))
+    of_x_bytes, of_w_bytes, of_dy_bytes = (layer.width(dtype) for dtype in (layer.x_dtype, layer.w_dtype, None))
     output, grad_input, grad_weight = (_column(layer, accumulate) for accumulate in layer.accumulate)
     gemms = table.forward(m, k, n, _whose(output, m, n, k))
     if not layer.training:

@@ -29,22 +29,26 @@ def by_torch(mm: ScaledMM) -> Tensor | None:
         return None
     assert mm.scale_a is not None
     assert mm.scale_b is not None
-    asked = (mm.a.device, tuple(mm.block_b), *mm.a.shape, mm.b.shape[1], mm.dtype)
-    if asked in _REFUSED:
+    refused = _REFUSED.setdefault((mm.a.device, tuple(mm.block_b)), set())
+    asked = (*mm.a.shape, mm.b.shape[1], mm.dtype)
+    if len(refused) == MOST or asked in refused:
         return None
     try:
         return _product(mm, mm.scale_a, mm.scale_b)
     except (RuntimeError, ValueError) as error:
         if isinstance(error, torch.OutOfMemoryError) or ("CUDA error" in str(error) and "NOT_SUPPORTED" not in str(error)):
             raise  # the device is lost, or a launch before this one failed: not ours to hide
-        _REFUSED.add(asked)
-        what = f"a product of blocks, {tuple(mm.a.shape)} by {tuple(mm.b.shape)}"
-        warnings.warn(f"fp8fx: cuBLASLt refuses {what}: {error}. The project's kernel runs it", FP8Warning, stacklevel=2)
+        refused.add(asked)
+        if len(refused) == 1:
+            what = f"a product of blocks, {tuple(mm.a.shape)} by {tuple(mm.b.shape)}"
+            warnings.warn(f"fp8fx: cuBLASLt refuses {what}: {error}. The project's kernel runs such products", FP8Warning, stacklevel=2)
         return None
 
 
-# Device, blocks of B, M, K, N and dtype of products that cuBLASLt has refused, against what `_fits` expects: it is not asked again.
-_REFUSED: set[tuple[Any, ...]] = set()
+# (device, blocks of B) -> M, K, N and dtype of products that cuBLASLt has refused, against what `_fits` expects. It is not asked again for
+# those, nor for others after so many.
+_REFUSED: dict[tuple[Any, ...], set[tuple[Any, ...]]] = {}
+MOST = 8
 
 
 def _product(mm: ScaledMM, scale_a: Tensor, scale_b: Tensor) -> Tensor:
@@ -88,7 +92,10 @@ def lies_right(mm: ScaledMM) -> bool:
 
 @functools.cache
 def _available(device: torch.device) -> bool:
-    """Hopper, with the cuBLASLt of CUDA 12.9 and a torch that calls it so."""
+    return torch.cuda.get_device_capability(device)[0] == 9 and known_to_torch()
+
+
+def known_to_torch() -> bool:
+    """This torch has the cuBLASLt of CUDA 12.9, and calls it so."""
     cuda = tuple(map(int, (torch.version.cuda or "0").split(".")))
-    functional = torch.nn.functional
-    return torch.cuda.get_device_capability(device)[0] == 9 and cuda >= (12, 9) and hasattr(functional, "ScalingType")
+    return cuda >= (12, 9) and hasattr(torch.nn.functional, "ScalingType")

@@ -42,8 +42,9 @@ def torch_has(
     dtype: torch.dtype,
     blocks: bool,
     accumulate: str = "fast",
+    hopper: bool | None = None,
 ) -> bool:
-    """cuBLASLt takes this product as it lies, and is not the slower one. `a` [M, K], `b` [K, N]."""
+    """cuBLASLt takes this product as it lies, and is not the slower one. `a` [M, K], `b` [K, N]. hopper: None asks the device of `a`."""
     if a.is_cuda and torch.cuda.get_device_capability(a.device) < (8, 9):
         return False
     if blocks or scale_a is None or scale_b is None or a.dim() != 2 or b.dim() != 2 or not a.numel() or not b.numel():
@@ -55,15 +56,16 @@ def torch_has(
     rows = scale_a.numel() != 1
     if rows != (scale_b.numel() != 1) or (rows and dtype != torch.bfloat16):
         return False
-    if _ours(a, b.shape[1], "row" if rows else "tensor", accumulate):
+    if _ours(a, b.shape[1], "row" if rows else "tensor", accumulate, hopper):
         return False
     return a.shape[1] % 16 == 0 and b.shape[1] % 16 == 0 and a.is_contiguous() and b.mT.is_contiguous()
 
 
-def _ours(a: Tensor, n: Any, scales: str, accumulate: str) -> bool:
+def _ours(a: Tensor, n: Any, scales: str, accumulate: str, hopper: bool | None) -> bool:
     """The project's kernel is the faster one. Not asked of symbols, which would be tied to the answer."""
     sizes = (a.shape[0], n, a.shape[1])
-    hopper = not a.is_cuda or torch.cuda.get_device_capability(a.device)[0] == 9
+    if hopper is None:
+        hopper = not a.is_cuda or torch.cuda.get_device_capability(a.device)[0] == 9
     return hopper and all(isinstance(size, int) for size in sizes) and own_is_faster(*sizes, scales, accumulate)
 
 

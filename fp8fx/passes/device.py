@@ -20,15 +20,15 @@ from torch import fx
 
 from fp8fx.capture.graph import tensor
 from fp8fx.passes.contract import AMAX, METER, SLOTS, Context, Skip, Slot, emit, input_node, item
+from fp8fx.passes.has_kernels import obstacle
 from fp8fx.passes.inputs import WRAPPED
-from fp8fx.spec import ACCUMULATORS, GEMMS, SiteSpec, TensorSpec
+from fp8fx.spec import SiteSpec, TensorSpec
 
 ops = torch.ops.fp8fx
 QUANTIZE, LINEAR = ops.quantize.default, ops.linear.default
 
 RECORDS, GRAD_RECORDS = "fp8_records", "fp8_grad_records"  # names of the inputs, and keys of module.meta
 OUTSIDE = "its codes come from outside of the graph (weight_cache, evaluation), in one layout: the other is made in backward"
-FORMATS, DTYPES = ("e4m3fn", "e5m2"), (torch.bfloat16, torch.float16, torch.float32)
 
 
 def to_kernels(module: fx.GraphModule, context: Context) -> tuple[bool, list[Skip]]:
@@ -48,41 +48,10 @@ def to_kernels(module: fx.GraphModule, context: Context) -> tuple[bool, list[Ski
 def _obstacle(node: fx.Node, spec: SiteSpec) -> str:
     """Why the reference must run; empty if kernels can."""
     x, w = tensor(node.args[0]), tensor(node.args[1])
-    if spec.gemms != GEMMS or spec.calibrating:
-        return "not all of its GEMMs are in FP8"
-    if not set(spec.accumulate) <= set(ACCUMULATORS):
-        return "its products have an arithmetic of their own"
-    if spec.save_for_backward != "fp8":
-        return "save_for_backward keeps its input in high precision"
-    if spec.grad_output is None or not node.args[9] or not node.args[10]:
-        return "an operand stays in high precision"
-    if x is None or w is None or x.dtype not in DTYPES or w.dtype not in DTYPES:
-        return "kernels read bfloat16, float16 and float32"
-    specs = [TensorSpec.parse(str(text)) for text in node.args[9:11]]
-    for role in (*specs, spec.grad_output):
-        if problem := _no_kernel(role):
-            return problem
-    blocks = specs[0].granularity
-    if x.dim() > 2 and not isinstance(blocks, str) and blocks[0] > 1:
-        return "its input has blocks of several rows, in more than two dimensions"
-    rounded = [role for role in (spec.grad_input, spec.grad_weight) if role is not None and role.scaling == "delayed"]
-    return "a rounded gradient has a delayed scale" if rounded else ""
-
-
-def _no_kernel(spec: TensorSpec) -> str:
-    if spec.format not in FORMATS:
-        return f"{spec.format} is no format of this hardware"
-    if spec.rounding not in ("nearest_even", "stochastic"):
-        return f"no kernel rounds {spec.rounding}"
-    if not spec.on_hardware:
-        what = "fixed" if spec.scaling == "fixed" else "e8m0" if spec.scale_format == "e8m0" else f"{spec.statistic} or clipped"
-        return f"no kernel makes {what} scales"
-    block = spec.granularity
-    if isinstance(block, str):
-        return "" if block == "tensor" or spec.scaling == "current" else "scales per row are current ones"
-    if spec.scaling != "current" or not spec.sides_on_hardware:
-        return f"no kernel has blocks of {block[0]}x{block[1]}"
-    return ""
+    if x is None or w is None:
+        return "an operand is not a tensor"
+    roles = [TensorSpec.parse(str(text)) if text else None for text in node.args[9:11]]
+    return obstacle(spec, roles[0], roles[1], x.dim(), (x.dtype, w.dtype))
 
 
 class _Writer:

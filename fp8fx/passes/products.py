@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from fp8fx.formats import get
-from fp8fx.ops.cuda_blocks import lies_right
+from fp8fx.ops.cuda_blocks import known_to_torch, lies_right
 from fp8fx.ops.inductor import torch_has
 from fp8fx.ops.rounded_mm import rounds_in_place
 from fp8fx.ops.scaled_mm import ScaledMM
@@ -22,8 +22,18 @@ CUBLAS, OURS, HIGH = "cuBLASLt", "fp8fx's kernels", "high precision"
 
 
 @functools.lru_cache(maxsize=4096)
-def products(size: tuple[int, int, int], spec: SiteSpec, dtype: torch.dtype, bias: bool, trains: bool, hopper: bool) -> str:
-    """`products by cuBLASLt`, or where they differ `output by ..., grad_weight by ...`. size: M, K, N of X [M, K] by W [N, K]."""
+def products(
+    size: tuple[int, int, int],
+    spec: SiteSpec,
+    dtypes: tuple[torch.dtype, torch.dtype, torch.dtype],
+    bias: torch.dtype | None,
+    trains: bool,
+    hopper: bool,
+) -> str:
+    """`products by cuBLASLt`, or where they differ `output by ..., grad_weight by ...`.
+
+    size: M, K, N of X [M, K] by W [N, K]. dtypes: of Y, X and W, which their gradients have too. bias: its dtype.
+    """
     (m, k, n), x, w, dy = size, spec.input, spec.weight, spec.grad_output
     # C = A B^T with A [rows, contracted], B [columns, contracted]
     operands = {"output": (m, n, k, x, w), "grad_input": (m, k, n, dy, w), "grad_weight": (n, k, m, dy, x)}
@@ -36,8 +46,8 @@ def products(size: tuple[int, int, int], spec: SiteSpec, dtype: torch.dtype, bia
         elif rounding is not None and rounds_in_place(rounding):
             who = OURS
         else:
-            wanted = torch.float32 if rounding is not None else dtype
-            made = _empty((rows, columns, contracted), (a, b), wanted, bias and gemm == "output", spec.accumulate[i])
+            wanted = torch.float32 if rounding is not None else dtypes[i]
+            made = _empty((rows, columns, contracted), (a, b), wanted, bias if gemm == "output" else None, spec.accumulate[i])
             who = CUBLAS if _by_torch(made, hopper) else OURS
         found.setdefault(who, []).append(gemm)
     if len(found) == 1:
@@ -45,7 +55,9 @@ def products(size: tuple[int, int, int], spec: SiteSpec, dtype: torch.dtype, bia
     return ", ".join(f"{' and '.join(gemms)} by {who}" for who, gemms in found.items())
 
 
-def _empty(size: tuple[int, int, int], sides: tuple[TensorSpec, TensorSpec], dtype: torch.dtype, bias: bool, accumulate: str) -> ScaledMM:
+def _empty(
+    size: tuple[int, int, int], sides: tuple[TensorSpec, TensorSpec], dtype: torch.dtype, bias: torch.dtype | None, accumulate: str
+) -> ScaledMM:
     """The product C [M, N] = A [M, K] B [N, K]^T of tensors without storage."""
     m, n, k = size
 
@@ -61,10 +73,11 @@ def _empty(size: tuple[int, int, int], sides: tuple[TensorSpec, TensorSpec], dty
 
     (a, scale_a, format_a, block_a), (b, scale_b, format_b, block_b) = side(sides[0], m), side(sides[1], n)
     scale_b = scale_b.mT if scale_b.dim() else scale_b
-    added = torch.empty(n, dtype=dtype, device="meta") if bias else None
+    added = None if bias is None else torch.empty(n, dtype=bias, device="meta")
     return ScaledMM(a, scale_a, format_a, block_a, b.mT, scale_b, format_b, block_b[::-1], added, dtype, accumulate)
 
 
 def _by_torch(mm: ScaledMM, hopper: bool) -> bool:
-    blocks = bool(mm.block_a or mm.block_b)
-    return lies_right(mm) and hopper if blocks else torch_has(mm.a, mm.scale_a, mm.b, mm.scale_b, mm.bias, mm.dtype, False, mm.accumulate)
+    if mm.block_a or mm.block_b:
+        return hopper and lies_right(mm) and known_to_torch()
+    return torch_has(mm.a, mm.scale_a, mm.b, mm.scale_b, mm.bias, mm.dtype, False, mm.accumulate, hopper)

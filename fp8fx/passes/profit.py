@@ -9,21 +9,22 @@ Sizes that change are judged at those that the graph was captured with.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from typing import Any
 
-import torch
 from torch import fx
 
 from fp8fx import costs
-from fp8fx.capture.graph import hint, tensor
+from fp8fx.capture.graph import tensor
 from fp8fx.capture.sites import CONVOLUTIONS, SiteCall
 from fp8fx.ops.available import no_kernels
 from fp8fx.passes.contract import Context, SiteDecision
+from fp8fx.passes.has_kernels import FORMATS, obstacle
 from fp8fx.passes.products import products
 from fp8fx.spec import ROLES, SiteSpec, TensorSpec
 
-HARDWARE = ("e4m3fn", "e5m2")
 LEAST = 1.02  # the gain below which FP8 is not worth its rounding
 _KEEP = "(when_not_faster: emulate keeps FP8)"
 
@@ -50,8 +51,8 @@ def profit(decisions: Sequence[SiteDecision], calls: Sequence[SiteCall | None], 
     for i, (made, call) in enumerate(zip(decisions, calls, strict=True)):
         if made.mode != "fp8" or made.spec is None or call is None:
             continue
-        why = _emulated(call, made, problem)
-        if why and (keep[i] or call.op in CONVOLUTIONS or made.emulate_attention or not _on_hardware(made.spec)):
+        why, wanted = _emulated(call, made, problem)
+        if why and (wanted or keep[i]):
             found.notes[i] = f"emulated: {why}"
         elif why:
             found.left[i] = f"{why}, and emulating {'it' if call.op != 'linear' else 'FP8'} is slower {_KEEP}"
@@ -83,17 +84,20 @@ def _choose(layers: dict[int, costs.Layer], context: Context, found: Profit) -> 
             )
 
 
-def _emulated(call: SiteCall, made: SiteDecision, problem: str | None) -> str:
-    """Why no kernel runs this site, or nothing."""
+def _emulated(call: SiteCall, made: SiteDecision, problem: str) -> tuple[str, bool]:
+    """Why no kernel runs this site, or nothing; and whether it is emulated all the same, since only an emulation has what is asked for."""
+    assert made.spec is not None
     if call.op in CONVOLUTIONS:
-        return "convolutions have no FP8 kernel yet"
+        return "convolutions have no FP8 kernel yet", True
+    asked = made.emulate_attention or not _on_hardware(made.spec)
     if call.op != "linear":
-        return f"{call.op} has no FP8 kernel"
-    if made.spec is not None and made.spec.arithmetic is not None:
-        return "kernels have the GPU's own arithmetic only"
-    if made.spec is not None and not _on_hardware(made.spec):
-        return f"kernels have {' and '.join(HARDWARE)}, nearest-even or stochastic, with scales by tensor, row or block"
-    return problem or ""
+        return f"{call.op} has no FP8 kernel", asked
+    if problem:
+        return problem, asked
+    x, w = tensor(call.x), tensor(call.w)
+    if x is None or w is None:
+        return "", False
+    return obstacle(made.spec, made.spec.input, made.spec.weight, x.dim(), (x.dtype, w.dtype)), asked
 
 
 def _on_hardware(spec: SiteSpec) -> bool:
@@ -102,7 +106,7 @@ def _on_hardware(spec: SiteSpec) -> bool:
     roles: list[TensorSpec | None] = [getattr(spec, role) for role in ROLES]
     rounds = ("nearest_even", "stochastic")
     return all(
-        role is None or (role.format in HARDWARE and role.rounding in rounds and role.on_hardware and role.sides_on_hardware)
+        role is None or (role.format in FORMATS and role.rounding in rounds and role.on_hardware and role.sides_on_hardware)
         for role in roles
     )
 
@@ -112,10 +116,11 @@ def _layer(call: SiteCall, spec: SiteSpec, readers: dict[fx.Node, int]) -> costs
     x, w, out = tensor(call.x), tensor(call.w), tensor(call.node)
     if x is None or w is None or out is None or w.dim() != 2 or spec.input is None:
         return None
-    n, k = map(hint, w.shape if not call.transposed_weight else w.shape[::-1])
-    m = torch.Size(map(hint, x.shape[:-1])).numel()
-    if m == 0 or k == 0 or n == 0:
+    sizes = [_seen(size) for size in (*x.shape[:-1], *(w.shape[::-1] if call.transposed_weight else w.shape))]
+    if not all(sizes):
         return None
+    *rows, n, k = sizes
+    m = math.prod(rows)
     shared = readers.get(call.x, 1) if isinstance(call.x, fx.Node) else 1
     # A layer whose scales are kept is judged as in training, also in evaluation: in FP8 there alone it would read scales never set.
     trains = bool(out.requires_grad) or any(r is not None and r.scaling == "delayed" for r in (spec.input, spec.weight))
@@ -124,7 +129,16 @@ def _layer(call: SiteCall, spec: SiteSpec, readers: dict[fx.Node, int]) -> costs
     return costs.Layer(m, k, n, trains, role.scaling, role.granularity, out.dtype, spec.accumulate, shared, x.dtype, w.dtype)
 
 
+def _seen(size: Any) -> int:
+    """A size as it was when the graph was captured; 0 where nothing is known of it."""
+    return size if isinstance(size, int) else int(getattr(size.node, "hint", None) or 0)
+
+
 def _kernels(layer: costs.Layer, call: SiteCall, spec: SiteSpec, context: Context) -> str:
     """Whose products run the layer's GEMMs."""
     hopper = context.capability is None or context.capability[0] == 9
-    return products((layer.m, layer.k, layer.n), spec, layer.dtype, call.bias is not None, layer.training, hopper)
+    x, w, bias = tensor(call.x), tensor(call.w), tensor(call.bias)
+    assert x is not None
+    assert w is not None
+    dtypes = (layer.dtype, x.dtype, w.dtype)
+    return products((layer.m, layer.k, layer.n), spec, dtypes, None if bias is None else bias.dtype, layer.training, hopper)

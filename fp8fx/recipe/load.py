@@ -59,7 +59,7 @@ def find(name: object, folder: Path) -> Source:
     if is_path(name):
         return sources.from_file(folder / os.path.expanduser(name))
     if name not in shipped():
-        files = [f"{name}{ending}" for ending in (".yaml", ".yml") if (folder / f"{name}{ending}").is_file()]
+        files = [f"{name}{ending}" for ending in (".yaml", ".yml") if os.path.isfile(folder / f"{name}{ending}")]
         close = f" Did you mean {files[0]!r}?" if files else nearest(name.lower(), shipped())
         raise RecipeError(f"no shipped recipe is called {name!r}; allowed: {', '.join(shipped())}, or a path that ends in .yaml.{close}")
     text = (SHIPPED / f"{name}.yaml").read_text(encoding="utf-8")

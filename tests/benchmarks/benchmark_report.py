@@ -14,6 +14,7 @@ import importlib.metadata
 import importlib.util
 import json
 import math
+import os
 import platform
 import sys
 from collections.abc import Callable, Iterable, Sequence
@@ -79,6 +80,8 @@ def writable(text: str) -> Path:
         raise argparse.ArgumentTypeError(f"{text} is a folder: name a file")
     if not path.parent.is_dir():
         raise argparse.ArgumentTypeError(f"{text}: there is no folder {path.parent}")
+    if not os.access(path if path.exists() else path.parent, os.W_OK):
+        raise argparse.ArgumentTypeError(f"{text} cannot be written")
     return path
 
 

@@ -71,7 +71,7 @@ def compiled(name: str, model: nn.Module, inner: str = "inductor", inner_mode: s
 
     inner: the compiler behind torch.compile and fp8fx; inner_mode: a mode of Inductor, for all but the eager ones.
     """
-    inner_mode = "reduce-overhead" if name.endswith(GRAPHS) else inner_mode
+    inner_mode = "reduce-overhead" if GRAPHS.strip("-") in name.split("-") else inner_mode
     mode = {} if inner_mode is None else {"mode": inner_mode}
     if name == BF16_EAGER:
         return Compiled(model, lambda: None)

@@ -29,6 +29,17 @@ def only_even(x_ptr, n, STEP: tl.constexpr):  # type: ignore[no-untyped-def]
     tl.store(x_ptr + tl.arange(0, STEP), n)
 
 
+@triton.jit
+def _refuses(x):  # type: ignore[no-untyped-def]
+    tl.static_assert(x.dtype == tl.float64, "of no use here")
+    return x
+
+
+@triton.jit
+def calls(x_ptr, n, STEP: tl.constexpr):  # type: ignore[no-untyped-def]
+    tl.store(x_ptr, _refuses(n))
+
+
 @pytest.fixture
 def attempts(monkeypatch: pytest.MonkeyPatch) -> list[str]:
     """The names of kernels that Triton was asked to run."""
@@ -65,6 +76,15 @@ def test_on_any_machine(compiled: Callable[[], list[Any]], attempts: list[str], 
     fails_once(x, attempts)
     launch(only_even, (1,), (x, 7), {"STEP": 2})
     assert len(compiled()) == 1
+
+
+def test_the_reason_inside_of_a_function(compiled: Callable[[], list[Any]], monkeypatch: pytest.MonkeyPatch) -> None:
+    key = launching._key
+    monkeypatch.setattr(launching, "_key", lambda *args: (key(*args)[0], 0))
+    monkeypatch.setattr(torch._C, "_cuda_getDevice", lambda: 0, raising=False)
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda: "no GPU")
+    with pytest.raises(KernelCompileError, match=r"^calls does not compile here .*: of no use here\. The reference runs instead"):
+        launch(calls, (1,), (torch.empty(2, dtype=torch.int32), 7), {"STEP": 1})
 
 
 def test_tensors_on_a_cpu() -> None:

@@ -69,7 +69,7 @@ def test_a_refusal_is_met_once(error: Exception, passes_on: bool, monkeypatch: p
 
     monkeypatch.setattr(cuda_blocks, "_fits", lambda mm: True)
     monkeypatch.setattr(cuda_blocks, "_product", refuse)
-    monkeypatch.setattr(cuda_blocks, "_REFUSED", set())
+    monkeypatch.setattr(cuda_blocks, "_REFUSED", {})
     mm = product(128, 128, 512, SQUARE, "cpu")
     if passes_on:
         with pytest.raises(type(error)):
@@ -79,9 +79,11 @@ def test_a_refusal_is_met_once(error: Exception, passes_on: bool, monkeypatch: p
         assert by_torch(mm) is None
     assert by_torch(mm) is None
     assert len(calls) == 1
-    with pytest.warns(FP8Warning, match=r"\(256, 512\)"):
-        assert by_torch(product(256, 128, 512, SQUARE, "cpu")) is None
-    assert len(calls) == 2, "another size is asked for"
+    assert by_torch(product(256, 128, 512, SQUARE, "cpu")) is None
+    assert len(calls) == 2, "another size is asked for, and said nothing of"
+    for m in range(3, 20):
+        assert by_torch(product(128 * m, 128, 512, SQUARE, "cpu")) is None
+    assert len(calls) == cuda_blocks.MOST, "sizes that always change are not asked for without end"
 
 
 @pytest.mark.gpu

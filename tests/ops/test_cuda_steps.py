@@ -101,6 +101,15 @@ def test_the_host_never_waits_for_the_gpu(recipe: str, how: tuple[str, str | Non
     assert all(bool(p.isfinite().all()) for p in plain.parameters())
 
 
+def test_random_bits_are_not_captured_for_good() -> None:
+    """In a graph of the user's own every replay would draw the same ones."""
+    fast = fp8fx.compile(model(), {"extends": "direct", "defaults": EMULATE})
+    x = batch(128, 0)
+    fast(x)
+    with pytest.raises(fp8fx.ModelError, match="every replay would draw the same bits"), torch.cuda.graph(torch.cuda.CUDAGraph()):
+        fast(x)
+
+
 @pytest.mark.parametrize("recipe", ["delayed", "hybrid"])
 @pytest.mark.parametrize("inner", ["eager", "inductor"])
 def test_training_goes_on_after_running_out_of_memory(recipe: str, inner: str) -> None:

@@ -199,6 +199,29 @@ def test_the_plan_follows_a_hook_inside_of_a_sequential(hooked: str, late: bool)
     assert torch.equal(alone(x), model(x)) == (hooked != "a")
 
 
+class Unrolled(nn.Sequential):
+    def forward(self, x: Tensor) -> Tensor:
+        return self[2](self[1](self[0](x)))
+
+
+def test_a_sequential_with_a_forward_of_its_own_is_no_loop() -> None:
+    model = Unrolled(nn.Linear(16, 16), nn.ReLU(), nn.Linear(16, 8))
+    model[0].register_full_backward_hook(lambda m, inputs, outputs: None)
+    fast, x = fp8fx.compile(model, "hybrid"), torch.randn(4, 16, requires_grad=True)
+    fast(x).sum().backward()
+    for plan in (fp8fx.plan(fast), fp8fx.plan(model, "hybrid", example_inputs=x)):
+        assert {row.name: row.decision for row in plan.rows} == {"0": "not_captured", "2": "fp8"}
+
+
+@pytest.mark.filterwarnings("ignore:For backward hooks to be called")
+def test_symbolic_tracing_keeps_hooked_layers_in_fp8() -> None:
+    model = nn.Sequential(nn.Linear(16, 16), nn.ReLU(), nn.Linear(16, 8))
+    model[0].register_full_backward_hook(lambda m, inputs, outputs: None)
+    fast, x = fp8fx.compile(model, "hybrid", capture="symbolic"), torch.randn(4, 16, requires_grad=True)
+    fast(x).sum().backward()
+    assert {row.decision for row in fp8fx.plan(fast).rows} == {"fp8"}
+
+
 def test_hooks_of_the_original_registered_later_are_not_the_clones() -> None:
     """The clone has the hooks that were there when it was made; each side may change its own afterwards."""
     model = seeded(Mlp)
