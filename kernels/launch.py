@@ -22,7 +22,6 @@ from typing import Any, NamedTuple
 import torch
 import triton
 from torch import Tensor
-from triton.compiler.errors import CompilationError
 
 from fp8fx.errors import FP8Warning, KernelError
 from fp8fx.kernels.interpret import INTERPRET
@@ -219,7 +218,7 @@ def _warn_of_another_triton() -> None:
 
 
 def _failed(kernel: Any, error: Exception) -> str:
-    while isinstance(error.__cause__, CompilationError):  # in a function that the kernel calls
+    while isinstance(error.__cause__, triton.CompilationError):  # in a function that the kernel calls
         error = error.__cause__
     lines = [line.strip() for line in str(error).splitlines() if line.strip(" ^")] or [type(error).__name__]
     # Triton's own errors begin with a place in the kernel, and end with the reason, or with the line.
