@@ -1,4 +1,4 @@
-"""Which layers TorchDynamo leaves out of its graphs because of backward hooks: what the plan says of them."""
+"""What capture lacks: the layers that TorchDynamo leaves out of its graphs because of backward hooks, for the plan to say so."""
 
 from __future__ import annotations
 

@@ -52,13 +52,13 @@ def tensor(node: Any) -> torch.Tensor | None:
     return value if isinstance(value, torch.Tensor) else None
 
 
-def hint(size: Any) -> int:
-    """A concrete number for a size that may be symbolic, without adding a guard."""
+def hint(size: Any, unknown: int = 1) -> int:
+    """A concrete number for a size that may be symbolic, without adding a guard; `unknown` for one that was never seen."""
     if isinstance(size, int):
         return size
     node = getattr(size, "node", None)
     known = getattr(node, "hint", None)
-    return int(known) if known is not None else 1
+    return int(known) if known is not None else unknown
 
 
 def hints(shape: Any) -> tuple[int, ...]:

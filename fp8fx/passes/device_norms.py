@@ -17,13 +17,13 @@ from torch import fx
 from fp8fx.capture.graph import VAL, tensor
 from fp8fx.passes.contract import Skip, emit, item, same_region
 from fp8fx.passes.effects import Effects
+from fp8fx.passes.has_kernels import DTYPES
 from fp8fx.passes.norms import ADDITIONS, Norm, norm_of
 from fp8fx.passes.reads import read_only_as_anchor
 from fp8fx.spec import TensorSpec
 
 ops = torch.ops.fp8fx
 CASTS = (ops.cast.default, ops.cast_current.default)
-DTYPES = (torch.bfloat16, torch.float16, torch.float32)
 RULE = "cast(norm(x)) = norm_cast(x)"
 
 

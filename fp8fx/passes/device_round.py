@@ -14,7 +14,9 @@ import torch
 from torch import fx
 
 from fp8fx.capture.graph import VAL
+from fp8fx.ops.inductor import FORMATS
 from fp8fx.passes.contract import Skip, same_region
+from fp8fx.passes.has_kernels import DTYPES, ROUNDINGS
 from fp8fx.passes.reads import read_only_as_anchor
 from fp8fx.spec import SiteSpec, TensorSpec
 
@@ -22,8 +24,6 @@ ops = torch.ops.fp8fx
 LINEAR, DEQUANTIZE, ANCHOR = ops.linear.default, ops.dequantize.default, ops.anchor.default
 QUANTIZE, CAST = ops.quantize.default, ops.cast.default
 PLACES: dict[Any, tuple[int, int, int]] = {QUANTIZE: (3, 4, 5), CAST: (2, 3, 4)}  # of rng, site and role among their arguments
-DTYPES = (torch.bfloat16, torch.float16, torch.float32)  # each holds every value of e4m3fn and of e5m2
-FORMATS = ("e4m3fn", "e5m2")
 RULE = "quantize(linear(x, w)) = linear(x, w, output)"
 
 
@@ -46,7 +46,7 @@ def _round(graph: fx.Graph, node: fx.Node) -> str | None:
         return ""
     (quantize,) = rounding
     output = TensorSpec.parse(str(quantize.args[1]))
-    if output.scaling != "none" or output.format not in FORMATS or output.rounding not in ("nearest_even", "stochastic"):
+    if output.scaling != "none" or output.format not in FORMATS or output.rounding not in ROUNDINGS:
         return "its output has a scale, or is rounded as no kernel does"
     if not read_only_as_anchor(node, but=(quantize,)) or any(user.args[1] == 2 for user in quantize.users):
         return "its output is also read in high precision, or measured"

@@ -1,4 +1,4 @@
-"""What of a recipe no kernel has: asked by *annotate* for the plan, and by *lower*, which leaves such a layer to the reference."""
+"""What of a recipe no kernel has. *annotate* asks for the plan and *lower* before it rewrites: such a layer is left to the reference."""
 
 from __future__ import annotations
 
@@ -6,9 +6,11 @@ from collections.abc import Sequence
 
 import torch
 
-from fp8fx.spec import ACCUMULATORS, GEMMS, SiteSpec, TensorSpec
+from fp8fx.ops.inductor import FORMATS
+from fp8fx.spec import ACCUMULATORS, GEMMS, ROLES, SiteSpec, TensorSpec
 
-FORMATS, DTYPES = ("e4m3fn", "e5m2"), (torch.bfloat16, torch.float16, torch.float32)
+DTYPES = (torch.bfloat16, torch.float16, torch.float32)  # each holds every value of FORMATS
+ROUNDINGS = ("nearest_even", "stochastic")
 LEAST_SIDE = 32  # of a block along the contraction
 
 
@@ -33,17 +35,33 @@ def obstacle(spec: SiteSpec, input: TensorSpec | None, weight: TensorSpec | None
     return "a rounded gradient has a delayed scale" if rounded else ""
 
 
-def _no_kernel(spec: TensorSpec) -> str:
+def only_emulated(spec: SiteSpec) -> bool:
+    """It has an arithmetic, formats, roundings or scales that only an emulation has, whatever site it is for: a study of their numbers."""
+    roles: list[TensorSpec | None] = [getattr(spec, role) for role in ROLES]
+    return spec.arithmetic is not None or any(role is not None and _no_such_numbers(role) for role in roles)
+
+
+def _no_such_numbers(spec: TensorSpec) -> str:
+    """What of a role no kernel has anywhere."""
     if spec.format not in FORMATS:
         return f"{spec.format} is no format of this hardware"
-    if spec.rounding not in ("nearest_even", "stochastic"):
+    if spec.rounding not in ROUNDINGS:
         return f"no kernel rounds {spec.rounding}"
     if not spec.on_hardware:
         what = "fixed" if spec.scaling == "fixed" else "e8m0" if spec.scale_format == "e8m0" else f"{spec.statistic} or clipped"
         return f"no kernel makes {what} scales"
+    return "" if spec.sides_on_hardware else _no_blocks(spec)
+
+
+def _no_blocks(spec: TensorSpec) -> str:
+    return f"no kernel has blocks of {spec.granularity[0]}x{spec.granularity[1]}"
+
+
+def _no_kernel(spec: TensorSpec) -> str:
+    """What of a role no linear layer's kernels have."""
     block = spec.granularity
+    if (problem := _no_such_numbers(spec)) or block == "tensor":
+        return problem
     if isinstance(block, str):
-        return "" if block == "tensor" or spec.scaling == "current" else "scales per row are current ones"
-    if spec.scaling != "current" or not spec.sides_on_hardware or block[1] < LEAST_SIDE:
-        return f"no kernel has blocks of {block[0]}x{block[1]}"
-    return ""
+        return "" if spec.scaling == "current" else "scales per row are current ones"
+    return _no_blocks(spec) if spec.scaling != "current" or block[1] < LEAST_SIDE else ""

@@ -1,7 +1,7 @@
-"""Whose products run the GEMMs of a linear layer on a GPU, in words for the plan.
+"""Whose products run the GEMMs of a linear layer after *lower*, in the words that *annotate* writes for the plan.
 
-The operators choose when they run, by what they are given (fp8fx.ops.inductor.torch_has, fp8fx.ops.cuda_blocks.fits). Here they are asked
-the same with tensors of the same shapes and types that hold nothing.
+The operators choose when they run, by what they are given: `fp8fx.ops.inductor.torch_has`, `fp8fx.ops.cuda_blocks.lies_right`. Here these
+are asked the same of tensors that have the shapes and types and hold nothing.
 """
 
 from __future__ import annotations

@@ -12,18 +12,17 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass, field
-from typing import Any
 
 from torch import fx
 
 from fp8fx import costs
-from fp8fx.capture.graph import tensor
+from fp8fx.capture.graph import hint, tensor
 from fp8fx.capture.sites import CONVOLUTIONS, SiteCall
 from fp8fx.ops.available import no_kernels
 from fp8fx.passes.contract import Context, SiteDecision
-from fp8fx.passes.has_kernels import FORMATS, obstacle
+from fp8fx.passes.has_kernels import obstacle, only_emulated
 from fp8fx.passes.products import products
-from fp8fx.spec import ROLES, SiteSpec, TensorSpec
+from fp8fx.spec import SiteSpec
 
 LEAST = 1.02  # the gain below which FP8 is not worth its rounding
 _KEEP = "(when_not_faster: emulate keeps FP8)"
@@ -89,7 +88,7 @@ def _emulated(call: SiteCall, made: SiteDecision, problem: str) -> tuple[str, bo
     assert made.spec is not None
     if call.op in CONVOLUTIONS:
         return "convolutions have no FP8 kernel yet", True
-    asked = made.emulate_attention or not _on_hardware(made.spec)
+    asked = made.emulate_attention or only_emulated(made.spec)
     if call.op != "linear":
         return f"{call.op} has no FP8 kernel", asked
     if problem:
@@ -100,23 +99,12 @@ def _emulated(call: SiteCall, made: SiteDecision, problem: str) -> tuple[str, bo
     return obstacle(made.spec, made.spec.input, made.spec.weight, x.dim(), (x.dtype, w.dtype)), asked
 
 
-def _on_hardware(spec: SiteSpec) -> bool:
-    if spec.arithmetic is not None:  # a study: only its numbers are asked for
-        return False
-    roles: list[TensorSpec | None] = [getattr(spec, role) for role in ROLES]
-    rounds = ("nearest_even", "stochastic")
-    return all(
-        role is None or (role.format in FORMATS and role.rounding in rounds and role.on_hardware and role.sides_on_hardware)
-        for role in roles
-    )
-
-
 def _layer(call: SiteCall, spec: SiteSpec, readers: dict[fx.Node, int]) -> costs.Layer | None:
     """The layer as the cost model takes it; None where a size or a role is not known."""
     x, w, out = tensor(call.x), tensor(call.w), tensor(call.node)
     if x is None or w is None or out is None or w.dim() != 2 or spec.input is None:
         return None
-    sizes = [_seen(size) for size in (*x.shape[:-1], *(w.shape[::-1] if call.transposed_weight else w.shape))]
+    sizes = [hint(size, unknown=0) for size in (*x.shape[:-1], *(w.shape[::-1] if call.transposed_weight else w.shape))]
     if not all(sizes):
         return None
     *rows, n, k = sizes
@@ -127,11 +115,6 @@ def _layer(call: SiteCall, spec: SiteSpec, readers: dict[fx.Node, int]) -> costs
     role = spec.input
     # Under autocast the product's dtype is not its operands'.
     return costs.Layer(m, k, n, trains, role.scaling, role.granularity, out.dtype, spec.accumulate, shared, x.dtype, w.dtype)
-
-
-def _seen(size: Any) -> int:
-    """A size as it was when the graph was captured; 0 where nothing is known of it."""
-    return size if isinstance(size, int) else int(getattr(size.node, "hint", None) or 0)
 
 
 def _kernels(layer: costs.Layer, call: SiteCall, spec: SiteSpec, context: Context) -> str:

@@ -42,7 +42,10 @@ def busy(intervals: list[tuple[float, float]]) -> float:
 
 
 def profiled(step: Callable[[], Any], device: str) -> dict[str, Any]:
-    """{launch_ms, busy_ms, span_ms, kernels: [{name, ms, count}] by time}, per step. On a CPU, operators stand for kernels."""
+    """{launch_ms, busy_ms, span_ms, idle_ms, kernels: [{name, ms, count}] by time}, per step. On a CPU, operators stand for kernels.
+
+    span_ms counts the wait before the steps too; idle_ms is what a step in their midst is not busy: the median over the inner ones.
+    """
     for _ in range(3):
         step()
     launch = launch_ms(step, device)
@@ -63,7 +66,21 @@ def profiled(step: Callable[[], Any], device: str) -> dict[str, Any]:
         {"name": name, "ms": times[name] / STEPS / 1e3, "count": counts[name] / STEPS} for name in sorted(times, key=times.get)[::-1]
     ]  # type: ignore[arg-type]
     span = max((stop for _, stop in intervals), default=0.0) - min((start for start, _ in intervals), default=0.0)
-    return {"launch_ms": launch, "busy_ms": busy(intervals) / STEPS / 1e3, "span_ms": span / STEPS / 1e3, "kernels": kernels}
+    figures = {
+        "launch_ms": launch,
+        "busy_ms": busy(intervals) / STEPS / 1e3,
+        "span_ms": span / STEPS / 1e3,
+        "idle_ms": idle(intervals) / 1e3,
+    }
+    return figures | {"kernels": kernels}
+
+
+def idle(intervals: list[tuple[float, float]]) -> float:
+    """Of a step, from its first kernel to the next step's, what no kernel fills: the median over all but the first and the last."""
+    ordered = sorted(intervals)
+    each = len(ordered) // STEPS
+    steps = [ordered[i * each : (i + 1) * each + 1] for i in range(1, STEPS - 1)] if each else []
+    return statistics.median([step[-1][0] - step[0][0] - busy(step[:-1]) for step in steps] or [0.0])
 
 
 def _is_work(event: Any, device: str) -> bool:
@@ -78,8 +95,9 @@ def _is_work(event: Any, device: str) -> bool:
 def print_profile(name: str, found: dict[str, Any], top: int = 25) -> None:
     total = sum(kernel["ms"] for kernel in found["kernels"])
     print(
-        f"{name}: GPU busy {found['busy_ms']:.2f} ms a step (sum over kernels {total:.2f}, first to last {found['span_ms']:.2f});", end=" "
+        f"{name}: GPU busy {found['busy_ms']:.2f} ms a step (sum over kernels {total:.2f}, first to last {found['span_ms']:.2f}),", end=" "
     )
+    print(f"idle for {found['idle_ms']:.2f};", end=" ")
     print(f"the host launches it in {found['launch_ms']:.2f} ms; {sum(k['count'] for k in found['kernels']):.0f} kernels")
     print(f"{'ms':>9} {'share':>6} {'count':>7}  kernel")
     for kernel in found["kernels"][:top]:

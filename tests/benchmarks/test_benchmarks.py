@@ -92,6 +92,17 @@ def test_profile(script: Any, tmp_path: Path, capsys: pytest.CaptureFixture[str]
     assert "the host launches it in" in capsys.readouterr().out
 
 
+def test_idle_time_of_the_inner_steps(script: Any) -> None:
+    """Four steps of two kernels: what lies between these, and before the next step. The wait after the first step counts for nothing."""
+    profile = script("step_profile")
+    starts = (0, 100, 120, 140)
+    steps = [[(s, s + 10.0), (s + 5.0, s + 14.0)] for s in starts]
+    assert profile.idle([kernel for step in steps for kernel in step]) == 6
+    gap = [[(s, s + 4.0), (s + 7.0, s + 14.0)] for s in starts]
+    assert profile.idle([kernel for step in gap for kernel in step][::-1]) == 9
+    assert profile.idle([]) == 0
+
+
 def test_rows_are_selected_by_name(script: Any, capsys: pytest.CaptureFixture[str]) -> None:
     train_step = script("train_step")
     assert train_step.selected(["eager", "*/rowwise"]) == {"eager": ["bf16-eager", "hybrid-eager"], "4x2048": ["rowwise"]}
